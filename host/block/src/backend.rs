@@ -1,0 +1,55 @@
+//! What a device may ask of a disk. Devices and transports see this trait and nothing else of the disk.
+
+use vm_memory::VolatileSlice;
+
+use crate::error::Result;
+
+/// Bytes in a sector, the unit of every virtio-blk request (virtio 1.3, 5.2.6).
+pub const SECTOR_SIZE: u64 = 512;
+
+/// Sizes that a guest should know to issue good requests. All are hints; none changes what is correct.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Topology {
+    /// The size in bytes below which a write costs the disk a read: a power of two, at least 512.
+    pub physical_block_size: u32,
+    /// The preferred size of a request in bytes: a multiple of `physical_block_size`.
+    pub optimal_io_size: u32,
+}
+
+/// A disk as a device sees it: a fixed number of bytes that can be read, and perhaps written.
+///
+/// Every call may be made from any thread, and calls may overlap in time. A call returns when its
+/// bytes have been moved; a later asynchronous engine keeps these promises and adds a way to submit
+/// without waiting.
+///
+/// Buffers are volatile: they may be guest memory, which a guest can change while they are read.
+pub trait BlockBackend: Send + Sync {
+    /// The size in bytes. A multiple of [`SECTOR_SIZE`].
+    fn capacity(&self) -> u64;
+
+    /// Whether [`write`](Self::write) can succeed.
+    fn is_writable(&self) -> bool;
+
+    /// Hints for the guest.
+    fn topology(&self) -> Topology;
+
+    /// Fills `buffers`, in order, with the bytes from `offset` on.
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) if the range does not lie inside the disk. After any
+    /// other error the contents of the buffers are unspecified, but never bytes of another file.
+    fn read(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()>;
+
+    /// Writes `buffers`, in order, at `offset`. Durable only after a [`flush`](Self::flush).
+    ///
+    /// # Errors
+    /// [`Invalid`](crate::ErrorKind::Invalid) if the range does not lie inside the disk or the disk
+    /// is read-only. After any other error each sector holds its old or its new bytes.
+    fn write(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()>;
+
+    /// Makes every write that was completed before this call durable.
+    ///
+    /// # Errors
+    /// [`Storage`](crate::ErrorKind::Storage) if it cannot be promised.
+    fn flush(&self) -> Result<()>;
+}

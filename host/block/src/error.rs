@@ -1,0 +1,109 @@
+//! One error for the whole data path: a small stable kind, the context a person needs, and the source.
+
+use std::fmt;
+
+/// What an operator has to do about an error. Small and stable: programs match on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The image contradicts its own format. Repair or replace the image.
+    Corrupt,
+    /// The image uses a feature that its component does not read. Convert the image.
+    Unsupported,
+    /// The image refers to something that was not granted. Grant it, if it is meant.
+    Denied,
+    /// The request is outside of the disk, or a write to a disk that is read-only.
+    Invalid,
+    /// The storage below failed (an I/O error of the host).
+    Storage,
+    /// The component broke its contract, trapped, or went over a limit; it was thrown away.
+    Component,
+    /// A limit of the host was reached (chain depth, number of opens, memory).
+    Limit,
+}
+
+impl ErrorKind {
+    /// The kind as one lower-case word, for JSON and logs.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Corrupt => "corrupt",
+            Self::Unsupported => "unsupported",
+            Self::Denied => "denied",
+            Self::Invalid => "invalid",
+            Self::Storage => "storage",
+            Self::Component => "component",
+            Self::Limit => "limit",
+        }
+    }
+}
+
+impl fmt::Display for ErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// An error of a disk or of one of its layers.
+///
+/// `Display` prints one line: what was being done, to which image, and why it failed.
+#[derive(Debug)]
+pub struct Error {
+    kind: ErrorKind,
+    message: String,
+    image: Option<String>,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+/// The result of an operation on a disk or a layer.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// An error of `kind`; `message` says what happened and what to do next.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), image: None, source: None }
+    }
+
+    /// Names the image that the error is about. The innermost name stays.
+    #[must_use]
+    pub fn on_image(mut self, name: impl Into<String>) -> Self {
+        self.image.get_or_insert_with(|| name.into());
+        self
+    }
+
+    /// Keeps the error below.
+    #[must_use]
+    pub fn with_source(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        self.source = Some(source.into());
+        self
+    }
+
+    /// What an operator has to do about it.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// The image that it is about, as named when it was opened.
+    pub fn image(&self) -> Option<&str> {
+        self.image.as_deref()
+    }
+
+    /// The message alone, without the image.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(image) = &self.image {
+            write!(f, "{image}: ")?;
+        }
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_deref().map(|e| e as _)
+    }
+}
