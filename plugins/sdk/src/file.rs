@@ -1,0 +1,74 @@
+//! An open file: the image, or something it refers to.
+
+use alloc::format;
+use alloc::vec;
+use alloc::vec::Vec;
+
+use crate::{Access, Error, FileIndex, Result};
+
+#[cfg(not(target_family = "wasm"))]
+use crate::testing::OpenFile;
+#[cfg(target_family = "wasm")]
+use crate::wasm::OpenFile;
+
+/// An open regular file that can be read at any offset.
+#[derive(Debug)]
+pub struct File(pub(crate) OpenFile);
+
+impl File {
+    /// The size now, in bytes.
+    ///
+    /// # Errors
+    /// [`Storage`](Error::Storage) if it cannot be asked.
+    pub fn size(&self) -> Result<u64> {
+        self.0.size().map_err(|why| Error::Storage(format!("cannot ask for the size of the file: {why}")))
+    }
+
+    /// Fills `buffer` from byte `offset` on and returns how much was read, which is less than its
+    /// length only at the end of the file.
+    ///
+    /// # Errors
+    /// [`Storage`](Error::Storage) if reading fails.
+    pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize> {
+        let mut done = 0;
+        while let Some(rest) = buffer.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            let at = offset
+                .checked_add(done as u64)
+                .ok_or_else(|| Error::Corrupt(format!("a read at byte {offset} is past the largest file offset")))?;
+            let read = self
+                .0
+                .read_at(at, rest)
+                .map_err(|why| Error::Storage(format!("cannot read {} bytes at {at}: {why}", rest.len())))?;
+            if read == 0 {
+                break;
+            }
+            done = done.saturating_add(read);
+        }
+        Ok(done)
+    }
+
+    /// The `length` bytes at `offset`, which hold `what` (for the message).
+    ///
+    /// Allocates `length` bytes only if the file is that long: a header field cannot make a component
+    /// allocate more than the image is big.
+    ///
+    /// # Errors
+    /// [`Corrupt`](Error::Corrupt) if the file ends before; [`Storage`](Error::Storage) if reading fails.
+    pub fn read_exact_at(&self, what: &str, offset: u64, length: u64) -> Result<Vec<u8>> {
+        let size = self.size()?;
+        let early = || Error::ends_early(what, offset, length, size);
+        if offset.checked_add(length).is_none_or(|end| end > size) {
+            return Err(early());
+        }
+        let mut buffer = vec![0; usize::try_from(length).map_err(|_| early())?];
+        if self.read_at(offset, &mut buffer)? == buffer.len() { Ok(buffer) } else { Err(early()) }
+    }
+
+    /// Registers the file for the host's own I/O: data extents name it by the returned index.
+    ///
+    /// # Errors
+    /// [`Denied`](Error::Denied) if the file was opened with fewer rights, or too many files are shared.
+    pub fn share(&self, access: Access) -> Result<FileIndex> {
+        self.0.share(access).map_err(|why| Error::Denied(format!("cannot share the file with the host: {why}")))
+    }
+}
