@@ -1,2 +1,38 @@
-//! Placeholder.
-fn main() {}
+//! One command for everything that is more than `cargo build`: components, demo, tests.
+//!
+//! ```text
+//!   cargo xtask demo ─┐
+//!                     ├─▶ prerequisites ─▶ build-plugins ─▶ cargo build / cargo test
+//!   cargo xtask test ─┘
+//! ```
+
+mod build_plugins;
+mod tools;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use tools::Workspace;
+
+/// Build, show and test Blockhouse.
+///
+/// In a fresh clone, `cargo xtask demo` shows what Blockhouse is and `cargo xtask test`
+/// checks everything; both prepare by themselves what they need.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    BuildPlugins(build_plugins::Arguments),
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let workspace = Workspace::load()?;
+    match arguments.task {
+        Task::BuildPlugins(arguments) => build_plugins::run(&workspace, &arguments),
+    }
+}
