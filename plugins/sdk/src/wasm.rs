@@ -3,9 +3,9 @@
 //! This is the one module of the tool kit with unsafe code: the allocator's C entry point and the
 //! cell that holds the open image. Format crates forbid it.
 
-use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use core::alloc::Layout;
 use core::cell::RefCell;
 
 use crate::{Access, Context, Error, File, FileIndex, Format, Level, Placement, Snapshots};
@@ -52,8 +52,25 @@ static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 // SAFETY of the name: it is the one that the component tool chain looks for, defined once, here.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cabi_realloc(old_pointer: *mut u8, old_length: usize, align: usize, new_length: usize) -> *mut u8 {
-    // SAFETY: forwarded unchanged; the contract is the same.
-    unsafe { wit_bindgen::rt::cabi_realloc(old_pointer, old_length, align, new_length) }
+    let Ok(layout) = Layout::from_size_align(new_length, align) else { core::arch::wasm32::unreachable() };
+    let pointer = if new_length == 0 {
+        // The ABI wants a well-aligned pointer, and never reads through it.
+        return core::ptr::without_provenance_mut(align);
+    } else if old_length == 0 {
+        // SAFETY: the size of the layout is not 0.
+        unsafe { alloc::alloc::alloc(layout) }
+    } else {
+        // SAFETY: `old_pointer` came from this function with this length and alignment, and the new
+        // length, checked above with this alignment, is not 0.
+        unsafe {
+            alloc::alloc::realloc(old_pointer, Layout::from_size_align_unchecked(old_length, align), new_length)
+        }
+    };
+    if pointer.is_null() {
+        // Out of memory is a trap: the host throws the instance away.
+        core::arch::wasm32::unreachable()
+    }
+    pointer
 }
 
 #[panic_handler]
@@ -78,7 +95,7 @@ pub struct OpenFile(fs::Descriptor);
 
 impl OpenFile {
     pub(crate) fn size(&self) -> Result<u64, &'static str> {
-        self.0.stat().map(|stat| stat.size).map_err(error_name)
+        files::size(&self.0).ok_or("it is not a regular file")
     }
 
     pub(crate) fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, &'static str> {
