@@ -1,0 +1,1 @@
+//! Every format against its reference implementation.

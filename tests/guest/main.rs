@@ -1,0 +1,1 @@
+//! A stock Linux kernel under `blockhouse run`.

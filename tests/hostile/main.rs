@@ -1,0 +1,1 @@
+//! Attacks: images, components and guests that try to get out.
