@@ -1,1 +1,42 @@
-//! Placeholder.
+//! The virtio-blk device: it reads requests off a virtqueue and asks a disk to answer them.
+//!
+//! ```text
+//!  transport (virtio-mmio in blockhouse-vmm, vhost-user later)
+//!      │ features, config space          │ a notified queue
+//!      ▼                                 ▼
+//!  ┌─ device ───────────┐        ┌─ queue ──────────────┐   one per virtqueue,
+//!  │ BlockDevice        │◀───────│ BlockQueue           │   owned by one worker
+//!  │ offers, serial,    │        │ pop ▸ parse ▸ execute│
+//!  │ config space, log  │        │ ▸ used ring ▸ signal │
+//!  └─────────┬──────────┘        └──────────┬───────────┘
+//!            │                              │ request: header copied,
+//!            ▼                              ▼ data as slices of guest memory
+//!      BlockBackend::{read, write, flush}  (blockhouse-block; the disk)
+//! ```
+//!
+//! The crate knows neither a transport nor KVM nor WebAssembly. A transport shows the guest what
+//! [`BlockDevice::features`] and [`BlockDevice::read_config`] say, sets up a
+//! [`Queue`](virtio_queue::Queue) from what the guest writes, wraps it in a [`BlockQueue`], and
+//! calls [`BlockQueue::process`] when the guest notifies. Everything else is here.
+//!
+//! # What the guest may do
+//! Everything in guest memory is hostile and may change while it is read. So the header of a request
+//! is copied once and then judged; descriptors are read once each; a chain has a maximum length; data
+//! is never copied but handed to the disk as volatile slices that were checked to lie in guest
+//! memory. A request that makes no sense costs its sender an error status and nobody anything else;
+//! a ring that makes no sense stops that device until the guest resets it ([`QueueError`]).
+//!
+//! Section numbers in this crate are those of the virtio specification, version 1.3.
+
+mod device;
+mod execute;
+mod queue;
+mod report;
+mod request;
+
+#[cfg(test)]
+mod driver;
+
+pub use device::{BlockDevice, BlockDeviceOptions, DEVICE_ID, MAX_QUEUES, QUEUE_SIZE, SERIAL_LEN};
+pub use queue::{BlockQueue, Progress, QueueError};
+pub use request::{MAX_DESCRIPTORS, Malformed};

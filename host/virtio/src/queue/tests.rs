@@ -1,0 +1,470 @@
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+use std::sync::atomic::Ordering;
+
+use blockhouse_block::ErrorKind;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+};
+
+use super::*;
+use crate::device::BlockDeviceOptions;
+use crate::driver::{
+    DATA, Desc, Driver, END, HEADER, INDIRECT, MemoryDisk, NEXT, REGION_2, SIZE, STATUS, WRITE, readable, writable,
+};
+use crate::request::{MAX_DESCRIPTORS, Malformed};
+
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+/// What [`Driver::header`] leaves in the status byte.
+const UNTOUCHED: u8 = 0xee;
+
+const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
+const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+
+/// A disk of 64 sectors, its device, one queue, and the driver on the other side.
+struct Rig {
+    disk: Arc<MemoryDisk>,
+    device: Arc<BlockDevice>,
+    queue: BlockQueue,
+    driver: Driver,
+    interrupts: usize,
+}
+
+impl Rig {
+    fn new() -> Self {
+        Self::with(MemoryDisk::new(64 * 512), FLUSH)
+    }
+
+    fn with(disk: MemoryDisk, features: u64) -> Self {
+        let disk = Arc::new(disk);
+        let options = BlockDeviceOptions { serial: "golden".into(), queues: 1 };
+        let device = Arc::new(BlockDevice::new(disk.clone(), &options));
+        let driver = Driver::new();
+        let queue = BlockQueue::new(device.clone(), 0, driver.queue(), features);
+        Self { disk, device, queue, driver, interrupts: 0 }
+    }
+
+    fn process_some(&mut self, budget: u16) -> Result<Progress, QueueError> {
+        self.queue.process(self.driver.memory.as_ref(), budget, || self.interrupts += 1)
+    }
+
+    fn process(&mut self) {
+        assert_eq!(self.process_some(100).unwrap(), Progress::Drained);
+    }
+
+    /// Submits one chain and returns the length in the used ring.
+    fn run(&mut self, chain: &[Desc]) -> u32 {
+        self.driver.submit(chain);
+        self.finish()
+    }
+
+    /// Serves what is available, which must be one chain with head 0.
+    fn finish(&mut self) -> u32 {
+        self.process();
+        let (head, len) = self.driver.used().expect("the chain must come back");
+        assert_eq!(head, 0);
+        assert_eq!(self.driver.used(), None, "and come back once");
+        len
+    }
+
+    fn malformed(&self, reason: Malformed) -> u64 {
+        self.device.report().count(Fault::Malformed(reason))
+    }
+}
+
+#[test]
+fn reads_into_several_buffers_in_order() {
+    let mut rig = Rig::new();
+    rig.driver.header(VIRTIO_BLK_T_IN, 3);
+    let len = rig.run(&[readable(HEADER, 16), writable(DATA + 4096, 512), writable(DATA, 1024), writable(STATUS, 1)]);
+    assert_eq!(len, 1537);
+    assert_eq!(rig.driver.status(), OK);
+    assert_eq!(rig.driver.get(DATA + 4096, 512), rig.disk.content(3 * 512, 512));
+    assert_eq!(rig.driver.get(DATA, 1024), rig.disk.content(4 * 512, 1024));
+    assert_eq!(rig.disk.reads.load(Ordering::Relaxed), 1, "one request is one call");
+    assert_eq!(rig.interrupts, 1);
+}
+
+#[test]
+fn buffers_may_be_cut_anywhere() {
+    let mut rig = Rig::new();
+    rig.driver.header(VIRTIO_BLK_T_IN, 1);
+    // The header in four parts, one of them empty; data of odd lengths; the status after data in
+    // one descriptor.
+    let len = rig.run(&[
+        readable(HEADER, 3),
+        readable(HEADER + 3, 6),
+        readable(DATA, 0),
+        readable(HEADER + 9, 7),
+        writable(DATA, 100),
+        writable(DATA + 100, 413),
+    ]);
+    assert_eq!(len, 513);
+    assert_eq!(rig.driver.get(DATA, 512), rig.disk.content(512, 512));
+    assert_eq!(rig.driver.get(DATA + 512, 1), [OK]);
+}
+
+#[test]
+fn a_buffer_may_span_memory_regions() {
+    let mut rig = Rig::new();
+    rig.driver.header(VIRTIO_BLK_T_IN, 0);
+    rig.run(&[readable(HEADER, 16), writable(REGION_2 - 700, 1024), writable(STATUS, 1)]);
+    assert_eq!(rig.driver.status(), OK);
+    assert_eq!(rig.driver.get(REGION_2 - 700, 1024), rig.disk.content(0, 1024));
+}
+
+#[test]
+fn writes_what_the_guest_sent_even_right_after_the_header() {
+    let mut rig = Rig::new();
+    rig.driver.header(VIRTIO_BLK_T_OUT, 2);
+    let data: Vec<u8> = (0..1024_u32).map(|i| (i * 31).to_le_bytes()[0]).collect();
+    rig.driver.put(HEADER + 16, &data);
+    let len = rig.run(&[readable(HEADER, 16 + 300), readable(HEADER + 316, 724), writable(STATUS, 1)]);
+    assert_eq!((rig.driver.status(), len), (OK, 1));
+    assert_eq!(rig.disk.content(2 * 512, 1024), data);
+    assert_eq!(rig.disk.flushes.load(Ordering::Relaxed), 0, "the driver flushes when it wants to");
+}
+
+#[test]
+fn without_flush_every_write_is_durable() {
+    let mut rig = Rig::with(MemoryDisk::new(64 * 512), 0);
+    rig.driver.header(VIRTIO_BLK_T_OUT, 0);
+    rig.run(&[readable(HEADER, 16), readable(DATA, 512), writable(STATUS, 1)]);
+    assert_eq!(rig.driver.status(), OK);
+    assert_eq!(rig.disk.flushes.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn flush_reaches_the_disk() {
+    let mut rig = Rig::new();
+    rig.driver.header(VIRTIO_BLK_T_FLUSH, 0);
+    assert_eq!(rig.run(&[readable(HEADER, 16), writable(STATUS, 1)]), 1);
+    assert_eq!(rig.driver.status(), OK);
+    assert_eq!(rig.disk.flushes.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn get_id_returns_the_serial_padded_and_never_more_than_there_is_room_for() {
+    let mut rig = Rig::new();
+    rig.driver.put(DATA, &[0xff; 64]);
+    rig.driver.header(VIRTIO_BLK_T_GET_ID, 0);
+    assert_eq!(rig.run(&[readable(HEADER, 16), writable(DATA, 20), writable(STATUS, 1)]), 21);
+    assert_eq!(rig.driver.get(DATA, 21), *b"golden\0\0\0\0\0\0\0\0\0\0\0\0\0\0\xff");
+
+    rig.driver.put(DATA, &[0xff; 64]);
+    rig.driver.header(VIRTIO_BLK_T_GET_ID, 0);
+    assert_eq!(rig.run(&[readable(HEADER, 16), writable(DATA, 4), writable(STATUS, 1)]), 5);
+    assert_eq!(rig.driver.get(DATA, 5), *b"gold\xff");
+
+    rig.driver.header(VIRTIO_BLK_T_GET_ID, 0);
+    let len = rig.run(&[readable(HEADER, 16), writable(DATA + 32, 2), writable(DATA, 30), writable(STATUS, 1)]);
+    assert_eq!(len, 20, "the status lies behind a gap, so it is not counted");
+    assert_eq!(rig.driver.status(), OK);
+    assert_eq!(rig.driver.get(DATA + 32, 2), *b"go");
+    assert_eq!(rig.driver.get(DATA, 4), *b"lden");
+}
+
+#[test]
+fn other_types_are_unsupported() {
+    let mut rig = Rig::new();
+    for kind in [VIRTIO_BLK_T_DISCARD, 2, 0x1234_5678, u32::MAX] {
+        rig.driver.header(kind, 0);
+        rig.run(&[readable(HEADER, 16), writable(DATA, 512), writable(STATUS, 1)]);
+        assert_eq!(rig.driver.status(), UNSUPP, "type {kind}");
+    }
+}
+
+#[test]
+fn a_read_only_disk_is_not_written() {
+    let mut rig = Rig::with(MemoryDisk::read_only(64 * 512), FLUSH);
+    let before = rig.disk.content(0, 512);
+    rig.driver.header(VIRTIO_BLK_T_OUT, 0);
+    rig.run(&[readable(HEADER, 16), readable(DATA, 512), writable(STATUS, 1)]);
+    assert_eq!(rig.driver.status(), IOERR);
+    assert_eq!(rig.disk.content(0, 512), before);
+}
+
+#[test]
+fn ranges_outside_of_the_disk_are_errors_however_they_wrap() {
+    let cases = [
+        (64, 512),
+        (63, 1024),
+        (u64::MAX, 512),
+        (u64::MAX / 512, 512),
+        (u64::MAX / 512 + 1, 512),
+        (1 << 55, 512),
+        (0, 511),
+        (0, 513),
+        (64, 1),
+    ];
+    for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT] {
+        for (sector, len) in cases {
+            let mut rig = Rig::new();
+            rig.driver.header(kind, sector);
+            let data = if kind == VIRTIO_BLK_T_IN { writable(DATA, len) } else { readable(DATA, len) };
+            rig.run(&[readable(HEADER, 16), data, writable(STATUS, 1)]);
+            assert_eq!(rig.driver.status(), IOERR, "type {kind}, sector {sector}, {len} bytes");
+            assert_eq!(rig.disk.reads.load(Ordering::Relaxed), 0);
+        }
+    }
+}
+
+#[test]
+fn a_request_without_data_does_nothing() {
+    let mut rig = Rig::new();
+    rig.driver.header(VIRTIO_BLK_T_IN, 64);
+    assert_eq!(rig.run(&[readable(HEADER, 16), writable(STATUS, 1)]), 1);
+    assert_eq!(rig.driver.status(), OK, "no byte past the end was asked for");
+    rig.driver.header(VIRTIO_BLK_T_IN, 65);
+    rig.run(&[readable(HEADER, 16), writable(STATUS, 1)]);
+    assert_eq!(rig.driver.status(), IOERR);
+    assert_eq!(rig.disk.reads.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn a_failing_disk_is_an_io_error_and_the_next_request_works() {
+    let mut rig = Rig::new();
+    let chain = [readable(HEADER, 16), writable(DATA, 512), writable(STATUS, 1)];
+    for kind in [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_FLUSH] {
+        rig.disk.broken.store(true, Ordering::Relaxed);
+        rig.driver.header(kind, 0);
+        assert_eq!(rig.run(&chain), 0, "nothing is known to be written");
+        assert_eq!(rig.driver.status(), IOERR);
+        rig.disk.broken.store(false, Ordering::Relaxed);
+        rig.driver.header(kind, 0);
+        rig.run(&chain);
+        assert_eq!(rig.driver.status(), OK);
+    }
+    assert_eq!(rig.device.report().count(Fault::Backend(ErrorKind::Storage)), 2);
+}
+
+#[test]
+fn a_loop_of_descriptors_ends() {
+    let mut rig = Rig::new();
+    rig.driver.header(VIRTIO_BLK_T_IN, 0);
+    for flags in [NEXT, NEXT | WRITE] {
+        rig.driver.raw(&[
+            Desc { addr: HEADER, len: 16, flags: NEXT, next: 1 },
+            Desc { addr: STATUS, len: 1, flags, next: 0 },
+        ]);
+        rig.driver.offer(0);
+        assert_eq!(rig.finish(), 0);
+    }
+    assert_eq!(rig.driver.status(), UNTOUCHED);
+    assert_eq!(rig.malformed(Malformed::Unending), 2);
+}
+
+#[test]
+fn an_index_past_the_table_ends_the_chain() {
+    let mut rig = Rig::new();
+    rig.driver.header(VIRTIO_BLK_T_IN, 0);
+    for next in [SIZE, u16::MAX] {
+        rig.driver.raw(&[
+            Desc { addr: HEADER, len: 16, flags: NEXT, next: 1 },
+            Desc { addr: STATUS, len: 1, flags: NEXT | WRITE, next },
+        ]);
+        rig.driver.offer(0);
+        assert_eq!(rig.finish(), 0);
+    }
+    assert_eq!(rig.malformed(Malformed::Unending), 2);
+}
+
+#[test]
+fn an_indirect_table_works_up_to_the_limit_and_not_beyond() {
+    let table = DATA + 0x10000;
+    for (extra, status) in [(0, OK), (1, UNTOUCHED)] {
+        let mut rig = Rig::new();
+        rig.driver.header(VIRTIO_BLK_T_IN, 0);
+        let segments = MAX_DESCRIPTORS - 2 + extra;
+        let mut chain = vec![readable(HEADER, 16)];
+        // 2 bytes each and the rest of one sector in the last.
+        chain.extend((0..segments - 1).map(|i| writable(DATA + 2 * u64::from(i), 2)));
+        chain.push(writable(DATA + 2 * u64::from(segments - 1), 1024 - 2 * (u32::from(segments) - 1)));
+        chain.push(writable(STATUS, 1));
+        rig.driver.chain_in(table, 0, &chain);
+        let len = u32::try_from(chain.len() * 16).unwrap();
+        rig.driver.raw(&[Desc { addr: table, len, flags: INDIRECT, next: 0 }]);
+        rig.driver.offer(0);
+        rig.finish();
+        assert_eq!(rig.driver.status(), status);
+        if extra == 0 {
+            assert_eq!(rig.driver.get(DATA, 1024), rig.disk.content(0, 1024));
+        }
+        assert_eq!(rig.malformed(Malformed::TooLong), u64::from(extra));
+    }
+}
+
+#[test]
+fn bad_indirect_tables_are_refused() {
+    let table = DATA + 0x10000;
+    let inner = DATA + 0x20000;
+    let cases = [
+        ("inside another", table, 32),
+        ("of no whole number of descriptors", table, 33),
+        ("empty", table, 0),
+        ("outside of memory", END, 32),
+        ("at the top of the address space", u64::MAX - 8, 32),
+        ("of a million descriptors", table, 16 << 20),
+    ];
+    for (what, addr, len) in cases {
+        let mut rig = Rig::new();
+        rig.driver.header(VIRTIO_BLK_T_IN, 0);
+        rig.driver.chain_in(inner, 0, &[writable(DATA, 512), writable(STATUS, 1)]);
+        rig.driver.table(
+            table,
+            0,
+            &[
+                Desc { addr: HEADER, len: 16, flags: NEXT, next: 1 },
+                Desc { addr: inner, len: 32, flags: INDIRECT, next: 0 },
+            ],
+        );
+        rig.driver.raw(&[Desc { addr, len, flags: INDIRECT, next: 0 }]);
+        rig.driver.offer(0);
+        assert_eq!(rig.finish(), 0, "{what}");
+        assert_eq!(rig.driver.status(), UNTOUCHED, "{what}");
+        assert_eq!(rig.malformed(Malformed::Unending), 1, "{what}");
+    }
+}
+
+#[test]
+fn more_than_4_gib_in_one_chain_is_refused() {
+    let mut rig = Rig::new();
+    rig.driver.header(VIRTIO_BLK_T_IN, 0);
+    let huge = writable(DATA, u32::MAX);
+    assert_eq!(rig.run(&[readable(HEADER, 16), huge, huge, writable(STATUS, 1)]), 0);
+    assert_eq!(rig.malformed(Malformed::Unending), 1);
+}
+
+#[test]
+fn addresses_outside_of_memory_are_an_io_error_if_the_status_is_inside() {
+    for (addr, len) in [(END, 512), (END - 511, 512), (u64::MAX - 511, 512), (u64::MAX, 512), (DATA, 0xf000_0000)] {
+        let mut rig = Rig::new();
+        rig.driver.header(VIRTIO_BLK_T_IN, 0);
+        rig.run(&[readable(HEADER, 16), writable(addr, len), writable(STATUS, 1)]);
+        assert_eq!(rig.driver.status(), IOERR, "{len} bytes at {addr:#x}");
+        assert_eq!(rig.malformed(Malformed::OutsideMemory), 1);
+        assert_eq!(rig.disk.reads.load(Ordering::Relaxed), 0);
+
+        rig.driver.header(VIRTIO_BLK_T_IN, 0);
+        rig.run(&[readable(addr, len), writable(DATA, 512), writable(STATUS, 1)]);
+        assert_eq!(rig.driver.status(), IOERR, "header of {len} bytes at {addr:#x}");
+    }
+}
+
+#[test]
+fn a_status_outside_of_memory_is_not_written_anywhere_else() {
+    let mut rig = Rig::new();
+    rig.driver.header(VIRTIO_BLK_T_IN, 0);
+    rig.driver.put(DATA, &[0xff; 512]);
+    assert_eq!(rig.run(&[readable(HEADER, 16), writable(DATA, 512), writable(END, 1)]), 0);
+    assert_eq!(rig.driver.get(DATA, 512), [0xff; 512], "the last byte of data is no status");
+}
+
+#[test]
+fn header_and_status_must_be_there() {
+    let mut rig = Rig::new();
+    rig.driver.header(VIRTIO_BLK_T_IN, 0);
+    rig.run(&[readable(HEADER, 15), writable(DATA, 512), writable(STATUS, 1)]);
+    assert_eq!(rig.driver.status(), IOERR);
+    rig.run(&[writable(STATUS, 1)]);
+    assert_eq!(rig.malformed(Malformed::NoHeader), 2);
+
+    assert_eq!(rig.run(&[readable(HEADER, 16)]), 0);
+    assert_eq!(rig.run(&[readable(HEADER, 16), writable(STATUS, 0)]), 0);
+    assert_eq!(rig.malformed(Malformed::NoStatus), 2);
+}
+
+#[test]
+fn readable_after_writable_is_refused() {
+    let mut rig = Rig::new();
+    rig.driver.header(VIRTIO_BLK_T_OUT, 0);
+    let before = rig.disk.content(0, 512);
+    rig.run(&[writable(STATUS, 1), readable(HEADER, 16), readable(DATA, 512)]);
+    assert_eq!(rig.driver.status(), IOERR);
+    assert_eq!(rig.disk.content(0, 512), before);
+    assert_eq!(rig.malformed(Malformed::Order), 1);
+}
+
+#[test]
+fn a_head_outside_of_the_table_breaks_the_queue() {
+    let mut rig = Rig::new();
+    rig.driver.offer(SIZE);
+    let error = rig.process_some(100).unwrap_err();
+    assert!(error.to_string().contains("virtqueue 0"), "{error}");
+}
+
+#[test]
+fn an_available_index_that_jumps_breaks_the_queue() {
+    let mut rig = Rig::new();
+    rig.driver.set_avail_idx(SIZE + 1);
+    rig.process_some(100).unwrap_err();
+}
+
+#[test]
+fn one_call_does_a_bounded_amount_of_work() {
+    let mut rig = Rig::new();
+    rig.driver.header(VIRTIO_BLK_T_FLUSH, 0);
+    rig.driver.submit(&[readable(HEADER, 16), writable(STATUS, 1)]);
+    for _ in 1..SIZE {
+        rig.driver.offer(0);
+    }
+    assert_eq!(rig.process_some(10).unwrap(), Progress::More);
+    assert_eq!(rig.disk.flushes.load(Ordering::Relaxed), 10);
+    assert_eq!(rig.process_some(10).unwrap(), Progress::Drained);
+    assert_eq!(rig.disk.flushes.load(Ordering::Relaxed), usize::from(SIZE));
+}
+
+#[test]
+fn without_event_idx_flags_rule_in_both_directions() {
+    let mut rig = Rig::new();
+    rig.driver.header(VIRTIO_BLK_T_FLUSH, 0);
+    let chain = [readable(HEADER, 16), writable(STATUS, 1)];
+    rig.driver.set_avail_flags(1);
+    rig.run(&chain);
+    assert_eq!(rig.interrupts, 0, "the driver polls");
+    rig.driver.set_avail_flags(0);
+    rig.run(&chain);
+    assert_eq!(rig.interrupts, 1);
+    assert_eq!(rig.driver.used_flags(), 0, "drained: the device wants notifications");
+    rig.driver.submit(&chain);
+    assert_eq!(rig.process_some(1).unwrap(), Progress::More);
+    assert_eq!(rig.driver.used_flags(), 1, "still busy: the device wants none");
+}
+
+#[test]
+fn with_event_idx_the_driver_chooses_when_it_is_interrupted() {
+    let mut rig = Rig::with(MemoryDisk::new(512), FLUSH | EVENT_IDX);
+    rig.driver.header(VIRTIO_BLK_T_FLUSH, 0);
+    let chain = [readable(HEADER, 16), writable(STATUS, 1)];
+    // The flag means nothing with EVENT_IDX (section 2.7.7.1).
+    rig.driver.set_avail_flags(1);
+
+    rig.driver.set_used_event(2);
+    rig.run(&chain);
+    rig.run(&chain);
+    assert_eq!(rig.interrupts, 0, "entries 0 and 1 are not the one asked for");
+    rig.run(&chain);
+    assert_eq!(rig.interrupts, 1, "entry 2 is");
+    rig.run(&chain);
+    assert_eq!(rig.interrupts, 1, "and only that one");
+    assert_eq!(rig.driver.avail_event(), 4, "the next request is to be notified");
+}
+
+#[test]
+fn event_idx_survives_the_wrap_of_its_indices() {
+    let mut rig = Rig::with(MemoryDisk::new(512), FLUSH | EVENT_IDX);
+    rig.driver.header(VIRTIO_BLK_T_FLUSH, 0);
+    let chain = [readable(HEADER, 16), writable(STATUS, 1)];
+    rig.driver.set_used_event(2);
+    for _ in 0..=u16::MAX {
+        rig.run(&chain);
+    }
+    assert_eq!(rig.interrupts, 1);
+    assert_eq!(rig.driver.avail_event(), 0);
+    for _ in 0..3 {
+        rig.run(&chain);
+    }
+    assert_eq!(rig.interrupts, 2);
+}

@@ -1,0 +1,211 @@
+//! From a descriptor chain to a request: the one place that interprets what a guest put in memory.
+//!
+//! ```text
+//!  device-readable bytes           device-writable bytes
+//!  ┌────────────────┬──────────┐  ┌──────────┬────────┐
+//!  │ type  – sector │ data     │  │ data     │ status │
+//!  │ 4     4   8    │ (OUT)    │  │ (IN, ID) │ 1      │
+//!  └────────────────┴──────────┘  └──────────┴────────┘
+//! ```
+//! How these bytes are cut into descriptors is the driver's choice (section 2.7.4), so the header may
+//! be split, and the status may share a descriptor with data.
+
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
+use virtio_queue::DescriptorChain;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Bytes, GuestMemory, Permissions, VolatileSlice};
+
+/// The most descriptors that one request may have, whether in the queue's table or an indirect one.
+pub const MAX_DESCRIPTORS: u16 = 256;
+
+/// Bytes of `type`, `reserved` and `sector`.
+const HEADER_LEN: usize = 16;
+
+/// Why a descriptor chain is not a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[non_exhaustive]
+pub enum Malformed {
+    /// The chain does not end: a loop, an index past the table, an indirect table that cannot be
+    /// read or lies inside another, or more than 4 GiB in all.
+    #[error("the descriptor chain does not end (loop, bad index or bad indirect table)")]
+    Unending,
+    /// The chain has more than [`MAX_DESCRIPTORS`] descriptors.
+    #[error("the request has more than {MAX_DESCRIPTORS} descriptors")]
+    TooLong,
+    /// A device-readable descriptor comes after a device-writable one (section 2.7.4.2).
+    #[error("a readable descriptor follows a writable one")]
+    Order,
+    /// A descriptor names memory that the guest does not have.
+    #[error("a descriptor lies outside of guest memory")]
+    OutsideMemory,
+    /// There are fewer device-readable bytes than a header has.
+    #[error("the request has no complete header")]
+    NoHeader,
+    /// There is no device-writable byte for the status.
+    #[error("the request has no status byte")]
+    NoStatus,
+}
+
+/// What a request asks for (section 5.2.6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operation {
+    /// Read from this sector on into the device-writable data.
+    In { sector: u64 },
+    /// Write the device-readable data from this sector on.
+    Out { sector: u64 },
+    /// Make what was written durable.
+    Flush,
+    /// Write the serial into the device-writable data.
+    GetId,
+    /// A type that this device does not know.
+    Unknown(u32),
+}
+
+/// A request whose header was copied and whose buffers were checked to lie in guest memory.
+pub(crate) struct Request<'m> {
+    pub(crate) operation: Operation,
+    /// Device-readable data after the header.
+    pub(crate) readable: Vec<VolatileSlice<'m>>,
+    /// Device-writable data before the status.
+    pub(crate) writable: Vec<VolatileSlice<'m>>,
+    /// The one byte for the status.
+    pub(crate) status: VolatileSlice<'m>,
+}
+
+/// A chain that is not a request. If its status byte could be found, the driver can be told.
+pub(crate) struct Rejected<'m> {
+    pub(crate) reason: Malformed,
+    pub(crate) status: Option<VolatileSlice<'m>>,
+}
+
+impl<'m> Request<'m> {
+    /// Reads `chain`. Each descriptor and each byte of the header is read once, so a guest that
+    /// changes them meanwhile changes nothing.
+    pub(crate) fn parse<M>(chain: DescriptorChain<&'m M>, memory: &'m M) -> Result<Self, Rejected<'m>>
+    where
+        M: GuestMemory<Bitmap = ()>,
+    {
+        let mut parts = Parts::default();
+        let mut unfinished = true;
+        for (i, descriptor) in chain.enumerate() {
+            if i >= usize::from(MAX_DESCRIPTORS) {
+                return Err(Rejected { reason: Malformed::TooLong, status: None });
+            }
+            unfinished = descriptor.has_next();
+            parts.add(descriptor, memory);
+        }
+        if unfinished {
+            // What was seen last may not be the end of the request, so there is no status either.
+            return Err(Rejected { reason: Malformed::Unending, status: None });
+        }
+        parts.finish()
+    }
+}
+
+/// The buffers of a chain as they are collected.
+#[derive(Default)]
+struct Parts<'m> {
+    readable: Vec<VolatileSlice<'m>>,
+    writable: Vec<VolatileSlice<'m>>,
+    /// The first thing that was wrong. Collecting goes on, to find the status byte.
+    fault: Option<Malformed>,
+    /// Whether the writable bytes collected so far end where the chain's end so far.
+    status_reachable: bool,
+}
+
+impl<'m> Parts<'m> {
+    fn add<M>(&mut self, descriptor: Descriptor, memory: &'m M)
+    where
+        M: GuestMemory<Bitmap = ()>,
+    {
+        let (list, access) = if descriptor.is_write_only() {
+            (&mut self.writable, Permissions::Write)
+        } else {
+            if !self.writable.is_empty() {
+                self.fault.get_or_insert(Malformed::Order);
+            }
+            (&mut self.readable, Permissions::Read)
+        };
+        let Ok(len) = usize::try_from(descriptor.len()) else {
+            self.fault.get_or_insert(Malformed::OutsideMemory);
+            return;
+        };
+        // An empty buffer means nothing, wherever it points.
+        if len == 0 {
+            return;
+        }
+        // A buffer may span memory regions; then it becomes several slices.
+        let before = list.len();
+        let slices = memory.get_slices(descriptor.addr(), len, access);
+        let inside =
+            slices.is_ok_and(|slices| slices.into_iter().all(|slice| slice.map(|slice| list.push(slice)).is_ok()));
+        if !inside {
+            list.truncate(before);
+            self.fault.get_or_insert(Malformed::OutsideMemory);
+        }
+        if descriptor.is_write_only() {
+            self.status_reachable = inside;
+        }
+    }
+
+    fn finish(mut self) -> Result<Request<'m>, Rejected<'m>> {
+        let status = if self.status_reachable { split_last_byte(&mut self.writable) } else { None };
+        let reject = |reason| Rejected { reason, status };
+        if let Some(reason) = self.fault {
+            return Err(reject(reason));
+        }
+        let Some(header) = split_header(&mut self.readable) else {
+            return Err(reject(Malformed::NoHeader));
+        };
+        let Some(status) = status else {
+            return Err(reject(Malformed::NoStatus));
+        };
+        let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
+        let sector = u64::from_le_bytes(sector);
+        let operation = match u32::from_le_bytes([t0, t1, t2, t3]) {
+            VIRTIO_BLK_T_IN => Operation::In { sector },
+            VIRTIO_BLK_T_OUT => Operation::Out { sector },
+            VIRTIO_BLK_T_FLUSH => Operation::Flush,
+            VIRTIO_BLK_T_GET_ID => Operation::GetId,
+            other => Operation::Unknown(other),
+        };
+        Ok(Request { operation, readable: self.readable, writable: self.writable, status })
+    }
+}
+
+/// Copies the header out of the front of `slices` and leaves what follows it.
+fn split_header(slices: &mut Vec<VolatileSlice<'_>>) -> Option<[u8; HEADER_LEN]> {
+    let mut header = [0; HEADER_LEN];
+    let mut missing = header.as_mut_slice();
+    let mut used_up = 0;
+    for slice in slices.iter_mut() {
+        let count = slice.len().min(missing.len());
+        let (now, later) = missing.split_at_mut(count);
+        slice.read_slice(now, 0).ok()?;
+        missing = later;
+        *slice = slice.offset(count).ok()?;
+        if !slice.is_empty() {
+            break;
+        }
+        used_up += 1;
+        if missing.is_empty() {
+            break;
+        }
+    }
+    if !missing.is_empty() {
+        return None;
+    }
+    slices.drain(..used_up);
+    Some(header)
+}
+
+/// Takes the last byte off the end of `slices`, none of which is empty.
+fn split_last_byte<'m>(slices: &mut Vec<VolatileSlice<'m>>) -> Option<VolatileSlice<'m>> {
+    let last = slices.pop()?;
+    let data = last.len().checked_sub(1)?;
+    let status = last.offset(data).ok()?;
+    if data > 0 {
+        slices.push(last.subslice(0, data).ok()?);
+    }
+    Some(status)
+}
