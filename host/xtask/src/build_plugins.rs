@@ -23,6 +23,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use serde_json::Value;
 
+use crate::packages;
 use crate::tools::{self, Workspace};
 
 const TARGET: &str = "wasm32-wasip2";
@@ -95,9 +96,7 @@ impl Toolchain {
                 let Err(rustup) = Self::rustup() else {
                     return Self::rustup();
                 };
-                tools::say(format!(
-                    "{TARGET} is not to be had through rustup: {rustup:#}"
-                ));
+                tools::say(format!("{TARGET} is not to be had through rustup: {rustup:#}"));
                 Self::debian().context(WITHOUT_EITHER)
             }
         }
@@ -116,44 +115,23 @@ impl Toolchain {
             match tools::within(RUSTUP_LIMIT, &mut add)? {
                 Some(status) if status.success() && has_target(&rustc)? => {}
                 Some(status) => bail!("`{}` ended with {status}", tools::line(&add)),
-                None => bail!(
-                    "`{}` did not end within {} s and was stopped",
-                    tools::line(&add),
-                    RUSTUP_LIMIT.as_secs()
-                ),
+                None => {
+                    bail!("`{}` did not end within {} s and was stopped", tools::line(&add), RUSTUP_LIMIT.as_secs())
+                }
             }
         }
         let remap = library_sources(&rustc)?;
-        Ok(Self {
-            rustc,
-            path: None,
-            build_std: false,
-            remap,
-        })
+        Ok(Self { rustc, path: None, build_std: false, remap })
     }
 
     fn debian() -> Result<Self> {
         let rustc = PathBuf::from("/usr/bin/rustc");
         let sources = |rustc: &Path| {
-            Ok::<_, anyhow::Error>(
-                sysroot(rustc)?
-                    .join("lib/rustlib/src/rust/library/core/Cargo.toml")
-                    .is_file(),
-            )
+            Ok::<_, anyhow::Error>(sysroot(rustc)?.join("lib/rustlib/src/rust/library/core/Cargo.toml").is_file())
         };
         if !(rustc.is_file() && sources(&rustc)?) {
-            ensure!(
-                tools::find("apt-get").is_some() && tools::is_root(),
-                "only root can install {} with apt-get",
-                DEBIAN_PACKAGES.join(" and ")
-            );
-            tools::say(format!("apt-get install {}", DEBIAN_PACKAGES.join(" ")));
-            tools::apt_get_install(&DEBIAN_PACKAGES)?;
-            ensure!(
-                sources(&rustc)?,
-                "{} holds no library sources after the installation",
-                sysroot(&rustc)?.display()
-            );
+            packages::install(&DEBIAN_PACKAGES)?;
+            ensure!(sources(&rustc)?, "{} holds no library sources after the installation", sysroot(&rustc)?.display());
         }
         Ok(Self {
             path: Some(tools::path_with(&component_linker_directory()?)?),
@@ -174,18 +152,11 @@ const WITHOUT_EITHER: &str = "components cannot be built: the compiler has no li
 
 /// Whether the compiler comes with a precompiled `core` for the target.
 fn has_target(rustc: &Path) -> Result<bool> {
-    let library = tools::text(Command::new(rustc).args([
-        "--print",
-        "target-libdir",
-        "--target",
-        TARGET,
-    ]))?;
+    let library = tools::text(Command::new(rustc).args(["--print", "target-libdir", "--target", TARGET]))?;
     let Ok(entries) = std::fs::read_dir(library) else {
         return Ok(false);
     };
-    Ok(entries
-        .flatten()
-        .any(|entry| entry.file_name().to_string_lossy().starts_with("libcore-")))
+    Ok(entries.flatten().any(|entry| entry.file_name().to_string_lossy().starts_with("libcore-")))
 }
 
 fn sysroot(rustc: &Path) -> Result<PathBuf> {
@@ -211,27 +182,17 @@ fn library_sources(rustc: &Path) -> Result<Vec<(PathBuf, String)>> {
 fn component_linker_directory() -> Result<PathBuf> {
     let name = "wasm-component-ld";
     let host = tools::text(Command::new("rustc").arg("-vV"))?;
-    let host = host
-        .lines()
-        .find_map(|line| line.strip_prefix("host: "))
-        .context("`rustc -vV` names no host")?;
+    let host = host.lines().find_map(|line| line.strip_prefix("host: ")).context("`rustc -vV` names no host")?;
     let bundled = sysroot(Path::new("rustc"))?.join(format!("lib/rustlib/{host}/bin"));
     if bundled.join(name).is_file() {
         return Ok(bundled);
     }
     let found = tools::find(name).and_then(|file| file.parent().map(Path::to_owned));
-    found.with_context(|| {
-        format!("no {name}: neither in the toolchain nor on PATH; `cargo install {name}` builds it")
-    })
+    found.with_context(|| format!("no {name}: neither in the toolchain nor on PATH; `cargo install {name}` builds it"))
 }
 
 /// Builds all components of the tree in `root` with its output in `target`.
-fn build(
-    workspace: &Workspace,
-    toolchain: &Toolchain,
-    root: &Path,
-    target: &Path,
-) -> Result<Components> {
+fn build(workspace: &Workspace, toolchain: &Toolchain, root: &Path, target: &Path) -> Result<Components> {
     let names = component_names(workspace)?;
     if names.is_empty() {
         return Ok(Components::new());
@@ -255,9 +216,7 @@ fn build(
         command.env("PATH", path);
     }
     if toolchain.build_std {
-        command
-            .arg("-Zbuild-std=core,alloc,panic_abort")
-            .env("RUSTC_BOOTSTRAP", "1");
+        command.arg("-Zbuild-std=core,alloc,panic_abort").env("RUSTC_BOOTSTRAP", "1");
     }
     let output = command.output().context("cannot start cargo")?;
     ensure!(
@@ -274,8 +233,7 @@ fn build(
         if let Some((package, file)) = artifact(&message)
             && let Some(name) = names.get(&package)
         {
-            let bytes = std::fs::read(&file)
-                .with_context(|| format!("cargo built {file}, but it cannot be read"))?;
+            let bytes = std::fs::read(&file).with_context(|| format!("cargo built {file}, but it cannot be read"))?;
             components.insert(name.clone(), bytes);
         }
     }
@@ -296,18 +254,13 @@ fn component_names(workspace: &Workspace) -> Result<BTreeMap<String, String>> {
         let Some(component) = package.pointer("/metadata/blockhouse/component") else {
             continue;
         };
-        let package = package
-            .get("name")
-            .and_then(Value::as_str)
-            .unwrap_or_default();
+        let package = package.get("name").and_then(Value::as_str).unwrap_or_default();
         let component = component
             .as_str()
             .filter(|name| {
                 !name.is_empty()
                     && name.chars().all(|character| {
-                        character.is_ascii_lowercase()
-                            || character.is_ascii_digit()
-                            || character == '-'
+                        character.is_ascii_lowercase() || character.is_ascii_digit() || character == '-'
                     })
             })
             .with_context(|| {
@@ -316,10 +269,7 @@ fn component_names(workspace: &Workspace) -> Result<BTreeMap<String, String>> {
                      letters, digits and hyphens; it becomes a file name"
                 )
             })?;
-        if let Some(other) = names
-            .iter()
-            .find_map(|(other, name)| (name == component).then_some(other))
-        {
+        if let Some(other) = names.iter().find_map(|(other, name)| (name == component).then_some(other)) {
             bail!("{other} and {package} both say that they are the component {component}");
         }
         names.insert(package.to_owned(), component.to_owned());
@@ -341,10 +291,7 @@ fn artifact(message: &Value) -> Option<(String, String)> {
         None => source.rsplit('/').next()?,
     };
     let files = message.get("filenames")?.as_array()?;
-    let file = files
-        .iter()
-        .filter_map(Value::as_str)
-        .find(|file| file.ends_with(".wasm"))?;
+    let file = files.iter().filter_map(Value::as_str).find(|file| file.ends_with(".wasm"))?;
     Some((package.to_owned(), file.to_owned()))
 }
 
@@ -355,15 +302,15 @@ fn rustflags(toolchain: &Toolchain, root: &Path) -> Result<OsString> {
     let mut flags = vec![OsString::from("-Clink-arg=--wasi-adapter=none")];
     let home = match std::env::var_os("CARGO_HOME") {
         Some(home) => PathBuf::from(home),
-        None => std::env::home_dir()
-            .context("neither CARGO_HOME nor HOME is set")?
-            .join(".cargo"),
+        None => std::env::home_dir().context("neither CARGO_HOME nor HOME is set")?.join(".cargo"),
     };
     // The last match wins, so the more special prefixes come after the general ones.
-    let prefixes = [
-        (home, "/cargo".to_owned()),
-        (root.to_owned(), "/blockhouse".to_owned()),
-    ];
+    let mut prefixes = vec![(home.clone(), "/cargo".to_owned())];
+    // Cargo names a registry's directory after the address it is reached by.
+    if let Ok(registries) = std::fs::read_dir(home.join("registry/src")) {
+        prefixes.extend(registries.flatten().map(|entry| (entry.path(), "/crates".to_owned())));
+    }
+    prefixes.push((root.to_owned(), "/blockhouse".to_owned()));
     for (from, to) in prefixes.iter().chain(&toolchain.remap) {
         let mut flag = OsString::from("--remap-path-prefix=");
         flag.push(from);
@@ -386,42 +333,25 @@ fn publish(directory: &Path, components: &Components) -> Result<()> {
     for entry in std::fs::read_dir(directory)?.flatten() {
         let path = entry.path();
         let stale = path.extension().is_some_and(|extension| extension == "wasm")
-            && path
-                .file_stem()
-                .and_then(|stem| stem.to_str())
-                .is_none_or(|stem| !components.contains_key(stem));
+            && path.file_stem().and_then(|stem| stem.to_str()).is_none_or(|stem| !components.contains_key(stem));
         if stale {
-            std::fs::remove_file(&path)
-                .with_context(|| format!("cannot remove the stale {}", path.display()))?;
+            std::fs::remove_file(&path).with_context(|| format!("cannot remove the stale {}", path.display()))?;
         }
     }
     Ok(())
 }
 
 /// Builds again from a copy of the tree in another directory, and compares.
-fn check_reproducible(
-    workspace: &Workspace,
-    toolchain: &Toolchain,
-    first: &Components,
-) -> Result<()> {
-    let elsewhere = tempfile::Builder::new()
-        .prefix("blockhouse-elsewhere-")
-        .tempdir()?;
+fn check_reproducible(workspace: &Workspace, toolchain: &Toolchain, first: &Components) -> Result<()> {
+    let elsewhere = tempfile::Builder::new().prefix("blockhouse-elsewhere-").tempdir()?;
     let copy = elsewhere.path().join("a/longer/path");
     copy_tree(&workspace.root, &copy)?;
     // Dependencies stay between runs; our own packages are rebuilt, since the copy's path is new.
-    let second = build(
-        workspace,
-        toolchain,
-        &copy,
-        &workspace.target.join("reproducible"),
-    )?;
+    let second = build(workspace, toolchain, &copy, &workspace.target.join("reproducible"))?;
     for (name, bytes) in first {
         let other = second.get(name).map(Vec::as_slice).unwrap_or_default();
         if bytes != other {
-            let kept = workspace
-                .target
-                .join(format!("reproducible/{name}.second.wasm"));
+            let kept = workspace.target.join(format!("reproducible/{name}.second.wasm"));
             tools::write_if_changed(&kept, other)?;
             let offset = bytes.iter().zip(other).position(|(a, b)| a != b);
             bail!(
@@ -472,8 +402,7 @@ fn copy_tree(from: &Path, to: &Path) -> Result<()> {
         if let Some(directory) = destination.parent() {
             std::fs::create_dir_all(directory)?;
         }
-        std::fs::copy(&source, &destination)
-            .with_context(|| format!("cannot copy {}", source.display()))?;
+        std::fs::copy(&source, &destination).with_context(|| format!("cannot copy {}", source.display()))?;
     }
     Ok(())
 }

@@ -7,6 +7,8 @@
 //! ```
 
 mod build_plugins;
+mod packages;
+mod prerequisites;
 mod tools;
 
 use anyhow::Result;
@@ -26,6 +28,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Task {
+    Prerequisites(prerequisites::Arguments),
     BuildPlugins(build_plugins::Arguments),
 }
 
@@ -33,6 +36,7 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse();
     let workspace = Workspace::load()?;
     match arguments.task {
+        Task::Prerequisites(arguments) => prerequisites::run(&workspace, &arguments),
         Task::BuildPlugins(arguments) => build_plugins::run(&workspace, &arguments),
     }
 }

@@ -25,8 +25,8 @@ impl Workspace {
     /// Asks cargo. Nothing is resolved, so this works offline.
     pub(crate) fn load() -> Result<Self> {
         // Set by `cargo run`; the tree that this program was built from otherwise.
-        let package = std::env::var_os("CARGO_MANIFEST_DIR")
-            .map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+        let package =
+            std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
         let output = output(
             cargo()
                 .args(["metadata", "--format-version=1", "--no-deps"])
@@ -37,18 +37,12 @@ impl Workspace {
             .context("`cargo metadata` did not print JSON; is `cargo` on the path really cargo?")?;
         let path = |key: &str| -> Result<PathBuf> {
             let text = metadata.get(key).and_then(Value::as_str);
-            Ok(PathBuf::from(text.with_context(|| {
-                format!("`cargo metadata` printed no {key}")
-            })?))
+            Ok(PathBuf::from(text.with_context(|| format!("`cargo metadata` printed no {key}"))?))
         };
         Ok(Self {
             root: path("workspace_root")?,
             target: path("target_directory")?,
-            packages: metadata
-                .get("packages")
-                .and_then(Value::as_array)
-                .cloned()
-                .unwrap_or_default(),
+            packages: metadata.get("packages").and_then(Value::as_array).cloned().unwrap_or_default(),
         })
     }
 }
@@ -78,17 +72,9 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 
 /// Runs to the end and returns what it printed; anything but success is an error that quotes stderr.
 pub(crate) fn output(command: &mut Command) -> Result<Output> {
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| not_started(command))?;
+    let output = command.stdin(Stdio::null()).output().with_context(|| not_started(command))?;
     if !output.status.success() {
-        bail!(
-            "{}: {}\n{}",
-            output.status,
-            line(command),
-            String::from_utf8_lossy(&output.stderr).trim_end()
-        );
+        bail!("{}: {}\n{}", output.status, line(command), String::from_utf8_lossy(&output.stderr).trim_end());
     }
     Ok(output)
 }
@@ -103,11 +89,7 @@ pub(crate) fn text(command: &mut Command) -> Result<String> {
 ///
 /// For programs that may wait for a network for ever.
 pub(crate) fn within(limit: Duration, command: &mut Command) -> Result<Option<ExitStatus>> {
-    let mut child = command
-        .stdin(Stdio::null())
-        .process_group(0)
-        .spawn()
-        .with_context(|| not_started(command))?;
+    let mut child = command.stdin(Stdio::null()).process_group(0).spawn().with_context(|| not_started(command))?;
     let deadline = Instant::now() + limit;
     loop {
         if let Some(status) = child.try_wait()? {
@@ -131,10 +113,11 @@ fn kill_group(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// Whether a program is on the path.
+/// Where a program is: on the path, or where Debian keeps what only root has on the path.
 pub(crate) fn find(program: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
+    let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
+        .chain([PathBuf::from("/usr/sbin"), PathBuf::from("/sbin")])
         .map(|directory| directory.join(program))
         .find(|file| file.is_file())
 }
@@ -161,20 +144,17 @@ fn not_started(command: &Command) -> String {
 pub(crate) fn path_with(first: &Path) -> Result<OsString> {
     let rest = std::env::var_os("PATH").unwrap_or_default();
     let all = std::iter::once(first.to_owned()).chain(std::env::split_paths(&rest));
-    std::env::join_paths(all)
-        .with_context(|| format!("{} cannot be part of PATH", first.display()))
+    std::env::join_paths(all).with_context(|| format!("{} cannot be part of PATH", first.display()))
 }
 
 /// Lower-case hexadecimal sha256.
 pub(crate) fn sha256(bytes: &[u8]) -> String {
     use std::fmt::Write;
-    Sha256::digest(bytes)
-        .iter()
-        .fold(String::with_capacity(64), |mut text, byte| {
-            // Writing to a String cannot fail.
-            let _ = write!(text, "{byte:02x}");
-            text
-        })
+    Sha256::digest(bytes).iter().fold(String::with_capacity(64), |mut text, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 /// Replaces a file in one step, and only if its content changes, so that whoever watches
@@ -209,34 +189,7 @@ pub(crate) fn say(what: impl std::fmt::Display) {
 
 /// ANSI style for a terminal, plain text elsewhere.
 pub(crate) fn style(code: &str, text: &str) -> String {
-    let plain = std::env::var_os("NO_COLOR").is_some_and(|value| value != OsStr::new(""))
-        || !std::io::stderr().is_terminal();
-    if plain {
-        text.to_owned()
-    } else {
-        format!("\x1b[{code}m{text}\x1b[0m")
-    }
-}
-
-/// Installs Debian packages; needs root. The package lists are fetched first if they are missing or stale.
-pub(crate) fn apt_get_install(packages: &[&str]) -> Result<()> {
-    let apt = |arguments: &[&str]| {
-        let mut command = Command::new("apt-get");
-        command
-            .args(["--yes", "--quiet", "-o", "DPkg::Lock::Timeout=300"])
-            .args(arguments)
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .stdin(Stdio::null());
-        command
-    };
-    let mut install = vec!["install", "--no-install-recommends"];
-    install.extend(packages);
-    // Lists that are there mostly do; a second try with fresh ones costs less than always fetching them.
-    if output(&mut apt(&install)).is_ok() {
-        return Ok(());
-    }
-    output(&mut apt(&["update"])).context("the package lists cannot be fetched")?;
-    output(&mut apt(&install))
-        .map(drop)
-        .with_context(|| format!("apt-get cannot install {}", packages.join(" ")))
+    let plain =
+        std::env::var_os("NO_COLOR").is_some_and(|value| value != OsStr::new("")) || !std::io::stderr().is_terminal();
+    if plain { text.to_owned() } else { format!("\x1b[{code}m{text}\x1b[0m") }
 }
