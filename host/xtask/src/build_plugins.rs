@@ -55,9 +55,7 @@ enum Way {
 }
 
 pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
-    let toolchain = Toolchain::prepare(arguments.way)?;
-    let components = build(workspace, &toolchain, &workspace.root, &workspace.target)?;
-    publish(&workspace.target.join("components"), &components)?;
+    let (toolchain, components) = build_and_publish(workspace, arguments.way)?;
     for (name, bytes) in &components {
         println!("{}", describe(name, bytes));
     }
@@ -65,6 +63,18 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
         check_reproducible(workspace, &toolchain, &components)?;
     }
     Ok(())
+}
+
+/// What other tasks start with: all components are in `<target>/components` afterwards.
+pub(crate) fn build_all(workspace: &Workspace) -> Result<()> {
+    build_and_publish(workspace, None).map(drop)
+}
+
+fn build_and_publish(workspace: &Workspace, way: Option<Way>) -> Result<(Toolchain, Components)> {
+    let toolchain = Toolchain::prepare(way)?;
+    let components = build(workspace, &toolchain, &workspace.root, &workspace.target)?;
+    publish(&workspace.target.join("components"), &components)?;
+    Ok((toolchain, components))
 }
 
 /// Components by name, as built.

@@ -7,13 +7,16 @@
 //! ```
 
 mod build_plugins;
+mod demo;
 mod packages;
 mod prerequisites;
 mod tools;
 
+use std::process::ExitCode;
+
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use tools::Workspace;
+use tools::{Workspace, style};
 
 /// Build, show and test Blockhouse.
 ///
@@ -30,13 +33,29 @@ struct Arguments {
 enum Task {
     Prerequisites(prerequisites::Arguments),
     BuildPlugins(build_plugins::Arguments),
+    Demo(demo::Arguments),
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // What happened, then why; a backtrace of this program would help nobody.
+            eprintln!("{} {error}", style("1;31", "error:"));
+            for cause in error.chain().skip(1) {
+                eprintln!("  because: {}", cause.to_string().replace('\n', "\n  "));
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
     let arguments = Arguments::parse();
     let workspace = Workspace::load()?;
     match arguments.task {
         Task::Prerequisites(arguments) => prerequisites::run(&workspace, &arguments),
         Task::BuildPlugins(arguments) => build_plugins::run(&workspace, &arguments),
+        Task::Demo(arguments) => demo::run(&workspace, &arguments),
     }
 }

@@ -1,7 +1,8 @@
 //! What every task needs: the workspace as cargo sees it, and other programs, run with errors worth reading.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{IsTerminal, Write};
+use std::fs::File;
+use std::io::{IsTerminal, Read, Seek, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -101,6 +102,23 @@ pub(crate) fn within(limit: Duration, command: &mut Command) -> Result<Option<Ex
         }
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// Like [`within`], with what the program printed, whether it succeeded or not.
+pub(crate) fn output_within(limit: Duration, command: &mut Command) -> Result<Option<Output>> {
+    // Files, because a pipe that nobody empties would stop the program.
+    let (mut stdout, mut stderr) = (tempfile::tempfile()?, tempfile::tempfile()?);
+    command.stdout(stdout.try_clone()?).stderr(stderr.try_clone()?);
+    let Some(status) = within(limit, command)? else {
+        return Ok(None);
+    };
+    let read = |file: &mut File| -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        file.rewind()?;
+        file.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    Ok(Some(Output { status, stdout: read(&mut stdout)?, stderr: read(&mut stderr)? }))
 }
 
 /// Kills a child that leads a process group of its own, with everything that it started.
