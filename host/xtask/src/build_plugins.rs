@@ -26,7 +26,8 @@ use serde_json::Value;
 use crate::packages;
 use crate::tools::{self, Workspace};
 
-const TARGET: &str = "wasm32-wasip2";
+/// What components are built for.
+pub(crate) const TARGET: &str = "wasm32-wasip2";
 /// Names match the root manifest.
 const PROFILE: &str = "component";
 /// `rustup` waits for ever where the network drops packets.
@@ -68,6 +69,22 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
 /// What other tasks start with: all components are in `<target>/components` afterwards.
 pub(crate) fn build_all(workspace: &Workspace) -> Result<()> {
     build_and_publish(workspace, None).map(drop)
+}
+
+/// Builds all, and once more elsewhere to see that the bytes are the same.
+pub(crate) fn build_and_check(workspace: &Workspace) -> Result<()> {
+    let (toolchain, components) = build_and_publish(workspace, None)?;
+    check_reproducible(workspace, &toolchain, &components)
+}
+
+/// The packages that are components.
+pub(crate) fn packages(workspace: &Workspace) -> Result<Vec<String>> {
+    Ok(component_names(workspace)?.into_keys().collect())
+}
+
+/// Whether the current toolchain comes with the library for [`TARGET`].
+pub(crate) fn target_is_installed() -> Result<bool> {
+    has_target(&rustc())
 }
 
 fn build_and_publish(workspace: &Workspace, way: Option<Way>) -> Result<(Toolchain, Components)> {
@@ -113,7 +130,7 @@ impl Toolchain {
     }
 
     fn rustup() -> Result<Self> {
-        let rustc = PathBuf::from(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
+        let rustc = rustc();
         if !has_target(&rustc)? {
             ensure!(
                 tools::find("rustup").is_some(),
@@ -159,6 +176,11 @@ const WITHOUT_DEBIAN: &str = "components cannot be built with Debian's packages;
 const WITHOUT_EITHER: &str = "components cannot be built: the compiler has no library for wasm32-wasip2. \
     Do one of: `rustup target add wasm32-wasip2` where rustup reaches its server; \
     `apt-get install rustc-web rust-web-src` as root on Debian";
+
+/// The compiler of the current toolchain.
+fn rustc() -> PathBuf {
+    std::env::var_os("RUSTC").map_or_else(|| "rustc".into(), PathBuf::from)
+}
 
 /// Whether the compiler comes with a precompiled `core` for the target.
 fn has_target(rustc: &Path) -> Result<bool> {

@@ -10,13 +10,14 @@ mod build_plugins;
 mod demo;
 mod packages;
 mod prerequisites;
+mod test;
 mod tools;
 
 use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
-use tools::{Workspace, style};
+use tools::Workspace;
 
 /// Build, show and test Blockhouse.
 ///
@@ -34,17 +35,14 @@ enum Task {
     Prerequisites(prerequisites::Arguments),
     BuildPlugins(build_plugins::Arguments),
     Demo(demo::Arguments),
+    Test(test::Arguments),
 }
 
 fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // What happened, then why; a backtrace of this program would help nobody.
-            eprintln!("{} {error}", style("1;31", "error:"));
-            for cause in error.chain().skip(1) {
-                eprintln!("  because: {}", cause.to_string().replace('\n', "\n  "));
-            }
+            tools::print_error(&error);
             ExitCode::FAILURE
         }
     }
@@ -57,5 +55,6 @@ fn run() -> Result<()> {
         Task::Prerequisites(arguments) => prerequisites::run(&workspace, &arguments),
         Task::BuildPlugins(arguments) => build_plugins::run(&workspace, &arguments),
         Task::Demo(arguments) => demo::run(&workspace, &arguments),
+        Task::Test(arguments) => test::run(&workspace, &arguments),
     }
 }

@@ -205,6 +205,14 @@ pub(crate) fn say(what: impl std::fmt::Display) {
     eprintln!("{}", style("1", &what.to_string()));
 }
 
+/// Prints what happened, then why, on stderr; a backtrace of this program would help nobody.
+pub(crate) fn print_error(error: &anyhow::Error) {
+    eprintln!("{} {error}", style("1;31", "error:"));
+    for cause in error.chain().skip(1) {
+        eprintln!("  because: {}", cause.to_string().replace('\n', "\n  "));
+    }
+}
+
 /// ANSI style for a terminal, plain text elsewhere.
 pub(crate) fn style(code: &str, text: &str) -> String {
     let plain =

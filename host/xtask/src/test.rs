@@ -1,0 +1,236 @@
+//! Every check there is, in one command, with one line of totals at its end.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::build_plugins;
+use crate::demo;
+use crate::prerequisites::{self, Purpose};
+use crate::tools::{self, Workspace, style};
+
+/// Run every check: formatting, lints, documentation, licences, components, tests.
+///
+/// All checks run even if one fails. The last line says how many tests passed, failed and
+/// were skipped; a test that cannot run on this machine counts as skipped and says why.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Leave out the tests that boot Linux.
+    #[arg(long)]
+    quick: bool,
+}
+
+pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
+    let purpose = if arguments.quick { Purpose::QuickTest } else { Purpose::Test };
+    let mut steps = Steps::default();
+    let mut totals = Totals::default();
+    let prepared = steps.run("prerequisites", || prerequisites::ensure(workspace, purpose));
+    steps.run("format", || cargo(workspace, &["fmt", "--all", "--check"]));
+    let built = steps.run("components, twice", || build_plugins::build_and_check(workspace));
+    // The host crates embed the components, so without them nothing below compiles.
+    if built {
+        steps.run("clippy", || clippy(workspace));
+        steps.run("clippy, components", || clippy_components(workspace));
+        steps.run("documentation", || documentation(workspace));
+        steps.run("licences, sources", || deny(workspace));
+    }
+    if prepared && built {
+        steps.run("tests", || tests(workspace, arguments.quick, &mut totals));
+    }
+    steps.print();
+    totals.print();
+    // A failed step without a failed test must not end in a line that says "0 failed".
+    println!(
+        "{} passed, {} failed, {} skipped",
+        totals.passed,
+        totals.failed.max(u64::from(!steps.all_passed())),
+        totals.skipped.len()
+    );
+    ensure!(steps.all_passed(), "failed: {}", steps.failed().join(", "));
+    Ok(())
+}
+
+/// What was done, how it ended and how long it took.
+#[derive(Default)]
+struct Steps(Vec<(&'static str, bool, Duration)>);
+
+impl Steps {
+    /// Runs one step; an error is printed at once and does not stop the others.
+    fn run(&mut self, name: &'static str, step: impl FnOnce() -> Result<()>) -> bool {
+        tools::say(format!("── {name}"));
+        let started = Instant::now();
+        let result = step();
+        if let Err(error) = &result {
+            tools::print_error(error);
+        }
+        self.0.push((name, result.is_ok(), started.elapsed()));
+        result.is_ok()
+    }
+
+    fn failed(&self) -> Vec<&'static str> {
+        self.0.iter().filter(|(_, passed, _)| !passed).map(|(name, ..)| *name).collect()
+    }
+
+    fn all_passed(&self) -> bool {
+        self.failed().is_empty()
+    }
+
+    fn print(&self) {
+        println!();
+        for (name, passed, took) in &self.0 {
+            let mark = if *passed { style("32", "✓") } else { style("31", "✗") };
+            println!("{mark} {name:<20} {:>7.1} s", took.as_secs_f64());
+        }
+    }
+}
+
+/// Sums over all test programs.
+#[derive(Default)]
+struct Totals {
+    passed: u64,
+    failed: u64,
+    /// One line for each test that could not run here: name and reason.
+    skipped: Vec<String>,
+}
+
+impl Totals {
+    /// Adds a closing line of libtest's: `test result: ok. 3 passed; 0 failed; 0 ignored; …`.
+    fn add(&mut self, line: &str) {
+        let Some(counts) = line.strip_prefix("test result: ") else {
+            return;
+        };
+        for count in counts.split([';', '.']) {
+            let mut words = count.split_whitespace();
+            let (Some(number), Some(what)) = (words.next(), words.next()) else {
+                continue;
+            };
+            let Ok(number) = number.parse::<u64>() else {
+                continue;
+            };
+            match what {
+                "passed" => self.passed += number,
+                "failed" => self.failed += number,
+                _ => {}
+            }
+        }
+    }
+
+    /// Reads what the tests said about being skipped; libtest counted them as passed.
+    fn add_skips(&mut self, file: &Path) -> Result<()> {
+        let text = std::fs::read_to_string(file)?;
+        self.skipped.extend(text.lines().map(str::to_owned));
+        self.passed = self.passed.saturating_sub(self.skipped.len() as u64);
+        Ok(())
+    }
+
+    fn print(&self) {
+        for line in &self.skipped {
+            println!("{} {line}", style("33", "-"));
+        }
+    }
+}
+
+fn cargo(workspace: &Workspace, arguments: &[&str]) -> Result<()> {
+    tools::run(tools::cargo().current_dir(&workspace.root).args(arguments))
+}
+
+fn clippy(workspace: &Workspace) -> Result<()> {
+    let warnings = ["--", "--deny", "warnings"];
+    cargo(workspace, &[["clippy", "--locked", "--workspace", "--all-targets"].as_slice(), &warnings].concat())
+}
+
+/// Once more for the target of the components: much of their code exists only there.
+fn clippy_components(workspace: &Workspace) -> Result<()> {
+    if !build_plugins::target_is_installed()? {
+        tools::say("left out: the toolchain has no precompiled library for wasm32-wasip2");
+        return Ok(());
+    }
+    let mut command = tools::cargo();
+    command.current_dir(&workspace.root).args(["clippy", "--locked", "--lib", "--target", build_plugins::TARGET]);
+    for package in build_plugins::packages(workspace)? {
+        command.args(["--package", &package]);
+    }
+    tools::run(command.args(["--", "--deny", "warnings"]))
+}
+
+fn documentation(workspace: &Workspace) -> Result<()> {
+    tools::run(
+        tools::cargo()
+            .current_dir(&workspace.root)
+            .args(["doc", "--locked", "--workspace", "--no-deps"])
+            .env("RUSTDOCFLAGS", "--deny warnings"),
+    )
+}
+
+/// `cargo deny` needs its own installation, and for advisories a network, so both are
+/// left to continuous integration where they are missing.
+fn deny(workspace: &Workspace) -> Result<()> {
+    if tools::find("cargo-deny").is_none() {
+        tools::say("left out: no cargo-deny; `cargo install --locked cargo-deny` adds it");
+        return Ok(());
+    }
+    let check = ["deny", "--locked", "--config", ".deny.toml", "check", "--hide-inclusion-graph"];
+    cargo(workspace, &[check.as_slice(), &["bans", "licenses", "sources"]].concat())
+}
+
+fn tests(workspace: &Workspace, quick: bool, totals: &mut Totals) -> Result<()> {
+    let blockhouse = demo::program(workspace)?;
+    let skips = tempfile::NamedTempFile::new()?;
+    let mut command = tools::cargo();
+    command
+        .current_dir(&workspace.root)
+        .args(["test", "--locked", "--workspace", "--no-fail-fast"])
+        .env("BLOCKHOUSE", blockhouse)
+        .env("BLOCKHOUSE_SKIPS", skips.path())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped());
+    if quick {
+        command.env("BLOCKHOUSE_QUICK", "1");
+    }
+    let mut child = command.spawn().context("cannot start cargo")?;
+    let output = child.stdout.take().context("cargo has no output")?;
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        totals.add(&line);
+        // A closed terminal is no reason to stop the tests.
+        let _ = writeln!(std::io::stdout(), "{line}");
+    }
+    let status = child.wait()?;
+    totals.add_skips(skips.path())?;
+    if !status.success() {
+        // A test program that crashed printed no totals.
+        totals.failed = totals.failed.max(1);
+        bail!("{} tests failed ({status})", totals.failed);
+    }
+    ensure!(totals.passed > 0, "no test ran");
+    Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod unit {
+    use super::Totals;
+
+    #[test]
+    fn totals_add_up() {
+        let mut totals = Totals::default();
+        totals.add("running 3 tests");
+        totals.add("test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 1 filtered out; finished in 0.01s");
+        totals
+            .add("test result: FAILED. 10 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.50s");
+        assert_eq!((totals.passed, totals.failed), (13, 2));
+    }
+
+    #[test]
+    fn skipped_tests_are_not_passed() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "skipped: a: no reason\n").unwrap();
+        let mut totals = Totals { passed: 5, ..Totals::default() };
+        totals.add_skips(file.path()).unwrap();
+        assert_eq!((totals.passed, totals.skipped.len()), (4, 1));
+    }
+}
