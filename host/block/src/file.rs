@@ -1,6 +1,280 @@
 //! A granted file, ready for the host's own I/O: [`imago::file::File`] with the rights that were granted.
+//!
+//! ```text
+//!  VolatileSlice … ──▶ ImageFile ── rights, range, IOV_MAX ──▶ imago File ── alignment, bounce ──▶ preadv/pwritev
+//!                          └────── own descriptor ──▶ fstat, fdatasync (and an engine of its own, by `AsFd`)
+//! ```
+//!
+//! The rights are enforced here, whatever a layer claimed about the file (`host/ARCHITECTURE.md`, invariant 5).
 
 use std::fs;
+use std::future::Future;
+use std::io::{self, Seek};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, Thread};
 
+use imago::StorageOpenOptions;
+use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::storage::ext::StorageExt;
-use imago::{Storage, StorageOpenOptions};
+use rustix::fs::OFlags;
+use vm_memory::VolatileSlice;
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// The highest byte offset at which a file range may end (`off_t` is signed).
+pub const MAX_FILE_OFFSET: u64 = i64::MAX.unsigned_abs();
+
+/// Buffers in one system call (`IOV_MAX` of Linux, uio.h).
+const MAX_BUFFERS: usize = 1024;
+
+/// What the host may do with a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// Bytes can be read.
+    ReadOnly,
+    /// Bytes can be read and written.
+    ReadWrite,
+}
+
+impl Access {
+    /// Whether bytes can be written.
+    pub const fn is_writable(self) -> bool {
+        matches!(self, Self::ReadWrite)
+    }
+}
+
+/// Which file it is, whatever its name: two files are the same file if their identities are equal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileIdentity {
+    /// `st_dev` of stat(2).
+    pub device: u64,
+    /// `st_ino` of stat(2).
+    pub inode: u64,
+}
+
+/// An open file that was granted, with the right that it was granted with and a name for messages.
+///
+/// Every call may be made from any thread, and calls may overlap in time.
+#[derive(Debug)]
+pub struct ImageFile {
+    storage: imago::file::File,
+    /// A second descriptor of the same open file: imago lends out none, and keeps readers out
+    /// while it syncs.
+    descriptor: fs::File,
+    access: Access,
+    name: String,
+    identity: FileIdentity,
+    /// Set when a write has finished (well or badly) that no sync has covered.
+    unsynced: AtomicBool,
+    /// Held during a sync, so that a second flush waits for the first. True once a sync has failed.
+    sync_failed: Mutex<bool>,
+}
+
+impl ImageFile {
+    /// Takes an open file. `name` is what messages call it; it is never opened.
+    ///
+    /// # Errors
+    /// [`Invalid`](ErrorKind::Invalid) if it is neither a regular file nor a block device, if
+    /// `access` is more than the descriptor was opened with, or if it is to be written and was opened
+    /// for appending (which ignores offsets); [`Storage`](ErrorKind::Storage) if asking the file fails.
+    pub fn new(file: fs::File, access: Access, name: impl Into<String>) -> Result<Self> {
+        let name = name.into();
+        let failed = |what: &str, error: io::Error| {
+            Error::new(ErrorKind::Storage, format!("{what}: {error}")).with_source(error).on_image(name.clone())
+        };
+        let invalid = |what: &str| Err(Error::new(ErrorKind::Invalid, what).on_image(name.clone()));
+
+        let metadata = file.metadata().map_err(|error| failed("cannot ask for the file's status", error))?;
+        if !metadata.file_type().is_file() && !metadata.file_type().is_block_device() {
+            return invalid("neither a regular file nor a block device");
+        }
+        let flags = rustix::fs::fcntl_getfl(&file)
+            .map_err(|error| failed("cannot ask how the file was opened", error.into()))?;
+        let (readable, writable) = match flags & OFlags::ACCMODE {
+            OFlags::RDONLY => (true, false),
+            OFlags::RDWR => (true, true),
+            _ => (false, true),
+        };
+        if !readable || flags.contains(OFlags::PATH) {
+            return invalid("was not opened for reading");
+        }
+        if access.is_writable() && !writable {
+            return invalid("cannot be used read-write: it was opened read-only");
+        }
+        if access.is_writable() && flags.contains(OFlags::APPEND) {
+            return invalid("cannot be used read-write: it was opened for appending");
+        }
+
+        let descriptor = file.try_clone().map_err(|error| failed("cannot duplicate the descriptor", error))?;
+        // The rights of the grant, not those of the descriptor: imago's alignment probe writes to
+        // files that it takes for writable.
+        let options = StorageOpenOptions::new().write(access.is_writable()).direct(flags.contains(OFlags::DIRECT));
+        let storage = imago::file::File::from_open_file(file, options)
+            .map_err(|error| failed("cannot use the file as storage", error))?;
+        let identity = FileIdentity { device: metadata.dev(), inode: metadata.ino() };
+        Ok(Self {
+            storage,
+            descriptor,
+            access,
+            name,
+            identity,
+            unsynced: AtomicBool::new(false),
+            sync_failed: Mutex::new(false),
+        })
+    }
+
+    /// What messages call it: the path under which it was opened.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The right that was granted.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    /// Which file it is.
+    pub fn identity(&self) -> FileIdentity {
+        self.identity
+    }
+
+    /// The size in bytes now; it may change at any time.
+    ///
+    /// # Errors
+    /// [`Storage`](ErrorKind::Storage) if the file cannot be asked.
+    pub fn size(&self) -> Result<u64> {
+        let size = || -> io::Result<u64> {
+            let metadata = self.descriptor.metadata()?;
+            if metadata.file_type().is_block_device() {
+                // The position is nobody's: all I/O names its offset.
+                (&self.descriptor).seek(io::SeekFrom::End(0))
+            } else {
+                Ok(metadata.len())
+            }
+        };
+        size().map_err(|error| self.failed("cannot ask for the size", error))
+    }
+
+    /// Fills `buffers`, in order, with the bytes from `offset` on. Bytes past the end of the file, as
+    /// it is at this moment, read as zero.
+    ///
+    /// # Errors
+    /// [`Invalid`](ErrorKind::Invalid) if the range ends past [`MAX_FILE_OFFSET`];
+    /// [`Storage`](ErrorKind::Storage) if the host could not read.
+    pub fn read(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
+        self.for_each_batch(buffers, offset, |batch, position| {
+            let (vector, _guard) = IoVectorMut::from_volatile_slice(batch);
+            block_on(self.storage.readv(vector, position))
+                .map_err(|error| self.failed(&format!("reading at {position} failed"), error))
+        })
+    }
+
+    /// Writes `buffers`, in order, at `offset`. The file grows as necessary.
+    ///
+    /// # Errors
+    /// [`Invalid`](ErrorKind::Invalid) if the file was granted read-only or the range ends past
+    /// [`MAX_FILE_OFFSET`]; [`Storage`](ErrorKind::Storage) if the host could not write all of it.
+    pub fn write(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
+        if !self.access.is_writable() {
+            return Err(Error::new(ErrorKind::Invalid, "a write was refused: the file was granted read-only")
+                .on_image(self.name.clone()));
+        }
+        let result = self.for_each_batch(buffers, offset, |batch, position| {
+            let (vector, _guard) = IoVector::from_volatile_slice(batch);
+            block_on(self.storage.writev(vector, position))
+                .map_err(|error| self.failed(&format!("writing at {position} failed"), error))
+        });
+        // After the write: a sync that starts in between owes nothing to it and clears the mark.
+        self.unsynced.store(true, Ordering::Release);
+        result
+    }
+
+    /// Makes every write that was completed before this call durable. Costs nothing if there was none.
+    ///
+    /// # Errors
+    /// [`Storage`](ErrorKind::Storage) if it cannot be promised. Then every later call fails too: the
+    /// kernel reports lost pages once and forgets them, so that a second attempt proves nothing.
+    pub fn sync_data(&self) -> Result<()> {
+        let mut failed = self.sync_failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if *failed {
+            return Err(Error::new(ErrorKind::Storage, "an earlier flush failed: writes may have been lost")
+                .on_image(self.name.clone()));
+        }
+        if self.unsynced.swap(false, Ordering::AcqRel) {
+            self.descriptor.sync_data().map_err(|error| {
+                *failed = true;
+                self.failed("flush failed", error)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Calls `io` with at most [`MAX_BUFFERS`] buffers at a time, none of them empty.
+    fn for_each_batch<'b>(
+        &self,
+        buffers: &[VolatileSlice<'b>],
+        offset: u64,
+        mut io: impl FnMut(&[VolatileSlice<'b>], u64) -> Result<()>,
+    ) -> Result<()> {
+        let end = buffers.iter().try_fold(offset, |end, buffer| end.checked_add(buffer.len() as u64));
+        if end.is_none_or(|end| end > MAX_FILE_OFFSET) {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!("a range at {offset} ends past the largest file offset"),
+            )
+            .on_image(self.name.clone()));
+        }
+        let mut position = offset;
+        for chunk in buffers.chunks(MAX_BUFFERS) {
+            let length: u64 = chunk.iter().map(|buffer| buffer.len() as u64).sum();
+            if chunk.iter().any(VolatileSlice::is_empty) {
+                let batch: Vec<_> = chunk.iter().filter(|buffer| !buffer.is_empty()).copied().collect();
+                io(&batch, position)?;
+            } else {
+                io(chunk, position)?;
+            }
+            position = position.saturating_add(length);
+        }
+        Ok(())
+    }
+
+    fn failed(&self, what: &str, error: io::Error) -> Error {
+        Error::new(ErrorKind::Storage, format!("{what}: {error}")).with_source(error).on_image(self.name.clone())
+    }
+}
+
+impl AsFd for ImageFile {
+    /// The open file, for an I/O engine of its own. Using it for writing is on the caller: the
+    /// descriptor may have more rights than [`access`](Self::access) says.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.descriptor.as_fd()
+    }
+}
+
+/// Runs a future of imago to its end. Its file driver makes blocking system calls inside `poll`, so the
+/// first poll is the last, except for an unaligned write to a direct-I/O file that waits for another one.
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    let mut future = pin!(future);
+    if let Poll::Ready(value) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+        return value;
+    }
+    struct Unpark(Thread);
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut context = Context::from_waker(&waker);
+    loop {
+        if let Poll::Ready(value) = future.as_mut().poll(&mut context) {
+            return value;
+        }
+        thread::park();
+    }
+}
