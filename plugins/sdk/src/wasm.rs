@@ -73,6 +73,24 @@ unsafe extern "C" fn cabi_realloc(old_pointer: *mut u8, old_length: usize, align
     pointer
 }
 
+/// What the compiler calls to compare byte strings. It comes with a C library, which a component without
+/// std does not link; copying and filling are instructions of WebAssembly.
+///
+/// # Safety
+/// Called by compiled code only, with `length` readable bytes at both pointers.
+// SAFETY of the name: it is the one that the compiler calls, defined once, here.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn memcmp(left: *const u8, right: *const u8, length: usize) -> i32 {
+    for at in 0..length {
+        // SAFETY: `at` is below `length`.
+        let (left, right) = unsafe { (left.add(at).read(), right.add(at).read()) };
+        if left != right {
+            return i32::from(left) - i32::from(right);
+        }
+    }
+    0
+}
+
 #[panic_handler]
 fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
     log(Level::Error, &info.to_string());
