@@ -1,0 +1,404 @@
+//! The map from the disk to the file: L1 and L2 tables.
+//!
+//! ```text
+//!   disk offset:  │ L1 index │ L2 index │ within the cluster │
+//!                      │          │
+//!   L1 table  ─────────┘          │        8-byte entries: where each L2 table is, or 0
+//!      └─▶ L2 table (1 cluster) ──┘        8-byte entries (16 with extended L2):
+//!             └─▶ cluster                  where the data is, or zero, or compressed, or nothing
+//! ```
+//!
+//! Both kinds of table are read in pieces of 64 KiB at most, when an answer needs them, and a small
+//! number of pieces is kept. So the largest L1 table (32 MiB) costs no more than a small one, and
+//! neither does a cluster size of 2 MiB.
+//!
+//! Bit by bit: QEMU, docs/interop/qcow2.rst, "Cluster mapping" and "Extended L2 Entries".
+
+use alloc::format;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::fmt;
+
+use blockhouse_plugin::bytes::be_u64;
+use blockhouse_plugin::{Error, ExtentList, File, FileIndex, Located, Placement, Result};
+
+use crate::compressed::Descriptor;
+use crate::header::{EXTENDED_L2, EXTERNAL_DATA, Header, Table};
+
+/// A table is read in pieces of this size, in bytes, or less where it is smaller.
+const PIECE: u64 = 64 << 10;
+/// So many pieces are kept: 2 MiB at most.
+const KEPT_PIECES: usize = 32;
+/// An answer stops after reading this much of tables, in bytes, where each step counts as
+/// [`STEP`] at least. It bounds the time of a call.
+const WORK: u64 = 1 << 20;
+const STEP: u64 = 4 << 10;
+
+/// Bits 9-55 of an entry of either table: an offset in the file.
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+/// The reference count is exactly one. Nothing that a reader needs.
+const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
+/// Reads as zero (version 3, without extended L2).
+const ZERO: u64 = 1;
+/// With extended L2, a cluster has so many subclusters.
+const SUBCLUSTERS: u32 = 32;
+
+/// What one L2 entry says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cluster {
+    Unallocated,
+    Zero,
+    Data(u64),
+    Packed(Descriptor),
+    /// Extended L2: bit n of each map is about subcluster n; where neither is set, it is unallocated.
+    Subclusters {
+        offset: u64,
+        data: u32,
+        zero: u32,
+    },
+}
+
+/// The shape of the tables of an image.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    version: u32,
+    cluster_bits: u32,
+    extended: bool,
+    external_data: bool,
+}
+
+impl Shape {
+    fn cluster_size(self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    fn entry_bytes(self) -> u64 {
+        if self.extended { 16 } else { 8 }
+    }
+
+    /// Bytes of the disk that one L2 table describes.
+    fn table_span(self) -> u64 {
+        self.cluster_size() / self.entry_bytes() * self.cluster_size()
+    }
+
+    /// Bytes of one piece of an L2 table.
+    fn piece_bytes(self) -> u64 {
+        self.cluster_size().min(PIECE)
+    }
+
+    /// Bytes of the disk that one piece of an L2 table describes.
+    fn piece_span(self) -> u64 {
+        self.piece_bytes() / self.entry_bytes() * self.cluster_size()
+    }
+
+    /// The smallest unit with an answer of its own.
+    fn unit(self) -> u64 {
+        if self.extended { self.cluster_size() / u64::from(SUBCLUSTERS) } else { self.cluster_size() }
+    }
+
+    /// What the L2 entry for the cluster at disk offset `guest` says, or why it cannot be right.
+    fn decode(self, entry: u64, bitmap: u64, guest: u64) -> Result<Cluster, &'static str> {
+        if entry & COMPRESSED != 0 {
+            if self.external_data {
+                return Err("compressed, in an image with an external data file");
+            }
+            if bitmap != 0 {
+                return Err("compressed, with subclusters");
+            }
+            return Descriptor::from_entry(entry, self.cluster_bits).map(Cluster::Packed);
+        }
+        let zero = entry & ZERO != 0;
+        let offset = entry & OFFSET;
+        if entry & !(OFFSET | COPIED | ZERO) != 0 {
+            return Err("reserved bits are set");
+        }
+        if zero && self.version < 3 {
+            return Err("the zero flag is set, which version 2 does not have");
+        }
+        if zero && self.extended {
+            return Err("the zero flag is set in an extended entry");
+        }
+        if !offset.is_multiple_of(self.cluster_size()) {
+            return Err("the offset is not a multiple of the cluster size");
+        }
+        // With an external data file, 0 is a place like any other: bit 63 tells.
+        let allocated = offset != 0 || (self.external_data && entry & COPIED != 0);
+        if self.external_data && allocated && offset != guest {
+            return Err("the offset in the external data file is not the offset in the disk");
+        }
+        if !self.extended {
+            return Ok(match (zero, allocated) {
+                (true, _) => Cluster::Zero,
+                (false, true) => Cluster::Data(offset),
+                (false, false) => Cluster::Unallocated,
+            });
+        }
+        let (zeroes, data) = halves(bitmap);
+        if zeroes & data != 0 {
+            return Err("a subcluster is both data and zero");
+        }
+        if data != 0 && !allocated {
+            return Err("a subcluster is data, and the cluster has no offset");
+        }
+        Ok(match (data, zeroes) {
+            (u32::MAX, _) => Cluster::Data(offset),
+            (_, u32::MAX) => Cluster::Zero,
+            (0, 0) => Cluster::Unallocated,
+            _ => Cluster::Subclusters { offset, data, zero: zeroes },
+        })
+    }
+}
+
+/// The upper and the lower half.
+fn halves(bits: u64) -> (u32, u32) {
+    let [a, b, c, d, e, f, g, h] = bits.to_be_bytes();
+    (u32::from_be_bytes([a, b, c, d]), u32::from_be_bytes([e, f, g, h]))
+}
+
+/// What the L1 table says about one index.
+enum L1 {
+    /// Nothing is allocated for so many entries, from this one on.
+    Empty(u64),
+    /// The L2 table is at this offset.
+    Table(u64),
+}
+
+/// The way from the disk to the file, for the current state or for one snapshot.
+#[derive(Debug)]
+pub(crate) struct Map {
+    shape: Shape,
+    l1: Table,
+    virtual_size: u64,
+    image_size: u64,
+    cache: Cache,
+}
+
+impl Map {
+    pub(crate) fn new(header: &Header, image_size: u64) -> Self {
+        Self {
+            shape: Shape {
+                version: header.version,
+                cluster_bits: header.cluster_bits,
+                extended: header.has(EXTENDED_L2),
+                external_data: header.has(EXTERNAL_DATA),
+            },
+            l1: header.l1,
+            virtual_size: header.virtual_size,
+            image_size,
+            cache: Cache::default(),
+        }
+    }
+
+    /// Answers for another L1 table from now on: that of a snapshot.
+    pub(crate) fn select(&mut self, l1: Table, virtual_size: u64) {
+        self.l1 = l1;
+        self.virtual_size = virtual_size;
+    }
+
+    /// See `locate` in `wit/reader.wit`. `data` is the file in which the clusters are.
+    ///
+    /// An answer covers one piece of an L2 table or, where that was not all that was asked for, several. An
+    /// entry that cannot be right ends the answer before it; it is an error where `offset` is in it.
+    pub(crate) fn locate(
+        &mut self,
+        image: &File,
+        data: FileIndex,
+        offset: u64,
+        length: u64,
+        max_extents: u32,
+    ) -> Result<Located> {
+        if offset >= self.virtual_size {
+            return Err(Error::Other(format!("offset {offset} is past the end of the disk, {}", self.virtual_size)));
+        }
+        let goal = offset.saturating_add(length.max(1)).min(self.virtual_size);
+        let floor = |unit: u64| offset - offset % unit;
+        let mut failed = None;
+        // From the start of the piece, if the budget allows; else from the cluster or subcluster itself.
+        for start in [floor(self.shape.piece_span()), floor(self.shape.cluster_size()), floor(self.shape.unit())] {
+            let mut list = ExtentList::new(start, max_extents);
+            let outcome = self.walk(image, data, goal, &mut list);
+            if list.end() > offset {
+                return Ok(list.finish());
+            }
+            failed = outcome.err();
+        }
+        Err(failed.unwrap_or_else(|| Error::Other(format!("{max_extents} extents are too few for an answer"))))
+    }
+
+    /// Appends to `list` until it reaches `goal`, its budget is used up, or the work is enough.
+    fn walk(&mut self, image: &File, data: FileIndex, goal: u64, list: &mut ExtentList) -> Result<()> {
+        let shape = self.shape;
+        let mut work = WORK;
+        while list.end() < goal && work > 0 {
+            let at = list.end();
+            let index = at / shape.table_span();
+            let done = match self.l1_entry(image, index)? {
+                L1::Empty(entries) => {
+                    let end = index.saturating_add(entries).saturating_mul(shape.table_span()).min(self.virtual_size);
+                    work = work.saturating_sub(entries.saturating_mul(8).max(STEP));
+                    list.push(end.saturating_sub(at), Placement::Unallocated)
+                }
+                L1::Table(table) => {
+                    work = work.saturating_sub(shape.piece_bytes().max(STEP));
+                    self.l2_piece(image, data, index, table, list)?
+                }
+            };
+            if !done {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn l1_entry(&mut self, image: &File, index: u64) -> Result<L1> {
+        // A snapshot may have a shorter table than its disk needs: the rest is unallocated.
+        if index >= self.l1.entries {
+            return Ok(L1::Empty(u64::MAX - index));
+        }
+        let first = index - index % (PIECE / 8);
+        let entries = (self.l1.entries - first).min(PIECE / 8);
+        let offset = self.l1.offset.saturating_add(first.saturating_mul(8));
+        let piece = self.cache.piece(image, offset, entries.saturating_mul(8), format_args!("the L1 table"))?;
+        let (words, _) = piece.as_chunks::<8>();
+        let mut rest = words.iter().skip(usize::try_from(index - first).unwrap_or(usize::MAX));
+        let entry = rest.next().map(|word| u64::from_be_bytes(*word)).unwrap_or_default();
+        if entry == 0 {
+            let empty = rest.take_while(|word| **word == [0; 8]).count();
+            return Ok(L1::Empty(1 + empty as u64));
+        }
+        let offset = entry & OFFSET;
+        let why = if entry & !(OFFSET | COPIED) != 0 {
+            "reserved bits are set"
+        } else if !offset.is_multiple_of(self.shape.cluster_size()) {
+            "the offset is not a multiple of the cluster size"
+        } else if offset == 0 {
+            // Bit 63 alone: no table.
+            return Ok(L1::Empty(1));
+        } else if offset.saturating_add(self.shape.cluster_size()) > self.image_size {
+            "the L2 table is past the end of the file"
+        } else {
+            return Ok(L1::Table(offset));
+        };
+        Err(Error::corrupt(format!("L1 table, entry {index} is {entry:#018x}: {why}")))
+    }
+
+    /// Appends what is left of one piece of the L2 table at `table`. Returns false if the budget of the
+    /// list is used up.
+    fn l2_piece(
+        &mut self,
+        image: &File,
+        file: FileIndex,
+        l1_index: u64,
+        table: u64,
+        list: &mut ExtentList,
+    ) -> Result<bool> {
+        let shape = self.shape;
+        let in_piece = list.end() % shape.piece_span();
+        let piece_in_table = (list.end() - in_piece) % shape.table_span() / shape.piece_span();
+        let offset = table.saturating_add(piece_in_table.saturating_mul(shape.piece_bytes()));
+        let piece = self.cache.piece(
+            image,
+            offset,
+            shape.piece_bytes(),
+            format_args!("the L2 table of L1 entry {l1_index}"),
+        )?;
+
+        let entry_bytes = usize::try_from(shape.entry_bytes()).unwrap_or(8);
+        let first = usize::try_from(in_piece / shape.cluster_size()).unwrap_or(usize::MAX);
+        for (number, entry) in piece.chunks_exact(entry_bytes).enumerate().skip(first) {
+            let at = list.end();
+            if at >= self.virtual_size {
+                break;
+            }
+            let within = at % shape.cluster_size();
+            let guest = at - within;
+            let end = guest.saturating_add(shape.cluster_size()).min(self.virtual_size);
+            let bitmap = if shape.extended { be_u64(entry, 8).unwrap_or_default() } else { 0 };
+            let entry = be_u64(entry, 0).unwrap_or_default();
+            let corrupt = |why: &str| {
+                let index = piece_in_table
+                    .saturating_mul(shape.piece_bytes() / shape.entry_bytes())
+                    .saturating_add(number as u64);
+                let bitmap = if shape.extended { format!(" with bitmap {bitmap:#018x}") } else { Default::default() };
+                Error::corrupt(format!(
+                    "L2 table at {table:#x} (of L1 entry {l1_index}), entry {index} is {entry:#018x}{bitmap}: {why}"
+                ))
+            };
+            let cluster = shape.decode(entry, bitmap, guest).map_err(corrupt)?;
+            let length = end.saturating_sub(at);
+            let data = |offset: u64, skip: u64| Placement::Data {
+                file,
+                offset: offset.saturating_add(skip),
+                overwrite: false,
+            };
+            let pushed = match cluster {
+                Cluster::Unallocated => list.push(length, Placement::Unallocated),
+                Cluster::Zero => list.push(length, Placement::Zero),
+                Cluster::Data(offset) => list.push(length, data(offset, within)),
+                Cluster::Packed(descriptor) => {
+                    if descriptor.offset() >= self.image_size {
+                        return Err(corrupt("the compressed data is past the end of the file"));
+                    }
+                    // A packed extent is whole; its start is always asked for before its middle.
+                    within == 0 && list.push(length, Placement::Packed { token: descriptor.token() })
+                }
+                Cluster::Subclusters { offset, data: data_map, zero } => (0..SUBCLUSTERS).all(|subcluster| {
+                    let start = u64::from(subcluster).saturating_mul(shape.unit());
+                    let skip = list.end().saturating_sub(guest);
+                    let stop = start.saturating_add(shape.unit()).min(end.saturating_sub(guest));
+                    let length = stop.saturating_sub(skip);
+                    let placement = if data_map >> subcluster & 1 != 0 {
+                        data(offset, skip)
+                    } else if zero >> subcluster & 1 != 0 {
+                        Placement::Zero
+                    } else {
+                        Placement::Unallocated
+                    };
+                    list.push(length, placement)
+                }),
+            };
+            if !pushed {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// The pieces of tables that were used last.
+#[derive(Debug, Default)]
+struct Cache {
+    /// The most recently used one is the last.
+    pieces: Vec<Piece>,
+}
+
+#[derive(Debug)]
+struct Piece {
+    offset: u64,
+    bytes: Vec<u8>,
+}
+
+impl Cache {
+    /// The `length` bytes at `offset` of the image; `what` they are is for the message.
+    fn piece(&mut self, image: &File, offset: u64, length: u64, what: fmt::Arguments<'_>) -> Result<&[u8]> {
+        let is_it = |piece: &Piece| piece.offset == offset && piece.bytes.len() as u64 == length;
+        let piece = match self.pieces.iter().rposition(is_it) {
+            Some(found) => self.pieces.remove(found),
+            None => {
+                let mut bytes = vec![0; usize::try_from(length).unwrap_or_default()];
+                let read = image.read_at(offset, &mut bytes)?;
+                if read < bytes.len() {
+                    let end = offset.saturating_add(read as u64);
+                    return Err(Error::ends_early(&format!("{what}"), offset, length, end));
+                }
+                if self.pieces.len() >= KEPT_PIECES {
+                    self.pieces.remove(0);
+                }
+                Piece { offset, bytes }
+            }
+        };
+        self.pieces.push(piece);
+        Ok(self.pieces.last().map(|piece| piece.bytes.as_slice()).unwrap_or_default())
+    }
+}
