@@ -90,14 +90,15 @@ impl Images {
         scatter(&mut content, 3, 17);
         std::fs::write(root.join("overlay.raw"), &content)?;
 
-        // `convert -B` writes only what differs from the backing file.
+        // An overlay without content of its own, moved to another base, gets what differs.
         let golden = &images.golden;
-        qemu_img(golden, "convert -c -O qcow2 -B base.raw -F raw ../middle.raw middle.qcow2")?;
+        qemu_img(golden, "create -q -f qcow2 -b ../middle.raw -F raw loose.qcow2")?;
+        qemu_img(golden, "rebase -b base.raw -F raw loose.qcow2")?;
+        qemu_img(golden, "convert -c -O qcow2 -B base.raw -F raw loose.qcow2 middle.qcow2")?;
+        std::fs::remove_file(golden.join("loose.qcow2"))?;
         let images_directory = root.join("images");
-        qemu_img(
-            &images_directory,
-            "convert -O qcow2 -B ../golden/middle.qcow2 -F qcow2 ../overlay.raw overlay.qcow2",
-        )?;
+        qemu_img(&images_directory, "create -q -f qcow2 -b ../overlay.raw -F raw overlay.qcow2")?;
+        qemu_img(&images_directory, "rebase -b ../golden/middle.qcow2 -F qcow2 overlay.qcow2")?;
 
         // The twin differs from an honest overlay in a few bytes of its header.
         std::fs::write(&images.private, format!("{SECRET:<63}\n").repeat(1024))?;
@@ -121,7 +122,7 @@ impl Images {
     }
 }
 
-/// Writes runs of noise at places that follow from the seed; a stride and a length that
+/// Writes runs of noise and of zeroes at places that follow from the seed; a stride and a length that
 /// are no multiples of any cluster size make requests cross every kind of border.
 fn scatter(content: &mut [u8], seed: u64, runs: u64) {
     let mut state = seed;
@@ -134,13 +135,15 @@ fn scatter(content: &mut [u8], seed: u64, runs: u64) {
         value ^ (value >> 31)
     };
     let length = content.len() as u64;
-    for _ in 0..runs {
+    for run in 0..runs {
         let start = next() % length;
         let end = (start + next() % (1 << 20)).min(length);
         let bounds = usize::try_from(start).unwrap_or(0)..usize::try_from(end).unwrap_or(0);
         for chunk in content.get_mut(bounds).unwrap_or_default().chunks_mut(8) {
-            // Four bits a byte: packed clusters must have something to pack.
-            let noise = (next() & 0x0f0f_0f0f_0f0f_0f0f).to_le_bytes();
+            // Four bits a byte, so that packed clusters have something to pack; and now and
+            // then zeroes, which hide what lies below.
+            let mask = if run % 4 == 3 { 0 } else { 0x0f0f_0f0f_0f0f_0f0f };
+            let noise = (next() & mask).to_le_bytes();
             for (byte, noise) in chunk.iter_mut().zip(noise) {
                 *byte = noise;
             }

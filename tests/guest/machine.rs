@@ -1,0 +1,224 @@
+//! Where a guest test runs: on this machine's KVM, or on a KVM inside an emulated machine.
+//!
+//! ```text
+//!   hardware virtualization here          none here (a virtual machine, CI)
+//!   ┌──────────────────────────┐          ┌────────────────────────────────────┐
+//!   │ blockhouse run           │          │ QEMU, emulating a CPU with SVM     │
+//!   │  └─ guest                │          │  └─ Debian kernel with kvm-amd     │
+//!   └──────────────────────────┘          │      └─ blockhouse run             │
+//!                                         │          └─ guest                  │
+//!                                         └────────────────────────────────────┘
+//! ```
+//!
+//! The program and the guest are the same in both, and so is what KVM does; inside, time
+//! passes about twenty times slower.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use blockhouse_tests::{on_path, program, run, run_within, target_directory};
+
+use crate::pieces::{self, INIT, Linux};
+
+/// From start to power-off; some 15 seconds are usual.
+const LIMIT: Duration = Duration::from_secs(240);
+
+/// A machine that runs jobs.
+pub(crate) enum Machine {
+    /// This one.
+    Here,
+    /// An emulated one.
+    Emulated(Box<Emulator>),
+}
+
+/// QEMU and what it boots.
+pub(crate) struct Emulator {
+    /// Where the package was unpacked; `None` when QEMU is installed.
+    unpacked: Option<PathBuf>,
+    linux: Linux,
+}
+
+/// Files and a script for `sh`, which runs in the directory where the files are. The
+/// program under test is one of them, as `./blockhouse`.
+pub(crate) struct Job<'a> {
+    /// Names the log.
+    pub(crate) name: &'a str,
+    /// Path below the job's directory, and where the file is now.
+    pub(crate) files: Vec<(&'a str, PathBuf)>,
+    pub(crate) script: String,
+}
+
+/// What a job printed.
+pub(crate) struct Log {
+    pub(crate) text: String,
+    file: PathBuf,
+}
+
+impl Machine {
+    /// The machine to use here, or why there is none.
+    pub(crate) fn find() -> Result<Self, String> {
+        if std::env::var_os("BLOCKHOUSE_QUICK").is_some() {
+            return Err("left out by --quick".into());
+        }
+        if !cfg!(target_arch = "x86_64") {
+            return Err("the emulated machine is made for x86-64 only".into());
+        }
+        let processor = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let hardware = processor.split_whitespace().any(|flag| flag == "svm" || flag == "vmx");
+        let kvm = std::fs::File::options().read(true).write(true).open("/dev/kvm");
+        if hardware && kvm.is_ok() {
+            return Ok(Self::Here);
+        }
+        let unpacked = match pieces::cache("qemu") {
+            Ok(directory) => Some(directory),
+            Err(_) if on_path("qemu-system-x86_64") => None,
+            Err(reason) => return Err(reason),
+        };
+        Ok(Self::Emulated(Box::new(Emulator { unpacked, linux: Linux::find()? })))
+    }
+
+    /// Runs a job to its end and returns what it printed, which is in `<target>/guest/NAME.log` as well.
+    #[track_caller]
+    pub(crate) fn run(&self, job: &Job<'_>) -> Log {
+        // The emulator takes two cores, and a test that waits for another looks like one that hangs.
+        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+        let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let logs = target_directory().join("guest");
+        std::fs::create_dir_all(&logs).unwrap();
+        let file = logs.join(format!("{}.log", job.name));
+        let started = Instant::now();
+        let text = match self {
+            Self::Here => run_here(job, &file),
+            Self::Emulated(emulator) => emulator.run(job, &file),
+        };
+        eprintln!("{}: {:.1} s, {}", job.name, started.elapsed().as_secs_f64(), file.display());
+        Log { text, file }
+    }
+}
+
+impl Log {
+    /// Fails the test with the end of the log.
+    #[track_caller]
+    pub(crate) fn fail(&self, what: impl std::fmt::Display) -> ! {
+        let lines: Vec<&str> = self.text.lines().collect();
+        let tail = lines[lines.len().saturating_sub(40)..].join("\n");
+        panic!("{what}; all of the log is in {}, its end:\n{tail}", self.file.display());
+    }
+
+    /// The rest of each line that begins with `key`, without what the serial line adds.
+    pub(crate) fn values(&self, key: &str) -> Vec<&str> {
+        self.text.lines().filter_map(|line| line.trim_end().strip_prefix(key)).collect()
+    }
+}
+
+/// Runs the shell with its output in a file, which stays when the limit kills it.
+#[track_caller]
+fn logged(command: Command, file: &Path) -> String {
+    let mut shell = Command::new("sh");
+    // `exec`, so that the limit hits the program itself; the log is plain text for `less`.
+    shell.args(["-c", "exec \"$@\" >\"$LOG\" 2>&1", "sh"]).env("LOG", file);
+    shell.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        shell.env(name, value.unwrap_or_default());
+    }
+    if let Some(directory) = command.get_current_dir() {
+        shell.current_dir(directory);
+    }
+    run_within(LIMIT, &mut shell);
+    String::from_utf8_lossy(&std::fs::read(file).unwrap()).into_owned()
+}
+
+fn run_here(job: &Job<'_>, log: &Path) -> String {
+    let directory = blockhouse_tests::scratch();
+    for (name, from) in &job.files {
+        let to = directory.path().join(name);
+        std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+        std::fs::copy(from, to).unwrap();
+    }
+    std::os::unix::fs::symlink(program(), directory.path().join("blockhouse")).unwrap();
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &job.script]).current_dir(directory.path());
+    logged(shell, log)
+}
+
+impl Emulator {
+    fn run(&self, job: &Job<'_>, log: &Path) -> String {
+        let directory = blockhouse_tests::scratch();
+        let initramfs = directory.path().join("initramfs");
+        std::fs::write(&initramfs, self.initramfs(job)).unwrap();
+        logged(self.command(&initramfs), log)
+    }
+
+    /// The root file system of the emulated machine: busybox, KVM, the program with its libraries, the job.
+    fn initramfs(&self, job: &Job<'_>) -> Vec<u8> {
+        let mut archive = pieces::busybox().unwrap();
+        let modules = self.linux.add_modules(&["kvm_amd"], &mut archive);
+        let stripped = strip(program());
+        archive.file("/job/blockhouse", &stripped);
+        for library in libraries(program()) {
+            archive.copy(&library, &library);
+        }
+        for (name, from) in &job.files {
+            archive.copy(Path::new("/job").join(name), from);
+        }
+        archive.file("/job/script", job.script.as_bytes());
+        let mut init = String::from(INIT);
+        init.push_str(&modules);
+        init.push_str("[ -c /dev/kvm ] || echo 'init: no /dev/kvm'\n");
+        write!(init, "cd /job\nsh ./script\nsync\npoweroff -f\n").unwrap();
+        archive.file("/init", init.as_bytes());
+        archive.finish()
+    }
+
+    fn command(&self, initramfs: &Path) -> Command {
+        let mut qemu = match &self.unpacked {
+            None => Command::new("qemu-system-x86_64"),
+            Some(package) => {
+                let mut qemu = Command::new(package.join("usr/bin/qemu-system-x86_64"));
+                let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|below| package.join(below));
+                qemu.env("QEMU_MODULE_DIR", libraries[0].join("qemu"))
+                    .env("LD_LIBRARY_PATH", std::env::join_paths(&libraries).unwrap())
+                    .arg("-L")
+                    .arg(package.join("usr/share/qemu"))
+                    .arg("-L")
+                    .arg(package.join("usr/share/seabios"));
+                qemu
+            }
+        };
+        // q35 and not microvm, and a CPU without what the emulator's nested SVM lacks: other
+        // choices hang now and then.
+        qemu.args(["-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,-la57,-pku"])
+            .args(["-m", "2048", "-smp", "1", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"])
+            .args(["-serial", "stdio", "-kernel"])
+            .arg(&self.linux.kernel)
+            .arg("-initrd")
+            .arg(initramfs)
+            .args(["-append", &format!("console=ttyS0 quiet {KERNEL_OPTIONS}")]);
+        qemu
+    }
+}
+
+/// What makes a kernel start fast and end for sure in an emulated machine.
+pub(crate) const KERNEL_OPTIONS: &str =
+    "panic=-1 reboot=t nokaslr mitigations=off tsc=reliable no_timer_check random.trust_cpu=on";
+
+/// A program without symbols, if there is a `strip`: less to unpack inside.
+fn strip(program: &Path) -> Vec<u8> {
+    let directory = blockhouse_tests::scratch();
+    let copy = directory.path().join("program");
+    if on_path("strip") {
+        run(Command::new("strip").arg("-o").arg(&copy).arg(program)).succeeded();
+        return std::fs::read(copy).unwrap();
+    }
+    std::fs::read(program).unwrap()
+}
+
+/// The shared libraries that a program loads, and the loader itself.
+fn libraries(program: &Path) -> Vec<PathBuf> {
+    let listed = run(Command::new("ldd").arg(program));
+    // A static program has none, and ldd says so with an error.
+    listed.text().split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect()
+}

@@ -1,0 +1,148 @@
+//! What a Linux guest is made of: Debian's kernel with its modules, and busybox.
+//!
+//! `cargo xtask prerequisites` unpacks them below `<target>/cache`.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use blockhouse_tests::{run, target_directory};
+
+use crate::initramfs::Initramfs;
+
+/// A stock kernel, as its package has it.
+pub(crate) struct Linux {
+    /// The bzImage.
+    pub(crate) kernel: PathBuf,
+    /// Module files by name, with `_` for `-`.
+    modules: BTreeMap<String, PathBuf>,
+}
+
+impl Linux {
+    /// The unpacked package, or why there is none.
+    pub(crate) fn find() -> Result<Self, String> {
+        let package = cache("linux")?;
+        let kernel = files(&package.join("boot"))
+            .into_iter()
+            .find(|file| file.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-")))
+            .ok_or("the kernel package holds no boot/vmlinuz-*")?;
+        let modules = files(&package)
+            .into_iter()
+            .filter_map(|file| {
+                let name = file.file_name()?.to_str()?;
+                let name = name.strip_suffix(".xz").unwrap_or(name).strip_suffix(".ko")?;
+                Some((name.replace('-', "_"), file))
+            })
+            .collect();
+        Ok(Self { kernel, modules })
+    }
+
+    /// Adds modules to an initramfs, and lines to load them in an order in which each finds
+    /// what it needs. A name that the package has no file for is built into the kernel.
+    pub(crate) fn add_modules(&self, names: &[&str], archive: &mut Initramfs) -> String {
+        let mut script = String::new();
+        let mut loaded = Vec::new();
+        for name in names {
+            self.add_module(name, archive, &mut script, &mut loaded);
+        }
+        script
+    }
+
+    fn add_module(&self, name: &str, archive: &mut Initramfs, script: &mut String, loaded: &mut Vec<String>) {
+        let Some(file) = self.modules.get(name) else {
+            return;
+        };
+        if loaded.iter().any(|other| other == name) {
+            return;
+        }
+        loaded.push(name.to_owned());
+        let module = read_module(file);
+        for dependency in depends(&module) {
+            self.add_module(&dependency, archive, script, loaded);
+        }
+        let path = format!("/lib/modules/{name}.ko");
+        archive.file(&path, &module);
+        script.push_str(&format!("insmod {path} || echo 'init: no module {name}'\n"));
+    }
+}
+
+/// The content of a module file, unpacked: busybox loads plain ones only.
+fn read_module(file: &Path) -> Vec<u8> {
+    if file.extension().is_some_and(|extension| extension == "xz") {
+        return run(Command::new("xz").args(["--decompress", "--stdout"]).arg(file)).succeeded().stdout;
+    }
+    std::fs::read(file).unwrap()
+}
+
+/// The modules that one names as its needs: `depends=a,b` in the section `.modinfo`, which
+/// is a row of such strings with zero bytes between them.
+fn depends(module: &[u8]) -> Vec<String> {
+    let key = b"\0depends=";
+    let Some(start) = module.windows(key.len()).position(|window| window == key) else {
+        return Vec::new();
+    };
+    let value = module[start + key.len()..].split(|&byte| byte == 0).next().unwrap();
+    String::from_utf8_lossy(value)
+        .split(',')
+        .filter(|name| !name.is_empty())
+        .map(|name| name.replace('-', "_"))
+        .collect()
+}
+
+/// An initramfs with busybox, and its commands under their names.
+pub(crate) fn busybox() -> Result<Initramfs, String> {
+    let mut archive = Initramfs::default();
+    archive.copy("/bin/busybox", cache("busybox")?.join("bin/busybox"));
+    for directory in ["/proc", "/sys", "/dev", "/tmp", "/mnt"] {
+        archive.directory(directory);
+    }
+    Ok(archive)
+}
+
+/// How every `/init` begins.
+pub(crate) const INIT: &str = "#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+mount -t tmpfs tmp /tmp
+";
+
+/// A directory that `cargo xtask prerequisites` makes, or why there is none.
+pub(crate) fn cache(name: &str) -> Result<PathBuf, String> {
+    let directory = target_directory().join("cache").join(name);
+    if directory.is_dir() {
+        return Ok(directory);
+    }
+    Err(format!("no {}; `cargo xtask prerequisites` fetches it", directory.display()))
+}
+
+/// All files below a directory, without following links.
+fn files(directory: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut pending = vec![directory.to_owned()];
+    while let Some(directory) = pending.pop() {
+        let Ok(entries) = std::fs::read_dir(directory) else {
+            continue;
+        };
+        for entry in entries {
+            let entry = entry.unwrap();
+            if entry.file_type().unwrap().is_dir() {
+                pending.push(entry.path());
+            } else {
+                found.push(entry.path());
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn dependencies_are_read_from_modinfo() {
+    let module = b"\x7fELF...\0license=GPL\0depends=virtio,virtio-ring\0name=x\0";
+    assert_eq!(depends(module), ["virtio", "virtio_ring"]);
+    assert!(depends(b"\0depends=\0").is_empty());
+    assert!(depends(b"nothing").is_empty());
+}
