@@ -64,6 +64,13 @@ impl File {
         if self.read_at(offset, &mut buffer)? == buffer.len() { Ok(buffer) } else { Err(early()) }
     }
 
+    /// The descriptor itself, for test components that call the host in ways that this type does not.
+    #[cfg(target_family = "wasm")]
+    #[doc(hidden)]
+    pub fn descriptor(&self) -> &crate::wasm::bindings::wasi::filesystem::types::Descriptor {
+        self.0.descriptor()
+    }
+
     /// Registers the file for the host's own I/O: data extents name it by the returned index.
     ///
     /// # Errors

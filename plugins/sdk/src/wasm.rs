@@ -112,6 +112,10 @@ pub(crate) fn log(level: Level, message: &str) {
 pub struct OpenFile(fs::Descriptor);
 
 impl OpenFile {
+    pub(crate) fn descriptor(&self) -> &fs::Descriptor {
+        &self.0
+    }
+
     pub(crate) fn size(&self) -> Result<u64, &'static str> {
         files::size(&self.0).ok_or("it is not a regular file")
     }
