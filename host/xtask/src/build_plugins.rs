@@ -6,10 +6,11 @@
 //! not on where the tree, cargo's home or the standard library lie.
 //!
 //! ```text
-//!   core, alloc for wasm32-wasip2                            way
-//!   ├─ in the toolchain's sysroot? ───────────────────────▶ rustup
-//!   ├─ `rustup target add`, with a time limit ────────────▶ rustup
-//!   ├─ Debian as root: sources of the standard library ──▶ debian (builds core and alloc as well)
+//!   core and alloc for wasm32-wasip2                        way
+//!   ├─ in the toolchain's sysroot? ──────────────────────▶ rustup
+//!   ├─ Debian's compiler and library sources installed? ─▶ debian (builds core and alloc as well)
+//!   ├─ `rustup target add`, with a time limit ───────────▶ rustup
+//!   ├─ Debian, and root: apt-get install ────────────────▶ debian
 //!   └─ otherwise: say what to install
 //! ```
 
@@ -32,6 +33,7 @@ pub(crate) const TARGET: &str = "wasm32-wasip2";
 const PROFILE: &str = "component";
 /// `rustup` waits for ever where the network drops packets.
 const RUSTUP_LIMIT: Duration = Duration::from_secs(60);
+const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 /// What `apt-get` installs for [`Way::Debian`].
 const DEBIAN_PACKAGES: [&str; 2] = ["rustc-web", "rust-web-src"];
 
@@ -119,13 +121,16 @@ impl Toolchain {
         match way {
             Some(Way::Rustup) => Self::rustup().context(WITHOUT_RUSTUP),
             Some(Way::Debian) => Self::debian().context(WITHOUT_DEBIAN),
-            None => {
-                let Err(rustup) = Self::rustup() else {
-                    return Self::rustup();
-                };
-                tools::say(format!("{TARGET} is not to be had through rustup: {rustup:#}"));
-                Self::debian().context(WITHOUT_EITHER)
-            }
+            // What is there already comes first: where rustup cannot reach its server, asking
+            // it again takes all of the time limit.
+            None if !has_target(&rustc())? && debian_is_installed()? => Self::debian(),
+            None => match Self::rustup() {
+                Ok(toolchain) => Ok(toolchain),
+                Err(error) => {
+                    tools::say(format!("{TARGET} is not to be had through rustup: {error:#}"));
+                    Self::debian().context(WITHOUT_EITHER)
+                }
+            },
         }
     }
 
@@ -152,14 +157,11 @@ impl Toolchain {
     }
 
     fn debian() -> Result<Self> {
-        let rustc = PathBuf::from("/usr/bin/rustc");
-        let sources = |rustc: &Path| {
-            Ok::<_, anyhow::Error>(sysroot(rustc)?.join("lib/rustlib/src/rust/library/core/Cargo.toml").is_file())
-        };
-        if !(rustc.is_file() && sources(&rustc)?) {
+        if !debian_is_installed()? {
             packages::install(&DEBIAN_PACKAGES)?;
-            ensure!(sources(&rustc)?, "{} holds no library sources after the installation", sysroot(&rustc)?.display());
+            ensure!(debian_is_installed()?, "{DEBIAN_RUSTC} has no library sources after the installation");
         }
+        let rustc = PathBuf::from(DEBIAN_RUSTC);
         Ok(Self {
             path: Some(tools::path_with(&component_linker_directory()?)?),
             build_std: true,
@@ -180,6 +182,12 @@ const WITHOUT_EITHER: &str = "components cannot be built: the compiler has no li
 /// The compiler of the current toolchain.
 fn rustc() -> PathBuf {
     std::env::var_os("RUSTC").map_or_else(|| "rustc".into(), PathBuf::from)
+}
+
+/// Whether Debian's compiler is here, and with it the sources of its library.
+fn debian_is_installed() -> Result<bool> {
+    let rustc = Path::new(DEBIAN_RUSTC);
+    Ok(rustc.is_file() && sysroot(rustc)?.join("lib/rustlib/src/rust/library/core/Cargo.toml").is_file())
 }
 
 /// Whether the compiler comes with a precompiled `core` for the target.
