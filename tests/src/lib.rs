@@ -29,7 +29,7 @@ pub fn program() -> &'static Path {
             return program;
         }
         let status = cargo()
-            .args(["build", "--quiet", "--locked", "--package", "blockhouse"])
+            .args(["build", "--quiet", "--locked", "--workspace", "--bin", "blockhouse"])
             .status()
             .expect("cargo can be started");
         assert!(status.success(), "the program under test does not build");

@@ -44,13 +44,15 @@ pub(crate) fn run(workspace: &Workspace, _arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// Builds the `blockhouse` program, as `cargo build` would; `BLOCKHOUSE` names another one instead.
+/// Builds the `blockhouse` program; `BLOCKHOUSE` names another one instead.
 pub(crate) fn program(workspace: &Workspace) -> Result<PathBuf> {
     if let Some(program) = std::env::var_os("BLOCKHOUSE") {
         return Ok(PathBuf::from(program));
     }
-    tools::run(tools::cargo().current_dir(&workspace.root).args(["build", "--locked", "--package", "blockhouse"]))
-        .context("the program does not build")?;
+    // `--workspace` chooses the same features of dependencies as the tests do, which then
+    // find them built; with `--package` half of the sandbox would be compiled twice.
+    let arguments = ["build", "--locked", "--workspace", "--bin", "blockhouse"];
+    tools::run(tools::cargo().current_dir(&workspace.root).args(arguments)).context("the program does not build")?;
     Ok(workspace.target.join("debug/blockhouse"))
 }
 
