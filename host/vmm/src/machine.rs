@@ -1,0 +1,342 @@
+//! The machine: put together from a configuration, run once, taken apart.
+
+use std::fmt;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+
+use blockhouse_block::BlockBackend;
+use blockhouse_virtio::{BlockDevice, BlockDeviceOptions};
+use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::builtin::{self, DiskReport};
+use crate::console::Console;
+use crate::control::Control;
+use crate::cpu::{self, Identity};
+use crate::devices::{Devices, lock};
+use crate::error::{Error, ErrorKind, Result};
+use crate::layout::{DiskSlot, KVM_IDENTITY_MAP, KVM_TSS, MAX_DISKS, MAX_VCPUS, SERIAL_GSI, disk_slots};
+use crate::linux::{self, Linux};
+use crate::memory::{self, Memory};
+use crate::mmio::{MmioDevice, NOTIFY_OFFSET};
+use crate::serial::SerialPort;
+use crate::vcpu::{self, Shared, Vcpu};
+
+/// What a machine consists of.
+pub struct MachineConfig {
+    /// Memory in bytes, rounded down to whole MiB, within [`MIN_MEMORY`](crate::layout::MIN_MEMORY)
+    /// and [`MAX_MEMORY`](crate::layout::MAX_MEMORY).
+    pub memory_bytes: u64,
+    /// The number of vCPUs, from 1 to [`MAX_VCPUS`]. The built-in guest uses one of them.
+    pub vcpus: u8,
+    /// What runs.
+    pub payload: Payload,
+    /// The disks, in order: the first is `/dev/vda` in Linux. At most [`MAX_DISKS`].
+    pub disks: Vec<DiskConfig>,
+    /// Where the guest's text goes. It is written to from vCPU threads.
+    pub console: Box<dyn Write + Send>,
+}
+
+/// What the machine runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Payload {
+    /// A Linux kernel for x86_64.
+    Linux {
+        /// A bzImage (as distributions ship it) or an ELF `vmlinux`.
+        kernel: PathBuf,
+        /// An initramfs; the modules for the disks (`virtio_mmio`, `virtio_blk`) must be in it if they
+        /// are not in the kernel.
+        initramfs: Option<PathBuf>,
+        /// The kernel command line; `console=ttyS0` makes the kernel talk to the console.
+        cmdline: String,
+    },
+    /// The guest that is part of this crate: it reads every disk whole and reports a digest of each.
+    BuiltinGuest,
+}
+
+/// One disk of a machine.
+#[derive(Clone)]
+pub struct DiskConfig {
+    /// The disk. The guest is offered writing exactly if it can be written.
+    pub backend: Arc<dyn BlockBackend>,
+    /// The serial, up to 20 bytes; what is longer is cut off.
+    pub serial: String,
+    /// The number of queues, each with a thread of its own; 1 is usual.
+    pub queues: u16,
+}
+
+impl DiskConfig {
+    /// A disk with one queue.
+    pub fn new(backend: Arc<dyn BlockBackend>, serial: impl Into<String>) -> Self {
+        Self { backend, serial: serial.into(), queues: 1 }
+    }
+}
+
+impl fmt::Debug for DiskConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DiskConfig").field("serial", &self.serial).field("queues", &self.queues).finish_non_exhaustive()
+    }
+}
+
+/// Why a machine ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ExitReason {
+    /// The built-in guest ended with this code: 0 if it could read every disk, 1 if not, 2 if it
+    /// failed itself.
+    Guest(u32),
+    /// The guest switched the machine off.
+    Shutdown,
+    /// The guest reset the machine, or crashed so hard that a PC would reset.
+    Reset,
+    /// A [`StopHandle`] was used.
+    Stopped,
+}
+
+/// What is known after the end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// Why the machine ended.
+    pub reason: ExitReason,
+    /// What the built-in guest reported, in order of disks. Empty for Linux. A disk is missing if the
+    /// guest ended before it came to it.
+    pub disks: Vec<DiskReport>,
+}
+
+/// What [`Machine::run`] waits for.
+pub(crate) enum Event {
+    /// A vCPU ended the machine.
+    Ended(Result<ExitReason>),
+    /// Somebody asked for the end.
+    Stop,
+}
+
+/// Ends a machine from another thread. May be used before, during and after the run, any number of
+/// times.
+#[derive(Clone)]
+pub struct StopHandle {
+    events: mpsc::Sender<Event>,
+}
+
+impl StopHandle {
+    /// Makes [`Machine::run`] return [`ExitReason::Stopped`], unless the machine ends by itself first.
+    pub fn stop(&self) {
+        // An error means that the machine is gone.
+        let _ = self.events.send(Event::Stop);
+    }
+}
+
+/// The way of what a user types into the guest's serial port.
+#[derive(Clone)]
+pub struct ConsoleInput {
+    serial: Arc<Mutex<SerialPort>>,
+}
+
+impl ConsoleInput {
+    /// Hands bytes to the guest. Returns how many the serial port's buffer had room for; try the rest
+    /// again when the guest has read some.
+    pub fn send(&self, bytes: &[u8]) -> usize {
+        lock(&self.serial).input(bytes)
+    }
+}
+
+/// A machine that is ready to run.
+pub struct Machine {
+    // In this order they are dropped: vCPUs and VM before what they refer to.
+    vcpus: Vec<VcpuFd>,
+    vm: VmFd,
+    shared: Arc<Shared>,
+    sender: mpsc::Sender<Event>,
+    events: mpsc::Receiver<Event>,
+}
+
+impl Machine {
+    /// Puts a machine together and loads what it will run.
+    ///
+    /// # Errors
+    /// [`Unavailable`](ErrorKind::Unavailable) if there is no usable `/dev/kvm`,
+    /// [`Config`](ErrorKind::Config) if a number is out of range, [`Payload`](ErrorKind::Payload) if
+    /// the kernel or the initramfs is no good, [`Host`](ErrorKind::Host) for the rest.
+    pub fn new(config: MachineConfig) -> Result<Self> {
+        check(&config)?;
+        let kvm = open_kvm()?;
+        vcpu::claim_signal()?;
+        let memory = memory::allocate(config.memory_bytes)?;
+        let vm = create_vm(&kvm)?;
+        memory::register(&vm, &memory)?;
+
+        let console = Console::new(config.console);
+        let irq = irqfd(&vm, SERIAL_GSI)?;
+        let serial = SerialPort::new(irq, console.clone());
+        let disks = disk_slots()
+            .zip(config.disks.iter().enumerate())
+            .map(|(slot, (number, disk))| plug_in(&vm, &memory, slot, number, disk).map(Mutex::new))
+            .collect::<Result<Vec<_>>>()?;
+
+        let (entry, control) = match &config.payload {
+            Payload::Linux { kernel, initramfs, cmdline } => {
+                let linux = Linux { kernel, initramfs: initramfs.as_ref(), cmdline };
+                let bytes = config.memory_bytes & !((1 << 20) - 1);
+                (linux::load(&memory, bytes, config.vcpus, disks.len(), &linux)?, None)
+            }
+            Payload::BuiltinGuest => {
+                let count = u32::try_from(disks.len()).unwrap_or(u32::MAX);
+                let control = Control::new(count, memory.clone(), console);
+                (builtin::load(&memory)?, Some(Mutex::new(control)))
+            }
+        };
+        cpu::write_tables(&memory, entry.privilege)?;
+
+        let identity = Identity::new(&kvm, config.vcpus)?;
+        let vcpus = (0..config.vcpus)
+            .map(|id| {
+                let vcpu = vm.create_vcpu(id.into()).map_err(Error::host("create a vCPU"))?;
+                identity.apply(&vcpu, id)?;
+                if id == 0 {
+                    cpu::start(&vcpu, entry)?;
+                }
+                Ok(vcpu)
+            })
+            .collect::<Result<Vec<_>>>()?;
+
+        let devices = Devices { serial: Arc::new(Mutex::new(serial)), disks, control };
+        let shared = Arc::new(Shared { devices, _memory: memory, stop: AtomicBool::new(false) });
+        let (sender, events) = mpsc::channel();
+        Ok(Self { vcpus, vm, shared, sender, events })
+    }
+
+    /// A handle that ends the machine from another thread.
+    pub fn stop_handle(&self) -> StopHandle {
+        StopHandle { events: self.sender.clone() }
+    }
+
+    /// The way into the guest's serial port.
+    pub fn console_input(&self) -> ConsoleInput {
+        ConsoleInput { serial: self.shared.devices.serial.clone() }
+    }
+
+    /// Runs the guest until it ends. When this returns, no thread of the machine is left, no request
+    /// is in flight, and the disks are as the guest left them; whether they are flushed is the
+    /// guest's doing.
+    ///
+    /// # Errors
+    /// [`Guest`](ErrorKind::Guest) if KVM cannot go on with what the guest does,
+    /// [`Host`](ErrorKind::Host) if the host fails.
+    pub fn run(self) -> Result<Exit> {
+        let Self { vcpus, vm, shared, sender, events } = self;
+        let mut running = Vec::new();
+        let mut started = Ok(());
+        for (id, fd) in (0..).zip(vcpus) {
+            match Vcpu::spawn(id, fd, shared.clone(), sender.clone()) {
+                Ok(vcpu) => running.push(vcpu),
+                Err(error) => {
+                    started = Err(error);
+                    break;
+                }
+            }
+        }
+        drop(sender);
+        let end = started.and_then(|()| match events.recv() {
+            Ok(Event::Ended(result)) => result,
+            Ok(Event::Stop) => Ok(ExitReason::Stopped),
+            Err(mpsc::RecvError) => Err(Error::new(ErrorKind::Host, "every vCPU ended without saying why")),
+        });
+        shared.stop.store(true, Ordering::Release);
+        running.into_iter().for_each(Vcpu::join);
+        drop(vm);
+
+        let reason = end?;
+        let disks = match Arc::into_inner(shared).and_then(|shared| {
+            let Shared { devices, .. } = shared;
+            devices.control
+        }) {
+            Some(control) => {
+                let control = control.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+                control.into_records().iter().map(DiskReport::from).collect()
+            }
+            None => Vec::new(),
+        };
+        Ok(Exit { reason, disks })
+    }
+}
+
+impl fmt::Debug for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Machine")
+            .field("vcpus", &self.vcpus.len())
+            .field("disks", &self.shared.devices.disks.len())
+            .finish_non_exhaustive()
+    }
+}
+
+fn check(config: &MachineConfig) -> Result<()> {
+    let bad = |message: String| Err(Error::new(ErrorKind::Config, message));
+    if !(1..=MAX_VCPUS).contains(&config.vcpus) {
+        return bad(format!("a machine cannot have {} vCPUs: ask for 1 to {MAX_VCPUS}", config.vcpus));
+    }
+    if config.disks.len() > MAX_DISKS {
+        return bad(format!("a machine cannot have {} disks: it has room for {MAX_DISKS}", config.disks.len()));
+    }
+    Ok(())
+}
+
+fn open_kvm() -> Result<Kvm> {
+    let kvm = Kvm::new().map_err(|error| {
+        let advice = match error.errno() {
+            libc::ENOENT | libc::ENXIO | libc::ENODEV => {
+                "this machine has no KVM: switch on virtualization in its firmware (or nested virtualization in \
+                 its host) and load the module kvm_intel or kvm_amd"
+            }
+            libc::EACCES | libc::EPERM => {
+                "you may not use it: become a member of the group that owns it (often \"kvm\")"
+            }
+            _ => "it cannot be opened",
+        };
+        Error::new(ErrorKind::Unavailable, format!("/dev/kvm: {advice}")).with_source(error)
+    })?;
+    /// The one version of the interface that there ever was.
+    const API_VERSION: i32 = 12;
+    if kvm.get_api_version() == API_VERSION {
+        Ok(kvm)
+    } else {
+        Err(Error::new(ErrorKind::Unavailable, "/dev/kvm speaks another version of its interface than 12"))
+    }
+}
+
+/// A VM with interrupt controllers and timer inside of KVM.
+fn create_vm(kvm: &Kvm) -> Result<VmFd> {
+    let vm = kvm.create_vm().map_err(Error::host("create a virtual machine"))?;
+    vm.set_identity_map_address(KVM_IDENTITY_MAP).map_err(Error::host("place KVM's identity map"))?;
+    vm.set_tss_address(KVM_TSS).map_err(Error::host("place KVM's TSS"))?;
+    vm.create_irq_chip().map_err(Error::host("create the interrupt controllers"))?;
+    // The dummy speaker answers port 0x61, by which kernels calibrate their clock.
+    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+    vm.create_pit2(pit).map_err(Error::host("create the timer"))?;
+    Ok(vm)
+}
+
+/// An eventfd that raises an interrupt line.
+fn irqfd(vm: &VmFd, gsi: u32) -> Result<EventFd> {
+    let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::host("create an eventfd"))?;
+    vm.register_irqfd(&irq, gsi).map_err(Error::host("connect an interrupt"))?;
+    Ok(irq)
+}
+
+/// Makes one disk a device of `vm`.
+fn plug_in(vm: &VmFd, memory: &Memory, slot: DiskSlot, number: usize, disk: &DiskConfig) -> Result<MmioDevice> {
+    let options = BlockDeviceOptions { serial: disk.serial.clone(), queues: disk.queues };
+    let device = Arc::new(BlockDevice::new(disk.backend.clone(), &options));
+    let kicks = (0..u32::from(device.queues()))
+        .map(|queue| {
+            // Blocking: a worker waits on it.
+            let kick = EventFd::new(libc::EFD_CLOEXEC).map_err(Error::host("create an eventfd"))?;
+            let register = IoEventAddress::Mmio(slot.base + NOTIFY_OFFSET);
+            vm.register_ioevent(&kick, &register, queue).map_err(Error::host("connect a notification"))?;
+            Ok(kick)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    MmioDevice::new(format!("disk{number}"), device, memory.clone(), kicks, irqfd(vm, slot.gsi)?)
+}

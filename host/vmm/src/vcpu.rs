@@ -1,0 +1,133 @@
+//! One vCPU: runs the guest until something ends the machine.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
+
+use crate::devices::Devices;
+use crate::error::{Error, ErrorKind, Result};
+use crate::machine::{Event, ExitReason};
+use crate::memory::Memory;
+
+/// How often a vCPU that should stop is kicked out of the guest.
+const KICK_INTERVAL: Duration = Duration::from_millis(1);
+
+/// The signal that interrupts KVM_RUN.
+fn kick_signal() -> libc::c_int {
+    SIGRTMIN()
+}
+
+/// Does nothing: the point of the signal is that KVM_RUN returns.
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+/// Takes the first real-time signal of the process for waking vCPUs. May be called any number of times.
+pub(crate) fn claim_signal() -> Result<()> {
+    register_signal_handler(kick_signal(), on_kick).map_err(Error::host("set up the signal that stops vCPUs"))
+}
+
+/// What every vCPU of a machine shares.
+pub(crate) struct Shared {
+    pub(crate) devices: Devices,
+    /// Held so that guest memory outlives every vCPU.
+    pub(crate) _memory: Memory,
+    pub(crate) stop: AtomicBool,
+}
+
+/// A vCPU on its thread.
+pub(crate) struct Vcpu {
+    thread: JoinHandle<()>,
+}
+
+impl Vcpu {
+    /// Runs `fd` on a thread of its own. How the machine ends, if this vCPU ends it, goes to `events`.
+    pub(crate) fn spawn(
+        id: u8,
+        mut fd: VcpuFd,
+        shared: Arc<Shared>,
+        events: std::sync::mpsc::Sender<Event>,
+    ) -> Result<Self> {
+        let thread = thread::Builder::new()
+            .name(format!("vcpu{id}"))
+            .spawn(move || {
+                // A thread inherits what its creator blocks.
+                if let Err(error) = unblock_signal(kick_signal()) {
+                    tracing::warn!(?error, "a vCPU may be slow to stop");
+                }
+                if let Some(result) = run(id, &mut fd, &shared) {
+                    // If nobody listens any more, the machine has ended already.
+                    let _ = events.send(Event::Ended(result));
+                }
+            })
+            .map_err(Error::host("start a vCPU's thread"))?;
+        Ok(Self { thread })
+    }
+
+    /// Waits for the vCPU to leave the guest. `Shared::stop` must be set.
+    ///
+    /// A signal that arrives just before KVM_RUN is entered is lost, so it is repeated until it was
+    /// heard.
+    pub(crate) fn join(self) {
+        while !self.thread.is_finished() {
+            if let Err(error) = self.thread.kill(kick_signal()) {
+                tracing::debug!(%error, "cannot signal a vCPU");
+            }
+            thread::sleep(KICK_INTERVAL);
+        }
+        if self.thread.join().is_err() {
+            tracing::error!("a vCPU's thread panicked");
+        }
+    }
+}
+
+/// Runs the guest. Returns `None` if the machine was stopped from elsewhere.
+fn run(id: u8, fd: &mut VcpuFd, shared: &Shared) -> Option<Result<ExitReason>> {
+    while !shared.stop.load(Ordering::Acquire) {
+        let end = match fd.run() {
+            Ok(exit) => handle(id, exit, &shared.devices),
+            // A signal, or nothing to do after all: look at the flag and go on.
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(None),
+            Err(error) => Err(Error::host("run a vCPU")(error)),
+        };
+        if let Some(end) = end.transpose() {
+            return Some(end.map_err(|error| with_state(error, fd)));
+        }
+    }
+    None
+}
+
+fn handle(id: u8, exit: VcpuExit<'_>, devices: &Devices) -> Result<Option<ExitReason>> {
+    let stuck = |what: String| Err(Error::new(ErrorKind::Guest, format!("vCPU {id} cannot go on: {what}")));
+    match exit {
+        VcpuExit::IoIn(port, data) => devices.port_read(port, data),
+        VcpuExit::IoOut(port, data) => return Ok(devices.port_write(port, data)),
+        VcpuExit::MmioRead(address, data) => devices.mmio_read(address, data),
+        VcpuExit::MmioWrite(address, data) => return Ok(devices.mmio_write(address, data)),
+        // A triple fault is how a PC is reset by software that has no better way.
+        VcpuExit::Shutdown => return Ok(Some(ExitReason::Reset)),
+        VcpuExit::SystemEvent(kind, _) => match kind {
+            kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => return Ok(Some(ExitReason::Shutdown)),
+            kvm_bindings::KVM_SYSTEM_EVENT_RESET => return Ok(Some(ExitReason::Reset)),
+            other => return stuck(format!("KVM reports system event {other}")),
+        },
+        // With the interrupt controllers in KVM, HLT waits there.
+        VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
+        VcpuExit::InternalError => {
+            return stuck("KVM does not know how to execute an instruction (internal error)".to_owned());
+        }
+        VcpuExit::FailEntry(reason, _) => return stuck(format!("the CPU refuses to run it (reason {reason:#x})")),
+        other => return stuck(format!("KVM stops for a reason that this machine does not know ({other:?})")),
+    }
+    Ok(None)
+}
+
+/// Adds where the guest was, which is what one wants to know of a guest that cannot go on.
+fn with_state(error: Error, fd: &VcpuFd) -> Error {
+    match fd.get_regs() {
+        Ok(regs) => error.context(format!("at rip {:#x}, rsp {:#x}", regs.rip, regs.rsp)),
+        Err(_) => error,
+    }
+}
