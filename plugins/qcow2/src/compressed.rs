@@ -102,7 +102,9 @@ pub(crate) fn unpack(image: &File, compression: Compression, descriptor: Descrip
     Ok(cluster)
 }
 
-/// Raw deflate. What follows the end of the stream is not looked at.
+/// Raw deflate, with any window that deflate has (QEMU writes 4 KiB). What follows the end of the stream is
+/// not looked at; a stream that goes on past the cluster is refused, as the contract asks and as QEMU does
+/// for zstd.
 fn inflate(packed: &[u8], cluster_size: usize) -> Result<Vec<u8>, &'static str> {
     let mut cluster = vec![0; cluster_size];
     let mut state = DecompressorOxide::new();

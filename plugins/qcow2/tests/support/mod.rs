@@ -2,6 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -9,11 +10,18 @@ use blockhouse_plugin::testing::{Disk, Storage};
 use blockhouse_plugin::{Access, Format, Placement, Snapshots};
 use blockhouse_qcow2::Qcow2;
 
-/// True if QEMU's tools are here; else says why the test does nothing.
+/// True if QEMU's tools are here. Else it says that the calling test is skipped, and why: on standard error,
+/// and in the file that `cargo xtask test` counts skips from.
 pub fn have_qemu() -> bool {
     let have = ["qemu-img", "qemu-io"].iter().all(|tool| Command::new(tool).arg("--version").output().is_ok());
     if !have {
-        println!("SKIPPED: qemu-img and qemu-io are not installed");
+        let thread = std::thread::current();
+        let line = format!("skipped: {}: no qemu-img and qemu-io\n", thread.name().unwrap_or("qcow2"));
+        eprint!("{line}");
+        if let Some(file) = std::env::var_os("BLOCKHOUSE_SKIPS") {
+            let mut file = std::fs::OpenOptions::new().append(true).create(true).open(file).unwrap();
+            file.write_all(line.as_bytes()).unwrap();
+        }
     }
     have
 }
@@ -108,6 +116,69 @@ impl Lab {
         let walk = walk(&mut disk.format, expected.len() as u64, budget, usize::MAX);
         assert_eq!((walk.end, walk.errors), (expected.len() as u64, 0), "{walk:?}");
         walk
+    }
+
+    /// Compares the map of an image without a backing file with `qemu-img map`, sector by sector.
+    pub fn compare_map(&self, image: &str) {
+        let output = Command::new("qemu-img")
+            .args(["map", "-f", "qcow2", "--output=json", image])
+            .current_dir(&self.root)
+            .output()
+            .unwrap();
+        let ranges: Vec<serde_json::Value> = serde_json::from_slice(&output.stdout).unwrap();
+        let mut expected = Vec::new();
+        for range in ranges {
+            let flag = |name: &str| range[name].as_bool().unwrap();
+            let kind = match (flag("present"), flag("zero"), range["compressed"].as_bool().unwrap_or(false)) {
+                (false, ..) => Kind::Unallocated,
+                (_, true, _) => Kind::Zero,
+                (_, _, true) => Kind::Packed,
+                _ => Kind::Data(range["offset"].as_u64().unwrap()),
+            };
+            push_sectors(&mut expected, kind, range["length"].as_u64().unwrap());
+        }
+
+        let mut disk = self.storage().disk::<Qcow2>(&self.path(image)).unwrap();
+        let mut actual = Vec::new();
+        let mut at = 0;
+        while at < disk.info.virtual_size {
+            let located = disk.format.locate(at, disk.info.virtual_size - at, 64).unwrap();
+            let mut start = located.start;
+            for extent in located.extents {
+                let skip = at.clamp(start, start + extent.length) - start;
+                let kind = match extent.placement {
+                    Placement::Data { offset, .. } => Kind::Data(offset + skip),
+                    Placement::Zero => Kind::Zero,
+                    Placement::Unallocated => Kind::Unallocated,
+                    Placement::Packed { .. } => Kind::Packed,
+                };
+                push_sectors(&mut actual, kind, extent.length - skip);
+                start += extent.length;
+                at = at.max(start);
+            }
+        }
+        assert_eq!(actual.len(), expected.len(), "{image}");
+        for (sector, (actual, expected)) in actual.iter().zip(&expected).enumerate() {
+            assert_eq!(actual, expected, "sector {sector} of {image}");
+        }
+    }
+}
+
+/// What is known of a sector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Data(u64),
+    Zero,
+    Unallocated,
+    Packed,
+}
+
+fn push_sectors(sectors: &mut Vec<Kind>, kind: Kind, length: u64) {
+    for sector in 0..length / 512 {
+        sectors.push(match kind {
+            Kind::Data(offset) => Kind::Data(offset + sector * 512),
+            other => other,
+        });
     }
 }
 
