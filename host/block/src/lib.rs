@@ -1,11 +1,59 @@
-//! Disks made of layers: checked extents, the extent map and native I/O.
+//! A virtual disk made of image layers: layers say where bytes live, this crate checks that, remembers
+//! it, and moves the bytes.
+//!
+//! ```text
+//!   device ──▶ BlockBackend        backend.rs   what a device may ask
+//!                  │
+//!                 Disk             disk.rs      splits a request into extents, moves their bytes
+//!        ┌─────────┼──────────────────┐
+//!    hit │         │ miss             │ packed
+//!        ▼         ▼                  ▼
+//!   extent map   Chain ─── Walk    unit cache   map.rs · chain.rs · units.rs
+//!    (flat)      top first, flattens  │
+//!        │         │   every answer checked     answer.rs
+//!        │     Layer::locate   Layer::unpack    layer.rs    implemented by components in a sandbox
+//!        ▼
+//!   ImageFile ─ imago ─ preadv, pwritev         file.rs     descriptors that were granted
+//! ```
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `backend.rs` | [`BlockBackend`]: a disk as devices see it |
+//! | `disk.rs` | [`Disk`] and [`DiskOptions`]: requests over any mix of extents |
+//! | `chain.rs` | the layers, the limit on questions, and the walk that flattens their answers |
+//! | `answer.rs` | the check of each answer; what a lie is |
+//! | `flat.rs`, `map.rs` | a flattened extent, and the bounded map of them |
+//! | `units.rs` | the cache of unpacked units |
+//! | `files.rs`, `file.rs` | the files of a disk by number; [`ImageFile`], a granted file with its rights |
+//! | `runs.rs` | [`Runs`]: the whole disk as a list, for `blockhouse map` |
+//! | `buffers.rs` | the buffers of a request as one run of bytes |
+//! | `layer.rs`, `error.rs` | [`Layer`], the trait below a disk; [`Error`], one for the whole data path |
+//!
+//! The crate knows neither WebAssembly nor KVM, and opens no file: what it reads and writes was opened
+//! by somebody who checked the grant.
 #![deny(unsafe_code)]
-pub mod backend;
-pub mod error;
-mod file;
-mod layer;
 
+mod answer;
+mod backend;
+mod buffers;
+mod chain;
+mod disk;
+mod error;
+mod file;
+mod files;
+mod flat;
+mod layer;
+mod map;
+mod runs;
+mod units;
+
+pub use answer::MAX_PACKED_UNIT;
 pub use backend::{BlockBackend, SECTOR_SIZE, Topology};
+pub use chain::MAX_CHAIN_DEPTH;
+pub use disk::{Disk, DiskOptions};
 pub use error::{Error, ErrorKind, Result};
 pub use file::{Access, FileIdentity, ImageFile, MAX_FILE_OFFSET};
+pub use files::MAX_FILES;
 pub use layer::{Extent, FileIndex, Layer, LayerInfo, Located, Placement};
+pub use map::{EXTENT_BYTES, MapStats};
+pub use runs::{Run, RunKind, Runs};

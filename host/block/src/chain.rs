@@ -1,0 +1,293 @@
+//! The layers of a disk, top first, and the walk that flattens what they say.
+//!
+//! ```text
+//!            position ──▶
+//!   layer 0  [ data ][  unallocated   ][ zero ][ unallocated ]      each layer: its last answer
+//!   layer 1          [ data ][ unalloc ]       [ packed ]|             and a cursor into it
+//!   layer 2                  [ data    ]                 | end of layer 1: zero from here
+//!            ───────────────────────────────────────────────
+//!   flat     [ 0    ][ 1    ][ 2       ][ 0    ][ 1      ][ nothing ]
+//! ```
+//!
+//! The walk goes forward only, so that the work is linear in the number of extents, whatever the
+//! shape of the chain, and it is a loop, so that depth costs no stack.
+
+use std::sync::{Arc, OnceLock};
+
+use crate::answer::{self, Question, Refusal};
+use crate::error::{Error, ErrorKind, Result};
+use crate::files::{FileId, FileTable, MAX_FILES};
+use crate::flat::{Flat, Target};
+use crate::layer::{Extent, FileIndex, Layer, LayerInfo, Located, Placement};
+
+/// The most layers in one disk.
+pub const MAX_CHAIN_DEPTH: usize = 1024;
+
+/// Extents that a layer may return in one answer: more than a whole qcow2 L2 table of 64 KiB
+/// clusters has in 64 MiB.
+pub(crate) const MAX_EXTENTS: u32 = 1024;
+
+/// How far ahead a layer is asked, in bytes. It may answer for more.
+const ASK_AHEAD: u64 = 64 << 20;
+
+/// How many questions one request may cause.
+///
+/// A component chooses how little it answers, so this is what bounds the work of a request. The most
+/// finely divided honest answer is a qcow2 L2 table of 512-byte clusters, 32 KiB.
+#[derive(Debug)]
+pub(crate) struct Questions(u64);
+
+impl Questions {
+    /// The limit for a request of `length` bytes on a chain of `layers`.
+    pub(crate) fn for_request(length: u64, layers: usize) -> Self {
+        let layers = u64::try_from(layers).unwrap_or(u64::MAX);
+        Self((16 + length / 4096).saturating_mul(layers))
+    }
+
+    /// No limit, for a caller that stops by itself.
+    pub(crate) fn unlimited() -> Self {
+        Self(u64::MAX)
+    }
+
+    fn take(&mut self) -> bool {
+        let left = self.0.checked_sub(1);
+        self.0 = left.unwrap_or(0);
+        left.is_some()
+    }
+}
+
+/// One layer, and why it is not asked any more.
+struct Link {
+    layer: Arc<dyn Layer>,
+    /// Set once it broke its contract.
+    failed: OnceLock<String>,
+}
+
+/// The layers of a disk, top first.
+pub(crate) struct Chain {
+    links: Vec<Link>,
+    pub(crate) files: FileTable,
+}
+
+impl Chain {
+    /// Takes the layers, top first.
+    pub(crate) fn new(layers: Vec<Arc<dyn Layer>>) -> Result<Self> {
+        if layers.is_empty() {
+            return Err(Error::new(ErrorKind::Invalid, "a disk needs at least one layer"));
+        }
+        if layers.len() > MAX_CHAIN_DEPTH {
+            return Err(Error::new(
+                ErrorKind::Limit,
+                format!("a chain of {} layers, where {MAX_CHAIN_DEPTH} are allowed", layers.len()),
+            ));
+        }
+        for info in layers.iter().map(|layer| layer.info()) {
+            let invalid = |what: String| Err(Error::new(ErrorKind::Component, what).on_image(info.name.clone()));
+            if info.virtual_size % crate::SECTOR_SIZE != 0 {
+                return invalid(format!("a size of {} bytes, not a multiple of 512", info.virtual_size));
+            }
+            if info.virtual_size > crate::MAX_FILE_OFFSET {
+                return invalid(format!("a size of {} bytes, 2^63 or more", info.virtual_size));
+            }
+            if info.cluster_size != 0 && !info.cluster_size.is_power_of_two() {
+                return invalid(format!("a cluster size of {} bytes, not a power of two", info.cluster_size));
+            }
+        }
+        let links = layers.into_iter().map(|layer| Link { layer, failed: OnceLock::new() }).collect();
+        Ok(Self { links, files: FileTable::new() })
+    }
+
+    pub(crate) fn depth(&self) -> usize {
+        self.links.len()
+    }
+
+    pub(crate) fn infos(&self) -> impl Iterator<Item = &LayerInfo> {
+        self.links.iter().map(|link| link.layer.info())
+    }
+
+    /// The size of the layer at `depth`, or `None` if the chain ends above it.
+    fn virtual_size(&self, depth: u16) -> Option<u64> {
+        self.links.get(usize::from(depth)).map(|link| link.layer.info().virtual_size)
+    }
+
+    fn link(&self, depth: u16) -> Result<&Link> {
+        let link = self
+            .links
+            .get(usize::from(depth))
+            .ok_or_else(|| Error::new(ErrorKind::Component, format!("there is no layer {depth} in this disk")))?;
+        match link.failed.get() {
+            None => Ok(link),
+            Some(why) => Err(Error::new(
+                ErrorKind::Component,
+                format!("its component is not asked any more, since it failed: {why}"),
+            )
+            .on_image(link.layer.info().name.clone())),
+        }
+    }
+
+    /// Asks one layer and checks what it says.
+    fn locate(&self, depth: u16, offset: u64, length: u64) -> Result<Located> {
+        let link = self.link(depth)?;
+        let answer = link.layer.locate(offset, length, MAX_EXTENTS).map_err(|error| link.note(error))?;
+        let question = Question { offset, max_extents: MAX_EXTENTS, virtual_size: link.layer.info().virtual_size };
+        match answer::check(question, &answer, |index| {
+            Ok(self.file(depth, index)?.and_then(|id| self.files.get(id)).map(|file| file.access()))
+        }) {
+            Ok(()) => Ok(answer),
+            Err(Refusal::Files(error)) => Err(error),
+            Err(Refusal::Lie(lie)) => Err(link.lie(format!("the component gave a wrong answer: {lie}"))),
+        }
+    }
+
+    /// The bytes of a packed unit.
+    pub(crate) fn unpack(&self, depth: u16, token: u64, length: u64) -> Result<Vec<u8>> {
+        let link = self.link(depth)?;
+        let bytes = link.layer.unpack(token, length).map_err(|error| link.note(error))?;
+        if u64::try_from(bytes.len()) != Ok(length) {
+            let given = bytes.len();
+            return Err(link.lie(format!("the component gave {given} bytes for a packed unit of {length}")));
+        }
+        Ok(bytes)
+    }
+
+    fn file(&self, depth: u16, index: FileIndex) -> Result<Option<FileId>> {
+        let link = self.link(depth)?;
+        self.files.intern(depth, index, || link.layer.file(index)).map_err(|_| {
+            Error::new(ErrorKind::Limit, format!("the disk uses more than {MAX_FILES} files"))
+                .on_image(link.layer.info().name.clone())
+        })
+    }
+
+    /// Walks from `start` to `end`, which lie inside the disk. Every extent before `needed` is
+    /// delivered or is an error; after that the walk ends as soon as it would have to ask a layer for
+    /// the second time.
+    pub(crate) fn walk(&self, start: u64, needed: u64, end: u64) -> Walk<'_> {
+        let cursors = self.links.iter().map(|_| Cursor::default()).collect();
+        Walk { chain: self, position: start, needed, end, cursors }
+    }
+}
+
+impl Link {
+    /// Names the image in an error, and remembers a broken component.
+    fn note(&self, error: Error) -> Error {
+        if error.kind() == ErrorKind::Component {
+            self.failed.get_or_init(|| error.message().to_owned());
+        }
+        error.on_image(self.layer.info().name.clone())
+    }
+
+    fn lie(&self, message: String) -> Error {
+        tracing::warn!(image = self.layer.info().name, "{message}");
+        self.note(Error::new(ErrorKind::Component, message))
+    }
+}
+
+/// A position in the last answer of one layer.
+#[derive(Debug, Default)]
+struct Cursor {
+    extents: std::vec::IntoIter<Extent>,
+    /// The extent at the cursor, with the offset at which it starts.
+    current: Option<(u64, Extent)>,
+    asked: bool,
+}
+
+impl Cursor {
+    /// Goes forward to the extent that contains `position`, if the answer has it.
+    fn seek(&mut self, position: u64) -> Option<(u64, Extent)> {
+        while let Some((start, extent)) = self.current {
+            let end = start.saturating_add(extent.length);
+            if position < end {
+                return Some((start, extent));
+            }
+            self.current = self.extents.next().map(|next| (end, next));
+        }
+        None
+    }
+}
+
+/// Flattens a range of the disk, extent by extent. Made by [`Chain::walk`].
+pub(crate) struct Walk<'c> {
+    chain: &'c Chain,
+    position: u64,
+    needed: u64,
+    end: u64,
+    cursors: Vec<Cursor>,
+}
+
+impl Walk<'_> {
+    /// Where the next extent starts.
+    pub(crate) fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// The next extent, or `None` at the end of the walk.
+    pub(crate) fn next(&mut self, questions: &mut Questions) -> Result<Option<Flat>> {
+        let position = self.position;
+        let mut limit = self.end;
+        if position >= limit {
+            return Ok(None);
+        }
+        let mut depth: u16 = 0;
+        loop {
+            let Some((start, extent)) = self.extent_at(depth, position, questions)? else { return Ok(None) };
+            limit = limit.min(start.saturating_add(extent.length));
+            let skipped = position.saturating_sub(start);
+            let target = match extent.placement {
+                Placement::Unallocated => {
+                    let below = depth.saturating_add(1);
+                    match self.chain.virtual_size(below) {
+                        Some(size) if position < size => {
+                            limit = limit.min(size);
+                            depth = below;
+                            continue;
+                        }
+                        // Past the end of the layer below, or no layer below.
+                        _ => Target::Unallocated,
+                    }
+                }
+                Placement::Zero => Target::Zero,
+                Placement::Data { file, offset, overwrite } => Target::Data {
+                    file: self.chain.file(depth, file)?.ok_or_else(|| {
+                        Error::new(ErrorKind::Component, format!("file {} is not registered any more", file.0))
+                    })?,
+                    offset: offset.saturating_add(skipped),
+                    // A layer below the top is never written, whatever it claims.
+                    overwrite: overwrite && depth == 0,
+                },
+                Placement::Packed { token } => Target::Packed {
+                    token,
+                    skip: u32::try_from(skipped).unwrap_or(u32::MAX),
+                    unit: u32::try_from(extent.length).unwrap_or(u32::MAX),
+                },
+            };
+            self.position = limit;
+            return Ok(Some(Flat { start: position, length: limit.saturating_sub(position), depth, target }));
+        }
+    }
+
+    /// The extent of one layer at `position`, with its start, from the answer at hand or a new one.
+    /// `None` if it is not needed enough to ask again.
+    fn extent_at(&mut self, depth: u16, position: u64, questions: &mut Questions) -> Result<Option<(u64, Extent)>> {
+        let size = self.chain.virtual_size(depth).unwrap_or(0);
+        let Some(cursor) = self.cursors.get_mut(usize::from(depth)) else { return Ok(None) };
+        if let Some(found) = cursor.seek(position) {
+            return Ok(Some(found));
+        }
+        if cursor.asked && position >= self.needed {
+            return Ok(None);
+        }
+        if !questions.take() {
+            return Err(Error::new(
+                ErrorKind::Limit,
+                "the request needs too many answers from components: the image is divided too finely",
+            ));
+        }
+        cursor.asked = true;
+        let ahead = self.end.min(size).saturating_sub(position).min(ASK_AHEAD);
+        let answer = self.chain.locate(depth, position, ahead)?;
+        let mut extents = answer.extents.into_iter();
+        cursor.current = extents.next().map(|first| (answer.start, first));
+        cursor.extents = extents;
+        Ok(cursor.seek(position))
+    }
+}

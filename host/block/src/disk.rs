@@ -1,0 +1,308 @@
+//! A disk: a chain of layers, the map of what is known about it, and the native movement of its bytes.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vm_memory::VolatileSlice;
+
+use crate::backend::{BlockBackend, SECTOR_SIZE, Topology};
+use crate::buffers::Buffers;
+use crate::chain::{Chain, MAX_EXTENTS, Questions};
+use crate::error::{Error, ErrorKind, Result};
+use crate::file::ImageFile;
+use crate::files::FileId;
+use crate::flat::{Flat, Target};
+use crate::layer::{Layer, LayerInfo};
+use crate::map::{ExtentMap, MapStats};
+use crate::runs::Runs;
+use crate::units::UnitCache;
+
+/// The block size that guests are told at least: the page of the host, below which a write costs a read.
+const MIN_PHYSICAL_BLOCK: u32 = 4096;
+
+/// The largest preferred request that guests are told: the largest qcow2 cluster.
+const MAX_OPTIMAL_IO: u32 = 2 << 20;
+
+/// Locks that keep threads from unpacking the same unit at the same time.
+const UNPACK_LOCKS: usize = 16;
+
+/// How a disk is used, and how much memory it may take.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskOptions {
+    /// Whether writes are accepted. The top layer must be `overwritable`. Default: no.
+    pub writable: bool,
+    /// Memory for the extent map in bytes: [`EXTENT_BYTES`](crate::EXTENT_BYTES) for each run of bytes
+    /// that lie together. Default: 16 MiB.
+    pub extent_map_bytes: usize,
+    /// Memory for unpacked units in bytes. Default: 32 MiB.
+    pub unpacked_cache_bytes: usize,
+}
+
+impl Default for DiskOptions {
+    fn default() -> Self {
+        Self { writable: false, extent_map_bytes: 16 << 20, unpacked_cache_bytes: 32 << 20 }
+    }
+}
+
+/// A chain of layers as one disk. See [`BlockBackend`] for what can be done with it.
+pub struct Disk {
+    chain: Chain,
+    map: ExtentMap,
+    units: UnitCache,
+    /// One for each stripe of the map, held while layers are asked, so that threads which miss the same
+    /// range ask once.
+    asking: Box<[Mutex<()>]>,
+    unpacking: Box<[Mutex<()>]>,
+    capacity: u64,
+    writable: bool,
+    topology: Topology,
+}
+
+impl Disk {
+    /// A disk of `layers`, top first: the size is that of the top layer.
+    ///
+    /// # Errors
+    /// [`Invalid`](ErrorKind::Invalid) if there is no layer, or if it is to be writable and the top
+    /// layer is not; [`Limit`](ErrorKind::Limit) if there are too many layers;
+    /// [`Component`](ErrorKind::Component) if a layer has an impossible size.
+    pub fn new(layers: Vec<Arc<dyn Layer>>, options: DiskOptions) -> Result<Self> {
+        let chain = Chain::new(layers)?;
+        let top =
+            chain.infos().next().ok_or_else(|| Error::new(ErrorKind::Invalid, "a disk needs at least one layer"))?;
+        if options.writable && !top.overwritable {
+            return Err(Error::new(
+                ErrorKind::Invalid,
+                format!("a {} image opened this way cannot be written: open the disk read-only", top.format),
+            )
+            .on_image(top.name.clone()));
+        }
+        let capacity = top.virtual_size;
+        let physical_block_size = MIN_PHYSICAL_BLOCK;
+        let optimal_io_size = top.cluster_size.clamp(MIN_PHYSICAL_BLOCK, MAX_OPTIMAL_IO);
+        let map = ExtentMap::new(capacity, options.extent_map_bytes);
+        let asking = (0..=map.stripe_of(capacity)).map(|_| Mutex::default()).collect();
+        Ok(Self {
+            chain,
+            map,
+            units: UnitCache::new(options.unpacked_cache_bytes),
+            asking,
+            unpacking: (0..UNPACK_LOCKS).map(|_| Mutex::default()).collect(),
+            capacity,
+            writable: options.writable,
+            topology: Topology { physical_block_size, optimal_io_size },
+        })
+    }
+
+    /// What is fixed about each layer, top first.
+    pub fn layers(&self) -> impl Iterator<Item = &LayerInfo> {
+        self.chain.infos()
+    }
+
+    /// The whole disk as runs, in order: what is where, asked of the layers anew.
+    pub fn runs(&self) -> Runs<'_> {
+        Runs::new(&self.chain, 0, self.capacity)
+    }
+
+    /// What the extent map did so far.
+    pub fn map_stats(&self) -> MapStats {
+        self.map.stats()
+    }
+
+    /// Bytes that unpacked units take now.
+    pub fn unpacked_bytes(&self) -> usize {
+        self.units.bytes()
+    }
+
+    /// Forgets what is known about a range, which a layer now answers differently.
+    pub fn invalidate(&self, offset: u64, length: u64) {
+        self.map.invalidate(offset, length);
+    }
+
+    /// The end of a request that starts at `offset`.
+    fn request_end(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<u64> {
+        buffers
+            .iter()
+            .try_fold(offset, |end, buffer| end.checked_add(buffer.len() as u64))
+            .filter(|end| *end <= self.capacity)
+            .ok_or_else(|| {
+                let capacity = self.capacity;
+                Error::new(ErrorKind::Invalid, format!("a request at {offset} ends past the disk of {capacity} bytes"))
+            })
+    }
+
+    /// Calls `action` for the extents of `start..end`, in order; neighbours that continue each other are
+    /// one.
+    fn for_each_extent(&self, start: u64, end: u64, mut action: impl FnMut(&Flat) -> Result<()>) -> Result<()> {
+        let mut questions = Questions::for_request(end.saturating_sub(start), self.chain.depth());
+        let mut pending: Option<Flat> = None;
+        let mut push = |flat: Flat| {
+            let flat = flat.head(end);
+            if pending.as_mut().is_some_and(|current| current.merge(&flat)) {
+                return Ok(());
+            }
+            pending.replace(flat).map_or(Ok(()), |complete| action(&complete))
+        };
+        let mut position = start;
+        while position < end {
+            if let Some(flat) = self.map.lookup(position) {
+                position = flat.end();
+                push(flat)?;
+                continue;
+            }
+            for flat in self.resolve(position, end, &mut questions)? {
+                if position >= end {
+                    break;
+                }
+                position = flat.end();
+                push(flat)?;
+            }
+        }
+        pending.map_or(Ok(()), |last| action(&last))
+    }
+
+    /// Asks the layers where `start..end` lives, as far as one lock reaches, and remembers the answer
+    /// with whatever else they said.
+    fn resolve(&self, start: u64, end: u64, questions: &mut Questions) -> Result<Vec<Flat>> {
+        let lock = self.asking.get(self.map.stripe_of(start));
+        let _asking = lock.map(|lock| lock.lock().unwrap_or_else(PoisonError::into_inner));
+        // Another thread may have asked while this one waited.
+        if let Some(flat) = self.map.lookup(start) {
+            return Ok(vec![flat]);
+        }
+        let since = self.map.generation();
+        let mut walk = self.chain.walk(start, end, self.capacity);
+        let mut flats: Vec<Flat> = Vec::new();
+        let budget = usize::try_from(MAX_EXTENTS).unwrap_or(usize::MAX);
+        loop {
+            let position = walk.position();
+            // Looking ahead is a favour: it ends at the budget and at the first error.
+            if flats.len() >= budget && position > start {
+                break;
+            }
+            match walk.next(questions) {
+                Ok(Some(flat)) => {
+                    if !flats.last_mut().is_some_and(|last| last.merge(&flat)) {
+                        flats.push(flat);
+                    }
+                }
+                Ok(None) => break,
+                Err(error) if flats.is_empty() => return Err(error),
+                Err(_) => break,
+            }
+        }
+        if flats.is_empty() {
+            return Err(Error::new(ErrorKind::Component, format!("no layer says where the bytes at {start} are")));
+        }
+        self.map.insert(&flats, since);
+        Ok(flats)
+    }
+
+    fn file(&self, id: FileId) -> Result<&Arc<ImageFile>> {
+        self.chain
+            .files
+            .get(id)
+            .ok_or_else(|| Error::new(ErrorKind::Component, "an extent names a file that is not known"))
+    }
+
+    /// The bytes of a packed unit, from the cache or from the layer.
+    fn unit(&self, depth: u16, token: u64, length: u32) -> Result<Arc<[u8]>> {
+        let key = (depth, token, length);
+        if let Some(bytes) = self.units.get(key) {
+            return Ok(bytes);
+        }
+        // Tokens are often offsets of clusters: mix the high bits in.
+        let mixed = token.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        let lock = usize::try_from(mixed).ok().and_then(|mixed| self.unpacking.get(mixed % UNPACK_LOCKS));
+        let _unpacking = lock.map(|lock| lock.lock().unwrap_or_else(PoisonError::into_inner));
+        if let Some(bytes) = self.units.get(key) {
+            return Ok(bytes);
+        }
+        let bytes: Arc<[u8]> = self.chain.unpack(depth, token, u64::from(length))?.into();
+        self.units.insert(key, Arc::clone(&bytes));
+        Ok(bytes)
+    }
+
+    fn read_extent(&self, flat: &Flat, buffers: &mut Buffers<'_, '_>) -> Result<()> {
+        match flat.target {
+            Target::Data { file, offset, .. } => self.file(file)?.read(&buffers.take(flat.length), offset),
+            Target::Zero | Target::Unallocated => {
+                buffers.zero(flat.length);
+                Ok(())
+            }
+            Target::Packed { token, skip, unit } => {
+                let bytes = self.unit(flat.depth, token, unit)?;
+                let part = usize::try_from(skip)
+                    .ok()
+                    .zip(usize::try_from(flat.length).ok())
+                    .and_then(|(skip, length)| bytes.get(skip..skip.checked_add(length)?));
+                let part =
+                    part.ok_or_else(|| Error::new(ErrorKind::Component, "an extent goes past its packed unit"))?;
+                buffers.copy_from(part);
+                Ok(())
+            }
+        }
+    }
+}
+
+impl BlockBackend for Disk {
+    fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    fn topology(&self) -> Topology {
+        self.topology
+    }
+
+    fn read(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
+        let end = self.request_end(buffers, offset)?;
+        let mut buffers = Buffers::new(buffers);
+        self.for_each_extent(offset, end, |flat| self.read_extent(flat, &mut buffers))
+    }
+
+    fn write(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
+        if !self.writable {
+            return Err(Error::new(ErrorKind::Invalid, "the disk is read-only: open it writable to write"));
+        }
+        let end = self.request_end(buffers, offset)?;
+        // All of the request is looked up before any of it is written: a refusal changes nothing.
+        let mut extents = Vec::new();
+        self.for_each_extent(offset, end, |flat| match flat.target {
+            Target::Data { file, offset, overwrite: true } => {
+                extents.push((file, offset, flat.length));
+                Ok(())
+            }
+            _ => Err(Error::new(
+                ErrorKind::Invalid,
+                format!(
+                    "the bytes at {} cannot be overwritten in place: put an image that can grow on top",
+                    flat.start
+                ),
+            )),
+        })?;
+        let mut buffers = Buffers::new(buffers);
+        for (file, offset, length) in extents {
+            self.file(file)?.write(&buffers.take(length), offset)?;
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.chain.files.iter().try_for_each(|file| file.sync_data())
+    }
+}
+
+impl fmt::Debug for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Disk")
+            .field("layers", &self.chain.infos().collect::<Vec<_>>())
+            .field("capacity", &self.capacity)
+            .field("writable", &self.writable)
+            .finish_non_exhaustive()
+    }
+}
+
+const _: () = assert!((MIN_PHYSICAL_BLOCK as u64).is_multiple_of(SECTOR_SIZE));
