@@ -32,6 +32,10 @@ use crate::header::Compression;
 /// filled with what was unpacked, so it takes no more memory than that.
 const MAX_ZSTD_WINDOW: u64 = 8 << 20;
 
+/// A zstd frame may have so many blocks, and one more per 256 bytes of the cluster. Encoders make blocks of
+/// kilobytes; a frame of empty ones would cost time and give nothing.
+const MIN_ZSTD_BLOCKS: usize = 16;
+
 /// Where compressed data lies. It fits its cluster size; the file may still be shorter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Descriptor {
@@ -126,8 +130,8 @@ fn unzstd(mut packed: &[u8], cluster_size: usize) -> Result<Vec<u8>, &'static st
     decoder.init(&mut packed).map_err(|_| "it is not a zstd frame, or asks for a dictionary or a large window")?;
     let mut cluster = vec![0; cluster_size];
     let mut filled = 0;
-    // A block has 128 KiB at most: by so much the decoder can run ahead of the check.
-    loop {
+    // A block has 128 KiB at most: by so much, and by its window, the decoder can run ahead of the check.
+    for _ in 0..MIN_ZSTD_BLOCKS + cluster_size / 256 {
         decoder.decode_blocks(&mut packed, BlockDecodingStrategy::UptoBlocks(1)).map_err(|_| "it is damaged")?;
         loop {
             let free = cluster.get_mut(filled..).unwrap_or_default();
@@ -141,8 +145,8 @@ fn unzstd(mut packed: &[u8], cluster_size: usize) -> Result<Vec<u8>, &'static st
             return Err("it unpacks to more than a cluster");
         }
         if decoder.is_finished() {
-            break;
+            return if filled < cluster_size { Err("it unpacks to less than a cluster") } else { Ok(cluster) };
         }
     }
-    if filled < cluster_size { Err("it unpacks to less than a cluster") } else { Ok(cluster) }
+    Err("it has too many blocks")
 }

@@ -765,6 +765,9 @@ fn zstd_frames() {
     error(b"", "past the end of the file");
     // With a dictionary.
     error(&zstd(&[0x01, 6 << 3, 9], &blocks), "dictionary");
+    // Small blocks are fine, and empty ones are not without end.
+    assert_eq!(read(&zstd(&windows[0], &[(256, 7); 256])).unwrap(), vec![7; 65536]);
+    error(&zstd(&windows[0], &[(0, 7); 10_000]), "too many blocks");
     // A bomb: 1 GiB in 32 KiB, through the smallest and the largest window.
     let bomb = vec![(128 << 10, 0); 8 << 10];
     error(&zstd(&windows[0], &bomb), "damaged");
