@@ -25,6 +25,8 @@ mod error;
 mod file;
 mod format;
 
+#[cfg(target_family = "wasm")]
+mod runtime;
 #[cfg(not(target_family = "wasm"))]
 pub mod testing;
 #[cfg(target_family = "wasm")]

@@ -1,11 +1,10 @@
 //! The component side: generated bindings, and what a `no_std` component needs to stand alone.
 //!
-//! This is the one module of the tool kit with unsafe code: the allocator's C entry point and the
-//! cell that holds the open image. Format crates forbid it.
+//! The only unsafe code of the tool kit is here and in `runtime.rs`: the cell that holds the open image,
+//! and the allocator's C entry point. Format crates forbid it.
 
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
-use core::alloc::Layout;
 use core::cell::RefCell;
 
 use crate::{Access, Context, Error, File, FileIndex, Format, Level, Placement, Snapshots};
@@ -40,56 +39,6 @@ use bindings::blockhouse::format::{files, log as host_log, types};
 use bindings::exports::blockhouse::format::reader as wit;
 use bindings::wasi::filesystem::types as fs;
 use snapshot_bindings::exports::blockhouse::format::snapshots as wit_snapshots;
-
-#[global_allocator]
-static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
-
-/// Memory for what the host passes in, as the canonical ABI asks for.
-///
-/// # Safety
-/// Called by the canonical ABI only, with `old_pointer`, `old_length` and `align` from an earlier
-/// call.
-// SAFETY of the name: it is the one that the component tool chain looks for, defined once, here.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn cabi_realloc(old_pointer: *mut u8, old_length: usize, align: usize, new_length: usize) -> *mut u8 {
-    let Ok(layout) = Layout::from_size_align(new_length, align) else { core::arch::wasm32::unreachable() };
-    let pointer = if new_length == 0 {
-        // The ABI wants a well-aligned pointer, and never reads through it.
-        return core::ptr::without_provenance_mut(align);
-    } else if old_length == 0 {
-        // SAFETY: the size of the layout is not 0.
-        unsafe { alloc::alloc::alloc(layout) }
-    } else {
-        // SAFETY: `old_pointer` came from this function with this length and alignment, and the new
-        // length, checked above with this alignment, is not 0.
-        unsafe {
-            alloc::alloc::realloc(old_pointer, Layout::from_size_align_unchecked(old_length, align), new_length)
-        }
-    };
-    if pointer.is_null() {
-        // Out of memory is a trap: the host throws the instance away.
-        core::arch::wasm32::unreachable()
-    }
-    pointer
-}
-
-/// What the compiler calls to compare byte strings. It comes with a C library, which a component without
-/// std does not link; copying and filling are instructions of WebAssembly.
-///
-/// # Safety
-/// Called by compiled code only, with `length` readable bytes at both pointers.
-// SAFETY of the name: it is the one that the compiler calls, defined once, here.
-#[unsafe(no_mangle)]
-unsafe extern "C" fn memcmp(left: *const u8, right: *const u8, length: usize) -> i32 {
-    for at in 0..length {
-        // SAFETY: `at` is below `length`.
-        let (left, right) = unsafe { (left.add(at).read(), right.add(at).read()) };
-        if left != right {
-            return i32::from(left) - i32::from(right);
-        }
-    }
-    0
-}
 
 #[panic_handler]
 fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
