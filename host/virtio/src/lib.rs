@@ -28,6 +28,8 @@
 //!
 //! Section numbers in this crate are those of the virtio specification, version 1.3.
 
+#![forbid(unsafe_code)]
+
 mod device;
 mod execute;
 mod queue;

@@ -59,13 +59,17 @@ impl BlockQueue {
     /// a stop, or for another queue.
     ///
     /// # Errors
-    /// [`QueueError`] if the ring itself is invalid. The queue must not be processed again.
+    /// [`QueueError`] if the ring itself is invalid; it was logged. The queue must not be processed
+    /// again.
     pub fn process<M>(&mut self, memory: &M, budget: u16, mut interrupt: impl FnMut()) -> Result<Progress, QueueError>
     where
         M: GuestMemory<Bitmap = ()>,
     {
-        let index = self.index;
-        self.serve(memory, budget, &mut interrupt).map_err(|source| QueueError { queue: index, source })
+        self.serve(memory, budget, &mut interrupt).map_err(|source| {
+            let error = QueueError { queue: self.index, source };
+            self.device.report().fault(Fault::BrokenQueue, None, &error);
+            error
+        })
     }
 
     fn serve<M>(

@@ -14,6 +14,8 @@ pub(crate) enum Fault {
     Backend(ErrorKind),
     /// The guest sent something that is not a request.
     Malformed(Malformed),
+    /// The guest broke a queue.
+    BrokenQueue,
     /// The guest asked for something that the device or this disk does not do.
     Refused(&'static str),
 }
@@ -46,6 +48,7 @@ impl Report {
             Fault::Backend(kind) => {
                 tracing::warn!(serial, %kind, offset, count, "disk error, the guest gets an I/O error: {detail}");
             }
+            Fault::BrokenQueue => tracing::warn!(serial, count, "{detail}"),
             Fault::Malformed(_) | Fault::Refused(_) => {
                 tracing::warn!(serial, offset, count, "refused a request of the guest: {detail}");
             }

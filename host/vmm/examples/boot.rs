@@ -79,7 +79,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<ExitReason, Box<dyn std::error::Error>> {
     let (mut kernel, mut initramfs, mut cmdline) = (None, None, String::new());
-    let (mut memory_bytes, mut vcpus, mut disks) = (256 << 20, 1, Vec::new());
+    let (mut memory_bytes, mut vcpus, mut queues, mut disks) = (256 << 20, 1, 1, Vec::new());
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or_else(|| format!("{argument} needs a value"));
@@ -89,10 +89,12 @@ fn run() -> Result<ExitReason, Box<dyn std::error::Error>> {
             "--cmdline" => cmdline = value()?,
             "--memory-mib" => memory_bytes = value()?.parse::<u64>()? << 20,
             "--cpus" => vcpus = value()?.parse()?,
+            "--queues" => queues = value()?.parse()?,
             path => {
                 let file = File::open(path)?;
                 let sectors = file.metadata()?.len() / SECTOR_SIZE;
-                disks.push(DiskConfig::new(Arc::new(RawFile { file, sectors }), format!("boot-{}", disks.len())));
+                let disk = DiskConfig::new(Arc::new(RawFile { file, sectors }), format!("boot-{}", disks.len()));
+                disks.push(DiskConfig { queues, ..disk });
             }
         }
     }

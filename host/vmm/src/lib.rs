@@ -37,6 +37,8 @@
 //! The guest is hostile: nothing that it writes, to memory or to a register, may panic, block or
 //! grow the host. The kernel and the initramfs are files of the user's choice.
 
+#![deny(unsafe_code)]
+
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("blockhouse-vmm needs Linux on x86_64");
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use blockhouse_block::BlockBackend;
 use blockhouse_virtio::{BlockDevice, BlockDeviceOptions};
@@ -246,19 +246,14 @@ impl Machine {
         });
         shared.stop.store(true, Ordering::Release);
         running.into_iter().for_each(Vcpu::join);
-        drop(vm);
 
+        // With the vCPUs gone this is the last reference: taking it apart stops the disks' workers.
+        let control = Arc::into_inner(shared).and_then(|shared| shared.devices.control);
+        drop(vm);
+        let records =
+            control.map(|control| control.into_inner().unwrap_or_else(PoisonError::into_inner).into_records());
+        let disks = records.iter().flatten().map(DiskReport::from).collect();
         let reason = end?;
-        let disks = match Arc::into_inner(shared).and_then(|shared| {
-            let Shared { devices, .. } = shared;
-            devices.control
-        }) {
-            Some(control) => {
-                let control = control.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-                control.into_records().iter().map(DiskReport::from).collect()
-            }
-            None => Vec::new(),
-        };
         Ok(Exit { reason, disks })
     }
 }

@@ -1,7 +1,7 @@
 //! One vCPU: runs the guest until something ends the machine.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -44,12 +44,7 @@ pub(crate) struct Vcpu {
 
 impl Vcpu {
     /// Runs `fd` on a thread of its own. How the machine ends, if this vCPU ends it, goes to `events`.
-    pub(crate) fn spawn(
-        id: u8,
-        mut fd: VcpuFd,
-        shared: Arc<Shared>,
-        events: std::sync::mpsc::Sender<Event>,
-    ) -> Result<Self> {
+    pub(crate) fn spawn(id: u8, mut fd: VcpuFd, shared: Arc<Shared>, events: mpsc::Sender<Event>) -> Result<Self> {
         let thread = thread::Builder::new()
             .name(format!("vcpu{id}"))
             .spawn(move || {
@@ -57,10 +52,8 @@ impl Vcpu {
                 if let Err(error) = unblock_signal(kick_signal()) {
                     tracing::warn!(?error, "a vCPU may be slow to stop");
                 }
-                if let Some(result) = run(id, &mut fd, &shared) {
-                    // If nobody listens any more, the machine has ended already.
-                    let _ = events.send(Event::Ended(result));
-                }
+                let mut end = End { id, events, result: None };
+                end.result = Some(run(id, &mut fd, &shared));
             })
             .map_err(Error::host("start a vCPU's thread"))?;
         Ok(Self { thread })
@@ -77,9 +70,27 @@ impl Vcpu {
             }
             thread::sleep(KICK_INTERVAL);
         }
-        if self.thread.join().is_err() {
-            tracing::error!("a vCPU's thread panicked");
-        }
+        // A panic was reported by `End`.
+        let _ = self.thread.join();
+    }
+}
+
+/// Tells the machine how a vCPU ended, even if it ended by a panic: the machine must not wait for it.
+struct End {
+    id: u8,
+    events: mpsc::Sender<Event>,
+    result: Option<Option<Result<ExitReason>>>,
+}
+
+impl Drop for End {
+    fn drop(&mut self) {
+        let result = match self.result.take() {
+            Some(None) => return,
+            Some(Some(result)) => result,
+            None => Err(Error::new(ErrorKind::Host, format!("the thread of vCPU {} panicked", self.id))),
+        };
+        // If nobody listens any more, the machine has ended already.
+        let _ = self.events.send(Event::Ended(result));
     }
 }
 

@@ -93,10 +93,24 @@ impl Worker {
             let shared = shared.clone();
             thread::Builder::new()
                 .name(name)
-                .spawn(move || shared.serve(&mut queue, &memory, &interrupt))
+                .spawn(move || {
+                    let watch = Watch(&interrupt);
+                    shared.serve(&mut queue, &memory, watch.0);
+                })
                 .map_err(Error::host("start a thread for a disk"))?
         };
         Ok(Self { shared, thread: Some(thread) })
+    }
+}
+
+/// Tells the guest if a worker dies, so that it does not wait for an answer for ever.
+struct Watch<'a>(&'a Interrupt);
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.ask_for_reset();
+        }
     }
 }
 
@@ -110,8 +124,8 @@ impl Shared {
                 match queue.process(memory.as_ref(), BUDGET, || interrupt.used()) {
                     Ok(Progress::Drained) => break,
                     Ok(Progress::More) => {}
-                    Err(error) => {
-                        tracing::warn!(%error);
+                    // The device has logged it.
+                    Err(_) => {
                         interrupt.ask_for_reset();
                         return;
                     }

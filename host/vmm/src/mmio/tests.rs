@@ -181,7 +181,10 @@ fn a_request_goes_through_and_its_interrupt_is_acknowledged() {
 fn a_reset_waits_for_the_request_in_flight_and_then_nothing_touches_memory() {
     let mut rig = Rig::new();
     rig.start();
+    // Three times the same chain: two are waiting while the first is in flight.
+    rig.put(AVAIL + 6, [0; 4]);
     rig.submit();
+    rig.put(AVAIL + 2, 3_u16.to_le_bytes());
     rig.arrived.recv_timeout(Duration::from_secs(10)).unwrap();
     let disk = rig.disk.clone();
     let permitter = thread::spawn(move || {
@@ -191,7 +194,8 @@ fn a_reset_waits_for_the_request_in_flight_and_then_nothing_touches_memory() {
     rig.write(VIRTIO_MMIO_STATUS, 0);
     assert!(*rig.disk.permitted.lock().unwrap(), "the reset came back while a request was in flight");
     permitter.join().unwrap();
-    assert_eq!(rig.get(STATUS), 0, "and that request was completed");
+    assert_eq!((rig.get(STATUS), rig.get(USED + 2)), (0, 1), "that request was completed");
+    assert!(rig.arrived.try_recv().is_err(), "and the others were left alone");
     for register in [VIRTIO_MMIO_STATUS, VIRTIO_MMIO_INTERRUPT_STATUS, VIRTIO_MMIO_QUEUE_READY] {
         assert_eq!(rig.read(register), 0);
     }
