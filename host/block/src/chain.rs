@@ -182,27 +182,44 @@ impl Link {
     }
 }
 
-/// A position in the last answer of one layer.
+/// The last answer of one layer, and a position in it.
 #[derive(Debug, Default)]
 struct Cursor {
-    extents: std::vec::IntoIter<Extent>,
-    /// The extent at the cursor, with the offset at which it starts.
-    current: Option<(u64, Extent)>,
+    answer: Located,
+    /// The extent at the position, and where it starts.
+    index: usize,
+    at: u64,
     asked: bool,
 }
 
 impl Cursor {
-    /// Goes forward to the extent that contains `position`, if the answer has it.
+    /// Goes forward to the extent that contains `position`, if the answer has it, and returns it with
+    /// its start.
     fn seek(&mut self, position: u64) -> Option<(u64, Extent)> {
-        while let Some((start, extent)) = self.current {
-            let end = start.saturating_add(extent.length);
+        while let Some(extent) = self.answer.extents.get(self.index) {
+            let end = self.at.saturating_add(extent.length);
             if position < end {
-                return Some((start, extent));
+                return Some((self.at, *extent));
             }
-            self.current = self.extents.next().map(|next| (end, next));
+            self.at = end;
+            self.index += 1;
         }
         None
     }
+
+    fn rewind(&mut self) {
+        self.index = 0;
+        self.at = self.answer.start;
+    }
+}
+
+/// What a walk finds at one position.
+enum Step {
+    Flat(Flat),
+    /// A layer would have to be asked, and this is not worth it. Ends where the question would.
+    Unknown {
+        end: u64,
+    },
 }
 
 /// Flattens a range of the disk, extent by extent. Made by [`Chain::walk`].
@@ -222,14 +239,52 @@ impl Walk<'_> {
 
     /// The next extent, or `None` at the end of the walk.
     pub(crate) fn next(&mut self, questions: &mut Questions) -> Result<Option<Flat>> {
-        let position = self.position;
-        let mut limit = self.end;
-        if position >= limit {
-            return Ok(None);
+        match self.flatten(self.position, self.end, Some(questions))? {
+            Step::Flat(flat) => {
+                self.position = flat.end();
+                Ok(Some(flat))
+            }
+            Step::Unknown { .. } => Ok(None),
         }
+    }
+
+    /// What the answers at hand say about the bytes before `first`, the extent that was just found: a
+    /// layer may answer for more than was asked, and all of it is worth remembering. Asks nobody; leaves
+    /// gaps where it would have to. At most [`MAX_EXTENTS`] extents.
+    pub(crate) fn look_back(&mut self, first: &Flat) -> Vec<Flat> {
+        let consulted = self.cursors.iter_mut().take(usize::from(first.depth) + 1);
+        let mut position = consulted.map(|cursor| cursor.answer.start).max().unwrap_or(first.start);
+        let mut flats = Vec::new();
+        if position >= first.start {
+            return flats;
+        }
+        self.cursors.iter_mut().for_each(Cursor::rewind);
+        let budget = usize::try_from(MAX_EXTENTS).unwrap_or(usize::MAX);
+        while position < first.start && flats.len() < budget {
+            match self.flatten(position, first.start, None) {
+                Ok(Step::Flat(flat)) => {
+                    position = flat.end();
+                    flats.push(flat);
+                }
+                Ok(Step::Unknown { end }) => position = end,
+                Err(_) => break,
+            }
+        }
+        self.cursors.iter_mut().for_each(Cursor::rewind);
+        flats
+    }
+
+    /// Follows the chain down at `position`. With `questions`, asks the layers that it needs; without,
+    /// it uses what is at hand.
+    fn flatten(&mut self, position: u64, end: u64, mut questions: Option<&mut Questions>) -> Result<Step> {
+        let mut limit = end;
         let mut depth: u16 = 0;
+        if position >= limit {
+            return Ok(Step::Unknown { end: limit });
+        }
         loop {
-            let Some((start, extent)) = self.extent_at(depth, position, questions)? else { return Ok(None) };
+            let found = self.extent_at(depth, position, questions.as_deref_mut())?;
+            let Some((start, extent)) = found else { return Ok(Step::Unknown { end: limit }) };
             limit = limit.min(start.saturating_add(extent.length));
             let skipped = position.saturating_sub(start);
             let target = match extent.placement {
@@ -260,19 +315,25 @@ impl Walk<'_> {
                     unit: u32::try_from(extent.length).unwrap_or(u32::MAX),
                 },
             };
-            self.position = limit;
-            return Ok(Some(Flat { start: position, length: limit.saturating_sub(position), depth, target }));
+            return Ok(Step::Flat(Flat { start: position, length: limit.saturating_sub(position), depth, target }));
         }
     }
 
     /// The extent of one layer at `position`, with its start, from the answer at hand or a new one.
-    /// `None` if it is not needed enough to ask again.
-    fn extent_at(&mut self, depth: u16, position: u64, questions: &mut Questions) -> Result<Option<(u64, Extent)>> {
+    /// `None` if it is not needed enough to ask.
+    fn extent_at(
+        &mut self,
+        depth: u16,
+        position: u64,
+        questions: Option<&mut Questions>,
+    ) -> Result<Option<(u64, Extent)>> {
         let size = self.chain.virtual_size(depth).unwrap_or(0);
         let Some(cursor) = self.cursors.get_mut(usize::from(depth)) else { return Ok(None) };
         if let Some(found) = cursor.seek(position) {
-            return Ok(Some(found));
+            // An answer at hand may start later, when looking back.
+            return Ok((found.0 <= position).then_some(found));
         }
+        let Some(questions) = questions else { return Ok(None) };
         if cursor.asked && position >= self.needed {
             return Ok(None);
         }
@@ -284,10 +345,8 @@ impl Walk<'_> {
         }
         cursor.asked = true;
         let ahead = self.end.min(size).saturating_sub(position).min(ASK_AHEAD);
-        let answer = self.chain.locate(depth, position, ahead)?;
-        let mut extents = answer.extents.into_iter();
-        cursor.current = extents.next().map(|first| (answer.start, first));
-        cursor.extents = extents;
+        cursor.answer = self.chain.locate(depth, position, ahead)?;
+        cursor.rewind();
         Ok(cursor.seek(position))
     }
 }

@@ -181,6 +181,9 @@ impl Disk {
             }
             match walk.next(questions) {
                 Ok(Some(flat)) => {
+                    if flats.is_empty() {
+                        self.map.insert(&walk.look_back(&flat), since);
+                    }
                     if !flats.last_mut().is_some_and(|last| last.merge(&flat)) {
                         flats.push(flat);
                     }

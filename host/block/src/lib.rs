@@ -57,3 +57,6 @@ pub use files::MAX_FILES;
 pub use layer::{Extent, FileIndex, Layer, LayerInfo, Located, Placement};
 pub use map::{EXTENT_BYTES, MapStats};
 pub use runs::{Run, RunKind, Runs};
+/// A buffer that somebody else may change while it is used, such as guest memory.
+/// `VolatileSlice::from(&mut [u8])` makes one of ordinary memory.
+pub use vm_memory::VolatileSlice;
