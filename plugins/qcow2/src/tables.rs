@@ -15,6 +15,7 @@
 //! Bit by bit: QEMU, docs/interop/qcow2.rst, "Cluster mapping" and "Extended L2 Entries".
 
 use alloc::format;
+use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt;
@@ -147,6 +148,41 @@ impl Shape {
             (0, 0) => Cluster::Unallocated,
             _ => Cluster::Subclusters { offset, data, zero: zeroes },
         })
+    }
+
+    /// Appends what `cluster` says, from the end of `list`, which is inside the cluster at disk offset
+    /// `guest`, to `end`. Returns false if the budget of the list is used up.
+    fn push(self, list: &mut ExtentList, cluster: Cluster, file: FileIndex, guest: u64, end: u64) -> bool {
+        let within = list.end().saturating_sub(guest);
+        let length = end.saturating_sub(list.end());
+        let data = |offset: u64, within: u64| Placement::Data {
+            file,
+            offset: offset.saturating_add(within),
+            overwrite: false,
+        };
+        match cluster {
+            Cluster::Unallocated => list.push(length, Placement::Unallocated),
+            Cluster::Zero => list.push(length, Placement::Zero),
+            Cluster::Data(offset) => list.push(length, data(offset, within)),
+            // A packed extent is whole: an answer that has to start inside a cluster is about subclusters.
+            Cluster::Packed(descriptor) => {
+                within == 0 && list.push(length, Placement::Packed { token: descriptor.token() })
+            }
+            Cluster::Subclusters { offset, data: data_map, zero } => (1..=SUBCLUSTERS).all(|number| {
+                let bit = 1 << (number - 1);
+                let stop = guest.saturating_add(self.unit() * u64::from(number)).min(end);
+                let within = list.end().saturating_sub(guest);
+                let placement = if data_map & bit != 0 {
+                    data(offset, within)
+                } else if zero & bit != 0 {
+                    Placement::Zero
+                } else {
+                    Placement::Unallocated
+                };
+                // Nothing is left of a subcluster before the start or past the end.
+                list.push(stop.saturating_sub(list.end()), placement)
+            }),
+        }
     }
 }
 
@@ -311,54 +347,24 @@ impl Map {
             if at >= self.virtual_size {
                 break;
             }
-            let within = at % shape.cluster_size();
-            let guest = at - within;
-            let end = guest.saturating_add(shape.cluster_size()).min(self.virtual_size);
+            let guest = at - at % shape.cluster_size();
             let bitmap = if shape.extended { be_u64(entry, 8).unwrap_or_default() } else { 0 };
             let entry = be_u64(entry, 0).unwrap_or_default();
-            let corrupt = |why: &str| {
-                let index = piece_in_table
-                    .saturating_mul(shape.piece_bytes() / shape.entry_bytes())
-                    .saturating_add(number as u64);
-                let bitmap = if shape.extended { format!(" with bitmap {bitmap:#018x}") } else { Default::default() };
+            let cluster = match shape.decode(entry, bitmap, guest) {
+                Ok(Cluster::Packed(descriptor)) if descriptor.offset() >= self.image_size => {
+                    Err("the compressed data is past the end of the file")
+                }
+                decoded => decoded,
+            };
+            let cluster = cluster.map_err(|why| {
+                let index = piece_in_table * (shape.piece_bytes() / shape.entry_bytes()) + number as u64;
+                let bitmap = if shape.extended { format!(" with bitmap {bitmap:#018x}") } else { String::new() };
                 Error::corrupt(format!(
                     "L2 table at {table:#x} (of L1 entry {l1_index}), entry {index} is {entry:#018x}{bitmap}: {why}"
                 ))
-            };
-            let cluster = shape.decode(entry, bitmap, guest).map_err(corrupt)?;
-            let length = end.saturating_sub(at);
-            let data = |offset: u64, skip: u64| Placement::Data {
-                file,
-                offset: offset.saturating_add(skip),
-                overwrite: false,
-            };
-            let pushed = match cluster {
-                Cluster::Unallocated => list.push(length, Placement::Unallocated),
-                Cluster::Zero => list.push(length, Placement::Zero),
-                Cluster::Data(offset) => list.push(length, data(offset, within)),
-                Cluster::Packed(descriptor) => {
-                    if descriptor.offset() >= self.image_size {
-                        return Err(corrupt("the compressed data is past the end of the file"));
-                    }
-                    // A packed extent is whole; its start is always asked for before its middle.
-                    within == 0 && list.push(length, Placement::Packed { token: descriptor.token() })
-                }
-                Cluster::Subclusters { offset, data: data_map, zero } => (0..SUBCLUSTERS).all(|subcluster| {
-                    let start = u64::from(subcluster).saturating_mul(shape.unit());
-                    let skip = list.end().saturating_sub(guest);
-                    let stop = start.saturating_add(shape.unit()).min(end.saturating_sub(guest));
-                    let length = stop.saturating_sub(skip);
-                    let placement = if data_map >> subcluster & 1 != 0 {
-                        data(offset, skip)
-                    } else if zero >> subcluster & 1 != 0 {
-                        Placement::Zero
-                    } else {
-                        Placement::Unallocated
-                    };
-                    list.push(length, placement)
-                }),
-            };
-            if !pushed {
+            })?;
+            let end = guest.saturating_add(shape.cluster_size()).min(self.virtual_size);
+            if !shape.push(list, cluster, file, guest, end) {
                 return Ok(false);
             }
         }
