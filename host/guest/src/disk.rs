@@ -43,7 +43,7 @@ const EVENT_IDX: u32 = 1 << 29;
 const VERSION_1: u32 = 1 << 0;
 
 /// How often the guest looks at the ring before it asks the device whether it is still alive.
-const PATIENCE: u32 = 1 << 24;
+const PATIENCE: u32 = 1 << 22;
 
 /// Reads the whole disk behind `registers`.
 pub(crate) fn examine(number: u32, registers: Registers) -> Record {

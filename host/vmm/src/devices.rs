@@ -92,3 +92,58 @@ fn serial_register(port: u16) -> Option<u8> {
 pub(crate) fn lock<T>(device: &Mutex<T>) -> MutexGuard<'_, T> {
     device.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use blockhouse_guest::{CONTROL_DISKS, CONTROL_EXIT};
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+    use crate::console::Console;
+    use crate::memory;
+
+    fn devices(with_control: bool) -> Devices {
+        let console = Console::new(Box::new(std::io::sink()));
+        let serial = SerialPort::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), console.clone());
+        let memory = memory::allocate(8 << 20).unwrap();
+        let control = with_control.then(|| Mutex::new(Control::new(3, memory, console)));
+        Devices { serial: Arc::new(Mutex::new(serial)), disks: Vec::new(), control }
+    }
+
+    #[test]
+    fn where_nothing_is_reads_as_ones_and_writes_do_nothing() {
+        let devices = devices(true);
+        for address in [0x1_0000_0000, DISK_BASE, CONTROL_BASE - 1, u64::MAX] {
+            let mut data = [0; 4];
+            devices.mmio_read(address, &mut data);
+            assert_eq!(data, [0xff; 4], "{address:#x}");
+            assert_eq!(devices.mmio_write(address, &data), None);
+        }
+        for port in [0, 0x3f7, 0x400, 0xcf8, 0xffff] {
+            let mut data = [0; 2];
+            devices.port_read(port, &mut data);
+            assert_eq!(data, [0xff; 2], "{port:#x}");
+            assert_eq!(devices.port_write(port, &data), None);
+        }
+    }
+
+    #[test]
+    fn only_the_built_in_guest_has_control_registers() {
+        for present in [true, false] {
+            let devices = devices(present);
+            let mut count = [0; 4];
+            devices.mmio_read(CONTROL_BASE + CONTROL_DISKS, &mut count);
+            assert_eq!(u32::from_le_bytes(count), if present { 3 } else { u32::MAX });
+            let end = devices.mmio_write(CONTROL_BASE + CONTROL_EXIT, &7_u32.to_le_bytes());
+            assert_eq!(end, present.then_some(ExitReason::Guest(7)));
+        }
+    }
+
+    #[test]
+    fn a_string_instruction_writes_every_byte() {
+        let devices = devices(false);
+        assert_eq!(devices.port_write(0x64, &[0, 0, 0xfe]), Some(ExitReason::Reset));
+    }
+}

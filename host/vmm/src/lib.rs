@@ -18,20 +18,24 @@
 //! [`layout`] says what lies where in guest physical memory.
 //!
 //! ```no_run
-//! # fn disk() -> std::sync::Arc<dyn blockhouse_block::BlockBackend> { unimplemented!() }
-//! use blockhouse_vmm::{DiskConfig, Machine, MachineConfig, Payload};
+//! use std::sync::Arc;
 //!
-//! let machine = Machine::new(MachineConfig {
-//!     memory_bytes: 64 << 20,
-//!     vcpus: 1,
-//!     payload: Payload::BuiltinGuest,
-//!     disks: vec![DiskConfig::new(disk(), "golden")],
-//!     console: Box::new(std::io::stdout()),
-//! })?;
-//! for disk in machine.run()?.disks {
-//!     println!("disk {} of {} bytes: {:?}", disk.disk, disk.bytes, disk.result);
+//! use blockhouse_block::BlockBackend;
+//! use blockhouse_vmm::{DiskConfig, Error, Machine, MachineConfig, Payload};
+//!
+//! fn show_digests(disk: Arc<dyn BlockBackend>) -> Result<(), Error> {
+//!     let machine = Machine::new(MachineConfig {
+//!         memory_bytes: 64 << 20,
+//!         vcpus: 1,
+//!         payload: Payload::BuiltinGuest,
+//!         disks: vec![DiskConfig::new(disk, "golden")],
+//!         console: Box::new(std::io::stdout()),
+//!     })?;
+//!     for disk in machine.run()?.disks {
+//!         println!("disk {} of {} bytes: {:?}", disk.disk, disk.bytes, disk.result);
+//!     }
+//!     Ok(())
 //! }
-//! # Ok::<(), blockhouse_vmm::Error>(())
 //! ```
 //!
 //! The guest is hostile: nothing that it writes, to memory or to a register, may panic, block or

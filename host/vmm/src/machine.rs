@@ -154,7 +154,10 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Puts a machine together and loads what it will run.
+    /// Puts a machine together and loads what it will run. Every file that the machine needs is opened
+    /// here; [`run`](Self::run) opens none.
+    ///
+    /// The process gives up its first real-time signal (`SIGRTMIN`): vCPUs are woken by it.
     ///
     /// # Errors
     /// [`Unavailable`](ErrorKind::Unavailable) if there is no usable `/dev/kvm`,
@@ -162,9 +165,9 @@ impl Machine {
     /// the kernel or the initramfs is no good, [`Host`](ErrorKind::Host) for the rest.
     pub fn new(config: MachineConfig) -> Result<Self> {
         check(&config)?;
+        let memory = memory::allocate(config.memory_bytes)?;
         let kvm = open_kvm()?;
         vcpu::claim_signal()?;
-        let memory = memory::allocate(config.memory_bytes)?;
         let vm = create_vm(&kvm)?;
         memory::register(&vm, &memory)?;
 
@@ -220,7 +223,7 @@ impl Machine {
 
     /// Runs the guest until it ends. When this returns, no thread of the machine is left, no request
     /// is in flight, and the disks are as the guest left them; whether they are flushed is the
-    /// guest's doing.
+    /// guest's doing. A disk whose backend does not return from a call holds up the end.
     ///
     /// # Errors
     /// [`Guest`](ErrorKind::Guest) if KVM cannot go on with what the guest does,

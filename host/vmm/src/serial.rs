@@ -48,3 +48,55 @@ impl SerialPort {
         self.uart.enqueue_raw_bytes(bytes).unwrap_or(0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::io::Write;
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Screen(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Screen {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Err(io::Error::other("a screen that cannot be flushed"))
+        }
+    }
+
+    const DATA: u8 = 0;
+    const INTERRUPT_ENABLE: u8 = 1;
+    const LINE_STATUS: u8 = 5;
+    const DATA_READY: u8 = 1;
+
+    #[test]
+    fn text_goes_out_and_typing_comes_in_with_an_interrupt() {
+        let screen = Screen::default();
+        let irq = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let mut port = SerialPort::new(irq.try_clone().unwrap(), Console::new(Box::new(screen.clone())));
+        for byte in b"hello" {
+            port.write(DATA, *byte);
+        }
+        assert_eq!(*screen.0.lock().unwrap(), b"hello");
+
+        port.write(INTERRUPT_ENABLE, 1);
+        assert!(irq.read().is_err());
+        assert_eq!(port.input(&[b'x'; 100]), 64, "as many as the buffer holds");
+        assert_eq!(port.input(b"y"), 0);
+        assert_eq!(irq.read().unwrap(), 1);
+        let mut typed = Vec::new();
+        while port.read(LINE_STATUS) & DATA_READY != 0 {
+            typed.push(port.read(DATA));
+        }
+        assert_eq!(typed, [b'x'; 64]);
+        assert_eq!(port.input(b"y"), 1);
+    }
+}
