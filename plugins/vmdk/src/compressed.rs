@@ -12,7 +12,7 @@ use alloc::format;
 use alloc::vec::Vec;
 
 use blockhouse_plugin::{Error, Result, bytes};
-use miniz_oxide::inflate::decompress_to_vec_zlib_with_limit;
+use miniz_oxide::inflate::{TINFLStatus, decompress_to_vec_zlib_with_limit};
 
 use crate::header::SECTOR;
 use crate::tables::Sparse;
@@ -43,7 +43,12 @@ pub(crate) fn unpack(sparse: &Sparse, sector: u64, length: u64) -> Result<Vec<u8
     let packed = sparse.file.read_exact_at("a compressed grain", start, packed_length)?;
     let limit = usize::try_from(grain).unwrap_or(usize::MAX);
     let mut unpacked = decompress_to_vec_zlib_with_limit(&packed, limit).map_err(|error| {
-        Error::corrupt(format!("the compressed grain at {offset} is damaged: {}", error.status as i8))
+        let why = match error.status {
+            TINFLStatus::HasMoreOutput => "it unpacks to more than a grain",
+            TINFLStatus::Adler32Mismatch => "its checksum is wrong",
+            _ => "it is no valid zlib stream, or is cut off",
+        };
+        Error::corrupt(format!("the compressed grain at {offset} is damaged: {why}"))
     })?;
     let wanted = usize::try_from(length).unwrap_or(usize::MAX);
     if unpacked.len() < wanted {

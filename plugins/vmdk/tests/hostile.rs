@@ -172,19 +172,20 @@ fn compressed_grains_are_whole_or_an_error() {
     let last = bad_sum.len() - 1;
     bad_sum[last] ^= 1;
     let half = zlib(&good);
-    for (name, packed) in [
-        ("too short (CVE-2026-2243)", zlib(&good[..GRAIN - 1])),
-        ("nothing", zlib(&[])),
-        ("a byte too long", zlib(&vec![0x42; GRAIN + 1])),
-        ("a bomb", zlib(&vec![0; 20 << 20])),
-        ("cut off", half[..half.len() / 2].to_vec()),
-        ("checksum", bad_sum),
-        ("no zlib at all", vec![0x55; 100]),
-        ("empty", Vec::new()),
+    for (name, packed, why) in [
+        ("too short (CVE-2026-2243)", zlib(&good[..GRAIN - 1]), "holds 65535 bytes, and 65536 are needed"),
+        ("nothing", zlib(&[]), "holds 0 bytes"),
+        ("a byte too long", zlib(&vec![0x42; GRAIN + 1]), "more than a grain"),
+        ("a bomb", zlib(&vec![0; 20 << 20]), "more than a grain"),
+        ("cut off", half[..half.len() / 2].to_vec(), "cut off"),
+        ("checksum", bad_sum, "checksum"),
+        ("no zlib at all", vec![0x55; 100], "no valid zlib"),
+        ("empty", Vec::new(), "says 0 bytes"),
     ] {
         let (read, errors) = read_all(&mut open(image(Some(&packed))).unwrap());
         assert_eq!(read, 7, "{name}: the grains that are not allocated");
-        assert!(errors.len() == 3 && errors.iter().all(|e| matches!(e, Error::Corrupt(_))), "{name}: {errors:?}");
+        let told = |error: &Error| matches!(error, Error::Corrupt(text) if text.contains(why));
+        assert!(errors.len() == 3 && errors.iter().all(told), "{name}: {errors:?}");
     }
     // A marker that lies about the length.
     for length in [u32::MAX, 2 * GRAIN as u32 + 1, 0] {
@@ -392,4 +393,44 @@ fn the_content_of_a_parent_is_checked() {
     assert_eq!(chain(child("00000002", "child"), &parent).unwrap().name, "child");
     let nameless = "CID=2\nparentCID=00000001\ncreateType=custom\nRW 8 ZERO\n";
     assert!(matches!(open(nameless), Err(Error::Corrupt(_))));
+}
+
+#[test]
+fn an_empty_disk_of_8_tib_takes_few_answers() {
+    let size = 8u64 << 40;
+    let mut bytes = image(None);
+    put(&mut bytes, 12, (size / 512).to_le_bytes());
+    bytes.truncate(DIRECTORY * 512);
+    bytes.resize(bytes.len() + usize::try_from(size / (32 << 20) * 4).unwrap(), 0);
+    let mut disk = open(bytes).unwrap();
+    let (mut at, mut answers) = (0, 0);
+    while at < size {
+        let located = disk.format.locate(at, 1, 64).unwrap();
+        assert_eq!(located.start, at, "nothing is said twice");
+        assert!(located.extents.iter().all(|extent| extent.placement == Placement::Unallocated));
+        at += located.extents.iter().map(|extent| extent.length).sum::<u64>();
+        answers += 1;
+    }
+    assert_eq!((at, answers), (size, 256), "1024 tables of 32 MiB at a time");
+}
+
+#[test]
+fn all_tables_on_one_table_and_all_grains_on_one_grain() {
+    // A file of 300 KiB can claim terabytes of data; the answers stay as small as those of any image.
+    let tables = 4096u64;
+    let mut bytes = image(None);
+    put(&mut bytes, 12, (tables * 512 * 128).to_le_bytes());
+    put(&mut bytes, 56, 1024u64.to_le_bytes());
+    bytes.resize(1024 * 512, 0);
+    for entry in bytes[TABLE * 512..][..2048].chunks_mut(4) {
+        entry.copy_from_slice(&(FIRST_GRAIN as u32).to_le_bytes());
+    }
+    bytes.extend((0..tables).flat_map(|_| (TABLE as u32).to_le_bytes()));
+    let mut disk = open(bytes).unwrap();
+    for table in [0, 1, 2000, tables - 1] {
+        let at = table * (32 << 20) + 77 * GRAIN as u64;
+        let located = disk.format.locate(at, 1, 100).unwrap();
+        assert_eq!(located.extents.len(), 100);
+        assert_eq!(disk.read(at, 1).unwrap(), [1]);
+    }
 }
