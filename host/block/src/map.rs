@@ -275,3 +275,122 @@ fn clear(extents: &mut BTreeMap<u64, Entry>, start: u64, end: u64) {
         extents.insert(flat.start, Entry { flat, used: AtomicBool::new(false) });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+    #![allow(clippy::cast_possible_truncation)]
+
+    use std::time::Instant;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::flat::Target;
+
+    /// An extent that is told from others by its depth and is never joined with them.
+    fn flat(start: u64, length: u64, depth: u16) -> Flat {
+        Flat { start, length, depth, target: Target::Zero }
+    }
+
+    fn map(capacity: u64, extents: usize) -> ExtentMap {
+        ExtentMap::new(capacity, extents * EXTENT_BYTES)
+    }
+
+    #[test]
+    fn an_extent_in_the_middle_of_another_leaves_both_ends() {
+        let map = map(1 << 20, 100);
+        map.insert(&[flat(0, 100, 1)], map.generation());
+        map.insert(&[flat(40, 20, 2)], map.generation());
+        assert_eq!(map.lookup(10), Some(flat(10, 30, 1)));
+        assert_eq!(map.lookup(50), Some(flat(50, 10, 2)));
+        assert_eq!(map.lookup(60), Some(flat(60, 40, 1)));
+        map.invalidate(45, 5);
+        assert_eq!(map.lookup(45), None);
+        assert_eq!(map.lookup(50), Some(flat(50, 10, 2)));
+        assert_eq!(map.stats().extents, 4);
+    }
+
+    #[test]
+    fn an_answer_older_than_an_invalidation_is_not_remembered() {
+        let map = map(1 << 20, 100);
+        let since = map.generation();
+        map.invalidate(4096, 512);
+        map.insert(&[flat(0, 8192, 1)], since);
+        assert_eq!(map.lookup(0), None);
+        map.insert(&[flat(0, 8192, 1)], map.generation());
+        assert_eq!(map.lookup(0), Some(flat(0, 8192, 1)));
+    }
+
+    #[test]
+    fn what_is_used_outlives_what_is_not() {
+        let map = map(1 << 30, 100);
+        map.insert(&[flat(0, 512, 1)], map.generation());
+        for index in 1..1000u64 {
+            assert!(map.lookup(0).is_some(), "the used extent was dropped at {index}");
+            map.insert(&[flat(index * 1024, 512, 1)], map.generation());
+        }
+        let stats = map.stats();
+        assert!(stats.extents <= 100 && stats.evictions >= 900, "{stats:?}");
+    }
+
+    #[test]
+    fn neighbours_that_continue_each_other_are_one() {
+        let map = map(1 << 30, 100);
+        let parts: Vec<_> = (0..1000).map(|index| flat(index * 512, 512, 3)).collect();
+        for part in &parts {
+            map.insert(std::slice::from_ref(part), map.generation());
+        }
+        assert_eq!(map.stats().extents, 1);
+        assert_eq!(map.lookup(512), Some(flat(512, 999 * 512, 3)));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// With room for everything the map equals an array; three stripes of 64 MiB, 1 MiB a cell.
+        #[test]
+        fn equals_an_array(steps in prop::collection::vec((0u64..160, 1u64..60, 0u16..6), 1..80)) {
+            const CELLS: u64 = 160;
+            let map = map(CELLS << 20, 10_000);
+            let mut model = vec![0u16; CELLS as usize];
+            for (start, length, depth) in steps {
+                let length = length.min(CELLS - start);
+                if depth == 0 {
+                    map.invalidate(start << 20, length << 20);
+                } else {
+                    map.insert(&[flat(start << 20, length << 20, depth)], map.generation());
+                }
+                model[start as usize..(start + length) as usize].fill(depth);
+                for cell in 0..CELLS {
+                    let found = map.lookup((cell << 20) + 1);
+                    prop_assert_eq!(found.map_or(0, |flat| flat.depth), model[cell as usize]);
+                    if let Some(flat) = found {
+                        let reach = (flat.end() >> 20) as usize;
+                        prop_assert!(model[cell as usize..reach].iter().all(|depth| *depth == flat.depth));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Not a promise, which would depend on the machine; a look-up that became a search of everything
+    /// would take a hundred times as long as this allows.
+    #[test]
+    fn a_look_up_is_fast_among_many() {
+        const EXTENTS: u64 = 100_000;
+        let map = map(EXTENTS << 16, 4 * EXTENTS as usize);
+        let flats: Vec<_> = (0..EXTENTS).map(|index| flat(index << 16, 1 << 16, (index % 2) as u16)).collect();
+        flats.iter().for_each(|flat| map.insert(std::slice::from_ref(flat), map.generation()));
+        assert_eq!(map.stats().extents, EXTENTS);
+        let mut offset = 0u64;
+        let start = Instant::now();
+        for _ in 0..1_000_000 {
+            offset = offset.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            std::hint::black_box(map.lookup((offset >> 20) % (EXTENTS << 16)).unwrap());
+        }
+        let nanoseconds = start.elapsed().as_nanos() / 1_000_000;
+        println!("{nanoseconds} ns for each look-up among {EXTENTS} extents");
+        assert!(nanoseconds < 5000, "{nanoseconds} ns");
+    }
+}

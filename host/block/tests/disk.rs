@@ -1,5 +1,11 @@
 //! A disk against layers that tell the truth, lie, fail and are slow.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation
+)]
 
 mod support;
 
@@ -9,8 +15,8 @@ use std::thread;
 use std::time::Duration;
 
 use blockhouse_block::{
-    Access, BlockBackend, Disk, DiskOptions, Error, ErrorKind, Extent, ImageFile, Layer, Located, MAX_FILE_OFFSET,
-    MAX_PACKED_UNIT, RunKind,
+    Access, BlockBackend, Disk, DiskOptions, Error, ErrorKind, Extent, FileIndex, ImageFile, Layer, Located,
+    MAX_FILE_OFFSET, MAX_PACKED_UNIT, Placement, RunKind,
 };
 use support::{Script, data, file, packed, pattern, read, read_pieces, unallocated, writable, write, zero};
 use vm_memory::VolatileSlice;
@@ -201,6 +207,18 @@ fn nothing_is_written_without_the_right_at_every_level() {
     assert_eq!(read(&disk_, 0, 8192).unwrap(), bytes);
     assert_eq!(write(&disk_, 0, &[9; 512]).unwrap_err().kind(), ErrorKind::Invalid);
     assert_eq!(whole(&outside), bytes);
+}
+
+#[test]
+fn neighbours_in_different_files_stay_apart() {
+    let (first, second) = (file(&pattern(8192, 1), Access::ReadOnly).0, file(&pattern(8192, 2), Access::ReadOnly).0);
+    let second_half = Placement::Data { file: FileIndex(1), offset: 4096, overwrite: false };
+    let extents = vec![data(4096, 0), Extent { length: 4096, placement: second_half }];
+    let disk = disk(vec![Arc::new(Script::honest(extents, 2).file(first).file(second))]);
+    let expected = [&pattern(8192, 1)[..4096], &pattern(8192, 2)[4096..]].concat();
+    assert_eq!(read(&disk, 0, 8192).unwrap(), expected);
+    assert_eq!(read(&disk, 0, 8192).unwrap(), expected);
+    assert_eq!(disk.runs().count(), 2);
 }
 
 #[test]
