@@ -257,7 +257,7 @@ mod tests {
     fn values() {
         let descriptor = Descriptor::parse(
             b"# Disk DescriptorFile\r\nversion=1\r\nCID=0000abcd\r\nparentCID = 12345678\r\n\
-              createType=custom\r\nparentFileNameHint=\"../a b\"\r\nddb.x = \"\xff\"\r\n",
+              createType=custom\r\nCID=5\r\ncreateType=other\r\nparentFileNameHint=\"../a b\"\r\nddb.x = \"\xff\"\r\n",
         )
         .unwrap();
         assert_eq!(descriptor.create_type, "custom");

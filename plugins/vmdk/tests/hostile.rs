@@ -139,6 +139,11 @@ fn damaged_entries_cost_their_own_grain_only() {
     let (read, errors) = read_all(&mut disk);
     assert_eq!(read, 9);
     assert!(matches!(&errors[..], [Error::Corrupt(_)]), "{errors:?}");
+    // An answer stops before it, or starts after it.
+    let grain = GRAIN as u64;
+    let located = disk.format.locate(0, 1, 64).unwrap();
+    assert_eq!((located.start, located.extents[0].length, located.extents.len()), (0, grain, 1));
+    assert_eq!(disk.format.locate(4 * grain, 1, 64).unwrap().start, 2 * grain);
 
     // The last grain of a truncated file is an error, not zeroes.
     let mut bytes = image(None);
@@ -433,4 +438,50 @@ fn all_tables_on_one_table_and_all_grains_on_one_grain() {
         assert_eq!(located.extents.len(), 100);
         assert_eq!(disk.read(at, 1).unwrap(), [1]);
     }
+}
+
+#[test]
+fn parts_are_not_mistaken_for_each_other() {
+    // The same layout and the same places, but other grains: flat ones, and packed ones.
+    let mut swapped = image(None);
+    put(&mut swapped, TABLE * 512, (FIRST_GRAIN as u32 + 256).to_le_bytes());
+    for (first, second, expected) in [
+        (image(None), swapped, [1, 3]),
+        (image(Some(&zlib(&vec![4; GRAIN]))), image(Some(&zlib(&vec![5; GRAIN]))), [4, 5]),
+    ] {
+        let storage = Storage::new();
+        storage.insert("/disk.vmdk", descriptor("RW 1280 SPARSE \"a\"\nRW 1280 SPARSE \"b\"\n"));
+        storage.insert("/a", first);
+        storage.insert("/b", second);
+        let mut disk = storage.disk::<Vmdk>("/disk.vmdk").unwrap();
+        let read = [disk.read(0, 1).unwrap()[0], disk.read(10 * GRAIN as u64, 1).unwrap()[0]];
+        assert_eq!(read, expected);
+    }
+}
+
+#[test]
+fn the_footer_is_the_header() {
+    let mut bytes = image(None);
+    let header = bytes[..512].to_vec();
+    put(&mut bytes, 56, [0xff; 8]);
+    let mut marker = vec![0; 512];
+    marker[12] = 3;
+    bytes.extend([marker, header, vec![0; 512]].concat());
+    assert_eq!(open(bytes.clone()).unwrap().read(GRAIN as u64, 1).unwrap(), [2]);
+    let footer = bytes.len() - 1536;
+    for (name, at) in [
+        ("kind of the first marker", footer + 12),
+        ("length of the first marker", footer + 8),
+        ("magic", footer + 512),
+        ("last marker, sector", footer + 1024),
+        ("last marker, length", footer + 1024 + 8),
+        ("last marker, kind", footer + 1024 + 12),
+    ] {
+        let mut bytes = bytes.clone();
+        bytes[at] ^= 1;
+        assert!(matches!(open(bytes), Err(Error::Corrupt(_))), "{name}");
+    }
+    // A footer that points to a footer.
+    put(&mut bytes, footer + 512 + 56, [0xff; 8]);
+    assert!(matches!(open(bytes), Err(Error::Corrupt(_))));
 }
