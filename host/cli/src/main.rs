@@ -1,2 +1,99 @@
-//! Placeholder.
-fn main() {}
+//! The `blockhouse` program. It parses no disk format: every command goes through components.
+//!
+//! | file | what |
+//! |---|---|
+//! | `args.rs` | what every command that opens an image shares: format, grants, plug-ins, audit |
+//! | `disk_arg.rs` | the disk strings of `run` |
+//! | `output.rs` | sizes, JSON, exit codes |
+//! | `commands/` | one file per command |
+
+#![deny(unsafe_code)]
+
+mod args;
+mod commands;
+mod disk_arg;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::{ArgAction, Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+const LONG_ABOUT: &str = "\
+Blockhouse opens disk images from strangers. The image is parsed by a WebAssembly component that holds \
+the image, what you grant with --allow, and nothing else; backing files work, and a malicious reference \
+goes nowhere.
+
+The format is always stated by you and never guessed: a raw disk that looks like a qcow2 image stays a \
+raw disk. `blockhouse probe` prints a guess if you have none.";
+
+const AFTER_HELP: &str = "\
+Examples:
+  blockhouse info --format qcow2 untrusted.qcow2
+      What the image is and what it refers to. Nothing but the image is opened.
+  blockhouse info --format qcow2 --allow /images/base overlay.qcow2
+      The same with its backing chain, if all of it lies in /images/base.
+  blockhouse read --format qcow2 --allow base.qcow2 --output disk.raw overlay.qcow2
+      The bytes that a guest would see.
+  blockhouse run --disk file=overlay.qcow2,format=qcow2,allow=base.qcow2,readonly=on
+      A KVM machine whose built-in guest reads the disk and prints its SHA-256.
+  blockhouse run --disk ... --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0'
+      The same with Linux.
+
+Exit codes:
+  0 done    1 failed    2 wrong usage    3 refused: not granted    4 corrupt image
+  5 unsupported feature or format    6 component failed or went over a limit";
+
+/// Disk images from strangers, parsed in a sandbox.
+#[derive(Debug, Parser)]
+#[command(name = "blockhouse", version, about, long_about = LONG_ABOUT, after_help = AFTER_HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+
+    /// Log more to standard error: -v for what was opened, -vv for debugging. RUST_LOG overrides it.
+    #[arg(short, long, global = true, action = ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show an image and its backing chain: sizes, features, what it refers to, what was refused
+    Info(commands::info::Args),
+    /// Show where the bytes of a disk live, range by range
+    Map(commands::map::Args),
+    /// Write the bytes that a guest would see
+    Read(commands::read::Args),
+    /// Run a KVM machine with virtio-blk disks
+    Run(commands::run::Args),
+    /// Look at format components
+    #[command(subcommand)]
+    Plugin(commands::plugin::Command),
+    /// Guess the format of a file, open nothing else, and act on nothing
+    Probe(commands::probe::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let default = match cli.verbose {
+        // Refused opens are in the error message already.
+        0 => "warn,blockhouse::audit=off",
+        1 => "info",
+        _ => "debug",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+
+    let result = match cli.command {
+        Command::Info(args) => commands::info::run(&args),
+        Command::Map(args) => commands::map::run(&args),
+        Command::Read(args) => commands::read::run(&args),
+        Command::Run(args) => commands::run::run(args),
+        Command::Plugin(command) => commands::plugin::run(&command),
+        Command::Probe(args) => commands::probe::run(&args),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => output::fail(&error),
+    }
+}

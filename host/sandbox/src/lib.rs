@@ -1,1 +1,66 @@
-//! Placeholder.
+//! Format components in wasmtime: a stranger's image is parsed here, and can reach nothing else.
+//!
+//! ```text
+//!   Opener ── open(image, format) ──▶ one Instance per layer ──▶ blockhouse_block::Disk
+//!      │                                   │ calls: open, connect, locate, unpack   (limits.rs)
+//!      │                                   ▼
+//!   Grants ──────────── policy ◀── open-at ── component        (host.rs: all it can call)
+//!                         │
+//!                       Audit: one event per open, allowed or denied
+//! ```
+//!
+//! | file | what it knows |
+//! |---|---|
+//! | `authority.rs` | which function each world is offered: the table a reviewer reads |
+//! | `limits.rs` | every limit, with its default |
+//! | `grants.rs` | what was granted |
+//! | `policy.rs` | what may be opened: the host's own wall in front of wasmtime-wasi |
+//! | `host.rs` | the functions behind the table |
+//! | `instance.rs` | calling a component, and throwing it away |
+//! | `chain.rs` | from an image to a disk |
+//! | `inspect.rs`, `probe.rs` | looking at a component; guessing a format |
+//!
+//! This crate knows neither virtio nor KVM, and no type of wasmtime is in its public interface.
+//!
+//! ```no_run
+//! use blockhouse_sandbox::{Formats, Grants, Limits, OpenRequest, Opener, Sandbox};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let sandbox = Sandbox::new(Limits::default())?;
+//! let mut formats = Formats::new();
+//! formats.add("qcow2", sandbox.load_file("qcow2.wasm".as_ref())?);
+//! let opener = Opener::new(&sandbox, formats).grants(Grants::new().allow("/images/base")?);
+//! let opened = opener.open(&OpenRequest::new("/images/untrusted.qcow2", "qcow2"))?;
+//! println!("{} layers", opened.report.layers.len());
+//! # Ok(()) }
+//! ```
+
+#![deny(unsafe_code)]
+
+mod audit;
+pub mod authority;
+mod bindings;
+mod chain;
+mod grants;
+mod host;
+mod inspect;
+mod instance;
+mod layer;
+mod limits;
+mod policy;
+mod probe;
+mod sandbox;
+mod text;
+
+pub use audit::{Audit, AuditFile, AuditList, AuditSink, OpenEvent, Outcome};
+pub use authority::{Authority, CONTRACT_VERSION};
+/// The block core, whose types appear in this crate's interface.
+pub use blockhouse_block as block;
+pub use chain::{
+    BackingReference, ChainReport, Fact, Formats, LayerReport, OpenRequest, OpenedDisk, Opener, SnapshotReport,
+};
+pub use grants::{Grants, absolute_name};
+pub use inspect::{ImportedFunction, Inspection};
+pub use limits::{Limits, TICK};
+pub use probe::{Guess, PROBE_HEAD, PROBE_TAIL};
+pub use sandbox::{Plugin, Sandbox};

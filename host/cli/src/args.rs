@@ -1,0 +1,105 @@
+//! What every command that opens an image shares.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use blockhouse_block::Access;
+use blockhouse_formats::FORMATS;
+use blockhouse_sandbox::{Audit, AuditFile, Formats, Grants, Limits, OpenRequest, Opener, Sandbox};
+use clap::Args;
+
+/// Components and the record of what they open.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct HostArgs {
+    /// Serve FORMAT with the component in FILE instead of the built-in one
+    #[arg(long = "plugin", value_name = "FORMAT=FILE", help_heading = "Components")]
+    pub(crate) plugins: Vec<String>,
+
+    /// Append one JSON line to FILE for every file that a component tries to open
+    #[arg(long, value_name = "FILE", help_heading = "Components")]
+    pub(crate) audit: Option<PathBuf>,
+}
+
+impl HostArgs {
+    pub(crate) fn sandbox(&self) -> anyhow::Result<Sandbox> {
+        Ok(Sandbox::new(Limits::default())?)
+    }
+
+    /// The built-in formats, with those of `--plugin` in their place.
+    pub(crate) fn formats(&self, sandbox: &Sandbox) -> anyhow::Result<Formats> {
+        let mut formats = Formats::new();
+        for builtin in FORMATS {
+            formats.add_bytes(builtin.format, format!("built-in {}", builtin.format), builtin.bytes);
+        }
+        for plugin in &self.plugins {
+            let Some((format, file)) = plugin.split_once('=').filter(|(format, file)| !format.is_empty() && !file.is_empty())
+            else {
+                bail!("--plugin {plugin:?} is not of the form FORMAT=FILE, as in --plugin qcow2=./qcow2.wasm");
+            };
+            formats.add(format, sandbox.load_file(file.as_ref())?);
+        }
+        Ok(formats)
+    }
+
+    pub(crate) fn audit(&self) -> anyhow::Result<Audit> {
+        let audit = Audit::new();
+        match &self.audit {
+            None => Ok(audit),
+            Some(path) => {
+                let file = AuditFile::append(path)
+                    .with_context(|| format!("cannot open the audit file {}", path.display()))?;
+                Ok(audit.with(Arc::new(file)))
+            }
+        }
+    }
+}
+
+/// One image, its format, and what it may refer to.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ImageArgs {
+    /// The image
+    #[arg(value_name = "IMAGE")]
+    pub(crate) image: PathBuf,
+
+    /// The format of the image. Stated by you, never guessed
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) format: String,
+
+    /// Let the image, and its backing files, refer to PATH: a file, or every regular file below a
+    /// directory. Read-only. Relative references resolve from the directory of the image that has them
+    #[arg(long, value_name = "PATH")]
+    pub(crate) allow: Vec<PathBuf>,
+
+    /// Read a snapshot inside the image: its id, or its name
+    #[arg(long, value_name = "N")]
+    pub(crate) snapshot: Option<String>,
+
+    #[command(flatten)]
+    pub(crate) host: HostArgs,
+}
+
+impl ImageArgs {
+    pub(crate) fn opener(&self) -> anyhow::Result<Opener> {
+        let sandbox = self.host.sandbox()?;
+        let formats = self.host.formats(&sandbox)?;
+        Ok(Opener::new(&sandbox, formats).grants(grants(&self.allow)?).audit(self.host.audit()?))
+    }
+
+    pub(crate) fn request(&self) -> OpenRequest {
+        OpenRequest {
+            access: Access::ReadOnly,
+            snapshot: self.snapshot.clone(),
+            ..OpenRequest::new(&self.image, &self.format)
+        }
+    }
+}
+
+/// The grants of `--allow` or `allow=`.
+pub(crate) fn grants(paths: &[PathBuf]) -> anyhow::Result<Grants> {
+    let mut grants = Grants::new();
+    for path in paths {
+        grants = grants.allow(path)?;
+    }
+    Ok(grants)
+}

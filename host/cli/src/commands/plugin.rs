@@ -1,0 +1,107 @@
+//! `blockhouse plugin`: look at format components without running them.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use blockhouse_formats::{FORMATS, PROBER};
+use blockhouse_sandbox::{Authority, Inspection, Limits, Sandbox};
+use serde::Serialize;
+
+use crate::output;
+
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Command {
+    /// Show what a component imports and exports, function by function, and which world it fits
+    ///
+    /// Runs nothing of it. The exit code is 6 if it would not be loaded.
+    Inspect {
+        /// The component
+        #[arg(value_name = "FILE.wasm")]
+        file: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// List the built-in components
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
+    let sandbox = Sandbox::new(Limits::default())?;
+    match command {
+        Command::Inspect { file, json } => {
+            let inspection = sandbox.inspect_file(file)?;
+            if *json {
+                output::json(&inspection)?;
+            } else {
+                print!("{}", render(&inspection));
+            }
+            let loadable = matches!(inspection.world, Some(Authority::Prober | Authority::ReadOnly));
+            Ok(if loadable { ExitCode::SUCCESS } else { ExitCode::from(6) })
+        }
+        Command::List { json } => list(&sandbox, *json),
+    }
+}
+
+#[derive(Serialize)]
+struct Row {
+    name: &'static str,
+    #[serde(flatten)]
+    inspection: Inspection,
+}
+
+fn list(sandbox: &Sandbox, json: bool) -> anyhow::Result<ExitCode> {
+    let mut rows = Vec::new();
+    let builtin = FORMATS.iter().map(|builtin| (builtin.format, builtin.bytes));
+    for (name, bytes) in builtin.chain([("probe", PROBER)]) {
+        rows.push(Row { name, inspection: sandbox.inspect(name, bytes)? });
+    }
+    if json {
+        output::json(&rows)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("{:<8} {:<18} {:>8}  sha256", "name", "world", "bytes");
+    for row in rows {
+        let world = row.inspection.world.map_or("none", Authority::world);
+        println!("{:<8} {:<18} {:>8}  {}", row.name, world, row.inspection.size_bytes, row.inspection.sha256);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn render(inspection: &Inspection) -> String {
+    use std::fmt::Write as _;
+    let mut text = String::new();
+    let world = match inspection.world {
+        Some(Authority::Prober) => "prober-only: it can compute, and nothing else",
+        Some(Authority::ReadOnly) => {
+            "read-only-format: it can read its image and what is granted, log, and nothing else"
+        }
+        Some(Authority::ReadWrite) => "read-write-format: not offered by this host yet, so it is not loaded",
+        None => "none: it is not loaded",
+    };
+    let _ = writeln!(text, "world     {world}");
+    let _ = writeln!(text, "contract  blockhouse:format {}", inspection.contract.as_deref().unwrap_or("not used"));
+    let _ = writeln!(text, "size      {} bytes", inspection.size_bytes);
+    let _ = writeln!(text, "sha256    {}", inspection.sha256);
+    let _ = writeln!(text, "imports   {}", if inspection.imports.is_empty() { "nothing" } else { "" });
+    for import in &inspection.imports {
+        let level = match import.level {
+            None => "  OUTSIDE every world",
+            Some(Authority::ReadWrite) => "  outside read-only-format",
+            Some(_) => "",
+        };
+        let _ = writeln!(text, "  {} {}{level}", import.interface, import.function);
+    }
+    for name in &inspection.type_only {
+        let _ = writeln!(text, "  {name} (types only)");
+    }
+    let _ = writeln!(text, "exports   {}", if inspection.exports.is_empty() { "nothing" } else { "" });
+    for export in &inspection.exports {
+        let _ = writeln!(text, "  {export}");
+    }
+    text
+}

@@ -1,0 +1,137 @@
+//! `blockhouse read`: the bytes that a guest would see.
+
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use blockhouse_block::{BlockBackend, VolatileSlice};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::args::ImageArgs;
+use crate::output::parse_size;
+
+/// Bytes that are read at a time.
+const CHUNK: usize = 2 << 20;
+
+/// Write the bytes that a guest would see.
+///
+/// Whole sectors of zeroes are left out of the output file (it becomes sparse). An existing file is
+/// not touched without --force.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    image: ImageArgs,
+
+    /// Start at byte N of the disk; K, M, G, T multiply
+    #[arg(long, value_name = "N", default_value = "0", value_parser = parse_size)]
+    offset: u64,
+
+    /// Write N bytes; to the end of the disk if left out
+    #[arg(long, value_name = "N", value_parser = parse_size)]
+    length: Option<u64>,
+
+    /// Write to FILE instead of standard output
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+
+    /// Overwrite the output file if it exists
+    #[arg(long, requires = "output")]
+    force: bool,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let opened = args.image.opener()?.open(&args.image.request())?;
+    let capacity = opened.disk.capacity();
+    let left = capacity.checked_sub(args.offset).with_context(|| {
+        format!("--offset {} lies past the end of the disk, which has {capacity} bytes", args.offset)
+    })?;
+    let length = args.length.unwrap_or(left);
+    if length > left {
+        bail!("--offset {} with --length {length} goes past the end of the disk, which has {capacity} bytes", args.offset);
+    }
+    match &args.output {
+        Some(path) => {
+            let layers: Vec<&str> = opened.report.layers.iter().map(|layer| layer.image.as_str()).collect();
+            let file = create(path, args.force, &layers)?;
+            let bar = progress(length);
+            let mut at = 0;
+            copy(&opened.disk, args.offset, length, |bytes| {
+                // The file is new, so what is not written reads as zero.
+                if bytes.iter().any(|byte| *byte != 0) {
+                    file.write_all_at(bytes, at).with_context(|| format!("cannot write {}", path.display()))?;
+                }
+                at += bytes.len() as u64;
+                bar.set_position(at);
+                Ok(())
+            })?;
+            file.set_len(length).with_context(|| format!("cannot set the size of {}", path.display()))?;
+            bar.finish_and_clear();
+        }
+        None => {
+            let mut out = io::stdout().lock();
+            if out.is_terminal() {
+                bail!("standard output is a terminal; use --output FILE, or a pipe");
+            }
+            copy(&opened.disk, args.offset, length, |bytes| Ok(out.write_all(bytes)?))?;
+            out.flush()?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn copy(
+    disk: &dyn BlockBackend,
+    offset: u64,
+    length: u64,
+    mut write: impl FnMut(&[u8]) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let mut buffer = vec![0u8; CHUNK];
+    let mut done = 0;
+    while done < length {
+        let take = usize::try_from(length - done).unwrap_or(CHUNK).min(CHUNK);
+        let chunk = buffer.get_mut(..take).context("a chunk is never larger than its buffer")?;
+        disk.read(&[VolatileSlice::from(&mut *chunk)], offset + done)?;
+        write(chunk)?;
+        done += take as u64;
+    }
+    Ok(())
+}
+
+/// Opens the output file: a new one, or an existing one that is none of the images, emptied.
+fn create(path: &Path, force: bool, layers: &[&str]) -> anyhow::Result<File> {
+    use std::os::unix::fs::MetadataExt;
+    let mut options = File::options();
+    options.write(true);
+    if !force {
+        return options.create_new(true).open(path).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => anyhow::anyhow!("{} exists; --force overwrites it", path.display()),
+            _ => anyhow::Error::new(error).context(format!("cannot create {}", path.display())),
+        });
+    }
+    let file = options
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .with_context(|| format!("cannot open {} for writing", path.display()))?;
+    let identity = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+    let target = identity(file.metadata()?);
+    for layer in layers {
+        if std::fs::metadata(layer).is_ok_and(|metadata| identity(metadata) == target) {
+            bail!("{} is the image {layer} itself; it was not touched", path.display());
+        }
+    }
+    file.set_len(0).with_context(|| format!("cannot empty {}", path.display()))?;
+    Ok(file)
+}
+
+fn progress(length: u64) -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(length).with_style(style)
+}

@@ -1,0 +1,131 @@
+//! The disk strings of `blockhouse run`: `file=IMAGE,format=F[,allow=PATH]...`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// One disk, as the operator describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct DiskArg {
+    /// The image.
+    pub(crate) file: PathBuf,
+    /// Its format.
+    pub(crate) format: String,
+    /// What it may refer to.
+    pub(crate) allow: Vec<PathBuf>,
+    /// Nothing is written.
+    pub(crate) readonly: bool,
+    /// The serial number that the guest sees, up to 20 bytes.
+    pub(crate) serial: Option<String>,
+    /// A snapshot inside the image.
+    pub(crate) snapshot: Option<String>,
+}
+
+impl FromStr for DiskArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut file = None;
+        let mut format = None;
+        let mut allow = Vec::new();
+        let mut readonly = None;
+        let mut serial = None;
+        let mut snapshot = None;
+        for field in split_fields(text) {
+            let (key, value) = field.split_once('=').ok_or_else(|| format!("{field:?} is not of the form key=value"))?;
+            if value.is_empty() {
+                return Err(format!("{key}= has no value"));
+            }
+            let twice = match key {
+                "file" => file.replace(PathBuf::from(value)).is_some(),
+                "format" => format.replace(value.to_owned()).is_some(),
+                "allow" => {
+                    allow.push(PathBuf::from(value));
+                    false
+                }
+                "readonly" => {
+                    let value = match value {
+                        "on" => true,
+                        "off" => false,
+                        other => return Err(format!("readonly={other} is neither on nor off")),
+                    };
+                    readonly.replace(value).is_some()
+                }
+                "serial" => {
+                    if value.len() > 20 || !value.bytes().all(|byte| byte.is_ascii_graphic()) {
+                        return Err(format!("serial={value} is not 1 to 20 printable ASCII characters"));
+                    }
+                    serial.replace(value.to_owned()).is_some()
+                }
+                "snapshot" => snapshot.replace(value.to_owned()).is_some(),
+                other => {
+                    return Err(format!(
+                        "{other:?} is not a key of a disk; there is: file, format, allow, readonly, serial, snapshot"
+                    ));
+                }
+            };
+            if twice {
+                return Err(format!("{key}= is given twice"));
+            }
+        }
+        let disk = Self {
+            file: file.ok_or("file= is missing: which image?")?,
+            format: format.ok_or("format= is missing: the format is stated, never guessed (try: blockhouse probe)")?,
+            allow,
+            readonly: readonly.unwrap_or(false),
+            serial,
+            snapshot,
+        };
+        if disk.snapshot.is_some() && !disk.readonly {
+            return Err("snapshot= needs readonly=on: a snapshot cannot be written".to_owned());
+        }
+        Ok(disk)
+    }
+}
+
+/// Splits at commas; a doubled comma is a comma.
+fn split_fields(text: &str) -> Vec<String> {
+    let mut fields = vec![String::new()];
+    let mut characters = text.chars().peekable();
+    while let Some(character) = characters.next() {
+        if character == ',' && characters.next_if_eq(&',').is_none() {
+            fields.push(String::new());
+        } else if let Some(field) = fields.last_mut() {
+            field.push(character);
+        }
+    }
+    fields
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_full_disk_string() {
+        let disk: DiskArg = "file=/a,,b.qcow2,format=qcow2,allow=/x,allow=/y=z,readonly=on,serial=S1,snapshot=1".parse().unwrap();
+        assert_eq!(disk.file, PathBuf::from("/a,b.qcow2"));
+        assert_eq!(disk.allow, [PathBuf::from("/x"), PathBuf::from("/y=z")]);
+        assert!(disk.readonly);
+        assert_eq!(disk.serial.as_deref(), Some("S1"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (text, why) in [
+            ("", "key=value"),
+            ("file=/a", "format= is missing"),
+            ("format=raw", "file= is missing"),
+            ("file=/a,format=raw,colour=red", "colour"),
+            ("file=/a,file=/b,format=raw", "twice"),
+            ("file=,format=raw", "no value"),
+            ("file=/a,format=raw,readonly=yes", "neither on nor off"),
+            ("file=/a,format=raw,serial=123456789012345678901", "20"),
+            ("file=/a,format=qcow2,snapshot=1", "readonly=on"),
+            ("file=/a,format=raw,", "key=value"),
+        ] {
+            let error = text.parse::<DiskArg>().unwrap_err();
+            assert!(error.contains(why), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! What people and programs read: sizes, JSON, errors, exit codes.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use blockhouse_block::{Error, ErrorKind};
+use serde::Serialize;
+
+/// The exit code for an error of a disk. The table is in `blockhouse --help`.
+pub(crate) fn exit_code(kind: ErrorKind) -> u8 {
+    match kind {
+        ErrorKind::Denied => 3,
+        ErrorKind::Corrupt => 4,
+        ErrorKind::Unsupported => 5,
+        ErrorKind::Component | ErrorKind::Limit => 6,
+        _ => 1,
+    }
+}
+
+/// Prints an error with its causes on standard error, and gives the exit code for it.
+pub(crate) fn fail(error: &anyhow::Error) -> ExitCode {
+    // A reader that closed its end of a pipe has what it wanted.
+    if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe) {
+        return ExitCode::SUCCESS;
+    }
+    eprintln!("blockhouse: {error}");
+    let mut shown = error.to_string();
+    for cause in error.chain().skip(1) {
+        let cause = cause.to_string();
+        // Causes that the message already contains add nothing.
+        if !shown.contains(&cause) && cause.len() < 2000 && !cause.contains('\n') {
+            eprintln!("  because: {cause}");
+        }
+        shown = cause;
+    }
+    error.chain().find_map(|cause| cause.downcast_ref::<Error>()).map_or(ExitCode::FAILURE, |error| {
+        ExitCode::from(exit_code(error.kind()))
+    })
+}
+
+/// An error for JSON output.
+#[derive(Debug, Serialize)]
+pub(crate) struct ErrorReport {
+    /// One word: `denied`, `corrupt`.
+    pub(crate) kind: &'static str,
+    /// The image of the chain that it concerns.
+    pub(crate) image: Option<String>,
+    /// What happened and what to do.
+    pub(crate) message: String,
+}
+
+impl From<&Error> for ErrorReport {
+    fn from(error: &Error) -> Self {
+        Self {
+            kind: error.kind().as_str(),
+            image: error.image().map(str::to_owned),
+            message: error.message().to_owned(),
+        }
+    }
+}
+
+/// Prints a value as JSON.
+pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    serde_json::to_writer_pretty(&mut out, value).map_err(io::Error::from)?;
+    writeln!(out)?;
+    out.flush().context("cannot write to standard output")
+}
+
+/// A size for people: `1.5 GiB (1610612736 bytes)`.
+pub(crate) fn size(bytes: u64) -> String {
+    const UNITS: [(&str, u32); 6] = [("EiB", 60), ("PiB", 50), ("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
+    for (unit, shift) in UNITS {
+        let one = 1u64 << shift;
+        if bytes >= one {
+            let whole = bytes >> shift;
+            // Tenths, rounded down: the exact number follows.
+            let tenths = (u128::from(bytes % one) * 10) >> shift;
+            return if tenths == 0 {
+                format!("{whole} {unit} ({bytes} bytes)")
+            } else {
+                format!("{whole}.{tenths} {unit} ({bytes} bytes)")
+            };
+        }
+    }
+    format!("{bytes} bytes")
+}
+
+/// Parses a size: a number of bytes with an optional suffix K, M, G, T (powers of 1024).
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().next_back() {
+        Some((at, suffix)) => match suffix.to_ascii_uppercase() {
+            'K' => (text.get(..at), 10),
+            'M' => (text.get(..at), 20),
+            'G' => (text.get(..at), 30),
+            'T' => (text.get(..at), 40),
+            _ => (Some(text), 0),
+        },
+        None => (None, 0),
+    };
+    digits
+        .and_then(|digits| digits.parse::<u64>().ok())
+        .and_then(|number| number.checked_mul(1 << shift))
+        .ok_or_else(|| format!("{text:?} is not a size; write bytes, or a number with K, M, G or T: 512M"))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn sizes_for_people_and_from_people() {
+        assert_eq!(size(511), "511 bytes");
+        assert_eq!(size(1536), "1.5 KiB (1536 bytes)");
+        assert_eq!(size(u64::MAX), "15.9 EiB (18446744073709551615 bytes)");
+        assert_eq!(parse_size("512m").unwrap(), 512 << 20);
+        assert_eq!(parse_size("0").unwrap(), 0);
+        for bad in ["", "x", "12Q", "-1", "99999999999T", "M"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,511 @@
+//! From an image and its declared format to a disk: layer by layer, one component instance each.
+//!
+//! ```text
+//!   image + format ──▶ instance ── open ──▶ what it says, what it refers to     (nothing opened yet)
+//!                          │── connect ──▶ opens its references through the grants
+//!                          ▼
+//!              backing file (open) + declared format ──▶ next instance … ──▶ Disk
+//! ```
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock, PoisonError};
+
+use blockhouse_block::{Access, Disk, DiskOptions, Error, ErrorKind, Layer, LayerInfo, Result};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use serde::Serialize;
+
+use crate::audit::{Audit, OpenEvent, Outcome};
+use crate::bindings::reader::blockhouse::format::types::Access as WitAccess;
+use crate::bindings::reader::exports::blockhouse::format::reader::ImageInfo;
+use crate::bindings::snapshots::SnapshotAbility;
+use crate::grants::{Grants, absolute_name};
+use crate::host::{Identity, State};
+use crate::instance::Instance;
+use crate::layer::ComponentLayer;
+use crate::sandbox::{Plugin, PluginKind, Sandbox};
+use crate::text::clean;
+
+/// Components by the name of the format they serve. Names are what operators write after `--format`
+/// and what images declare for their backing files.
+///
+/// A component that was added as bytes is compiled when an image first needs it.
+#[derive(Clone, Debug, Default)]
+pub struct Formats(BTreeMap<String, Arc<Source>>);
+
+#[derive(Debug)]
+struct Source {
+    name: String,
+    bytes: Cow<'static, [u8]>,
+    loaded: OnceLock<Plugin>,
+}
+
+impl Formats {
+    /// No formats.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Serves `format` with a loaded component, instead of what served it before.
+    pub fn add(&mut self, format: impl Into<String>, plugin: Plugin) {
+        let name = plugin.name().to_owned();
+        let source = Source { name, bytes: Cow::Borrowed(&[]), loaded: OnceLock::from(plugin) };
+        self.0.insert(format.into(), Arc::new(source));
+    }
+
+    /// Serves `format` with the component in `bytes`, instead of what served it before. `name` is for
+    /// messages.
+    pub fn add_bytes(&mut self, format: impl Into<String>, name: impl Into<String>, bytes: impl Into<Cow<'static, [u8]>>) {
+        let source = Source { name: name.into(), bytes: bytes.into(), loaded: OnceLock::new() };
+        self.0.insert(format.into(), Arc::new(source));
+    }
+
+    /// The names of the formats, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
+    /// The component that serves `format`, compiled now if it was not yet.
+    ///
+    /// # Errors
+    /// [`Unsupported`](ErrorKind::Unsupported) if no component serves the format; else as
+    /// [`Sandbox::load`].
+    pub fn load(&self, sandbox: &Sandbox, format: &str) -> Result<Plugin> {
+        let Some(source) = self.0.get(format) else {
+            let known = self.0.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+            let known = if known.is_empty() { "none" } else { &known };
+            let why = format!("no component serves the format {:?}; there is: {known}", clean(format, 64));
+            return Err(Error::new(ErrorKind::Unsupported, why));
+        };
+        if let Some(plugin) = source.loaded.get() {
+            return Ok(plugin.clone());
+        }
+        let plugin = sandbox.load(&source.name, &source.bytes)?;
+        Ok(source.loaded.get_or_init(|| plugin).clone())
+    }
+}
+
+/// What to open, and how.
+#[derive(Clone, Debug)]
+pub struct OpenRequest {
+    /// The image. Opened by the host with its own rights: this path comes from the operator.
+    pub path: PathBuf,
+    /// The format of the image, as the operator states it. Never guessed.
+    pub format: String,
+    /// Read-write makes the top layer writable, if its format can. Backing files are never written.
+    pub access: Access,
+    /// Read a snapshot inside the image instead of its current state: id, or name.
+    pub snapshot: Option<String>,
+    /// Memory bounds of the disk.
+    pub disk: DiskOptions,
+}
+
+impl OpenRequest {
+    /// A request to open `path` read-only.
+    pub fn new(path: impl Into<PathBuf>, format: impl Into<String>) -> Self {
+        Self {
+            path: path.into(),
+            format: format.into(),
+            access: Access::ReadOnly,
+            snapshot: None,
+            disk: DiskOptions::default(),
+        }
+    }
+}
+
+/// A name and a value that a component reports about an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Fact {
+    /// The name.
+    pub name: String,
+    /// The value.
+    pub value: String,
+}
+
+/// A reference to a backing file, as it stands in the image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BackingReference {
+    /// The name in the image.
+    pub name: String,
+    /// The format that the image declares for it.
+    pub format: Option<String>,
+}
+
+/// A snapshot inside an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SnapshotReport {
+    /// The id in the image.
+    pub id: String,
+    /// The name that a person gave.
+    pub name: String,
+    /// Size of the disk then, in bytes.
+    pub virtual_size_bytes: u64,
+    /// Size of the saved machine state in bytes.
+    pub vm_state_bytes: u64,
+    /// When it was taken, in seconds since 1970-01-01 UTC.
+    pub created_at_seconds: u64,
+}
+
+/// One layer of a chain, for people and programs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LayerReport {
+    /// The absolute path of the image.
+    pub image: String,
+    /// The declared format.
+    pub format: String,
+    /// The component that serves it.
+    pub component: String,
+    /// Its SHA-256.
+    pub component_sha256: String,
+    /// Size of the layer in bytes.
+    pub virtual_size_bytes: u64,
+    /// The allocation unit in bytes, 0 if the format has none.
+    pub cluster_size_bytes: u32,
+    /// What the component says about the image.
+    pub facts: Vec<Fact>,
+    /// Snapshots inside the image; empty where the format has none.
+    pub snapshots: Vec<SnapshotReport>,
+    /// The backing file that the image names.
+    pub backing: Option<BackingReference>,
+    /// Further files that the image names.
+    pub files: Vec<String>,
+    /// What the component tried to open, allowed or denied, in order.
+    pub opens: Vec<OpenEvent>,
+}
+
+/// A chain as far as it could be opened.
+#[derive(Clone, Debug, Serialize)]
+pub struct ChainReport {
+    /// The layers, the top first.
+    pub layers: Vec<LayerReport>,
+    /// The grants in force.
+    pub grants: Vec<String>,
+}
+
+/// An opened disk, and what there is to know about it.
+#[derive(Debug)]
+pub struct OpenedDisk {
+    /// The disk.
+    pub disk: Disk,
+    /// Its layers.
+    pub report: ChainReport,
+}
+
+/// Opens disks: a sandbox, the formats it may use, and what images may refer to.
+#[derive(Clone, Debug)]
+pub struct Opener {
+    sandbox: Sandbox,
+    formats: Formats,
+    grants: Grants,
+    audit: Audit,
+}
+
+/// What the next layer is made of.
+struct Next {
+    file: File,
+    name: String,
+    format: String,
+    access: Access,
+    snapshot: Option<String>,
+}
+
+#[derive(Default)]
+struct Chain {
+    layers: Vec<Arc<dyn Layer>>,
+    reports: Vec<LayerReport>,
+    /// Identity of each layer's file (device, inode), to find loops.
+    seen: HashMap<(u64, u64), String>,
+}
+
+impl Opener {
+    /// An opener without grants: images that refer to nothing open.
+    pub fn new(sandbox: &Sandbox, formats: Formats) -> Self {
+        Self { sandbox: sandbox.clone(), formats, grants: Grants::new(), audit: Audit::new() }
+    }
+
+    /// Sets what images may refer to.
+    #[must_use]
+    pub fn grants(self, grants: Grants) -> Self {
+        Self { grants, ..self }
+    }
+
+    /// Sets where audit events go.
+    #[must_use]
+    pub fn audit(self, audit: Audit) -> Self {
+        Self { audit, ..self }
+    }
+
+    /// Opens an image and its whole chain.
+    ///
+    /// # Errors
+    /// The first thing that went wrong, naming the image of the chain that it concerns.
+    pub fn open(&self, request: &OpenRequest) -> Result<OpenedDisk> {
+        let mut chain = Chain::default();
+        self.open_chain(request, &mut chain, false)?;
+        let options = DiskOptions { writable: request.access == Access::ReadWrite, ..request.disk.clone() };
+        let disk = Disk::new(chain.layers, options)?;
+        Ok(OpenedDisk { disk, report: self.report(chain.reports) })
+    }
+
+    /// Describes an image and its chain as far as they can be opened, with snapshots, and says what
+    /// stopped it, if anything did.
+    pub fn describe(&self, request: &OpenRequest) -> (ChainReport, Option<Error>) {
+        let mut chain = Chain::default();
+        let error = self.open_chain(request, &mut chain, true).err();
+        (self.report(chain.reports), error)
+    }
+
+    fn report(&self, layers: Vec<LayerReport>) -> ChainReport {
+        ChainReport { layers, grants: self.grants.paths() }
+    }
+
+    fn open_chain(&self, request: &OpenRequest, chain: &mut Chain, describe: bool) -> Result<()> {
+        let name = absolute_name(&request.path)?;
+        let mut next = Some(Next {
+            file: open_image(request).map_err(|error| error.on_image(&*name))?,
+            name,
+            format: request.format.clone(),
+            access: request.access,
+            snapshot: request.snapshot.clone(),
+        });
+        while let Some(image) = next {
+            let name = image.name.clone();
+            next = self.open_layer(image, chain, describe).map_err(|error| error.on_image(name))?;
+        }
+        Ok(())
+    }
+
+    /// Opens one layer, adds it to the chain, and returns its backing file.
+    fn open_layer(&self, image: Next, chain: &mut Chain, describe: bool) -> Result<Option<Next>> {
+        let limits = self.sandbox.shared_limits();
+        if chain.layers.len() >= limits.chain_depth {
+            let why = format!("the backing chain has more than {} layers", limits.chain_depth);
+            return Err(Error::new(ErrorKind::Limit, why));
+        }
+        let storage = |error: std::io::Error| {
+            Error::new(ErrorKind::Storage, format!("cannot look at the image: {error}")).with_source(error)
+        };
+        let metadata = image.file.metadata().map_err(storage)?;
+        if let Some(before) = chain.seen.insert((metadata.dev(), metadata.ino()), image.name.clone()) {
+            let why = format!("the backing chain is a loop: it comes back to {before}");
+            return Err(Error::new(ErrorKind::Corrupt, why));
+        }
+
+        let plugin = &self.formats.load(&self.sandbox, &image.format)?;
+        let PluginKind::Format(pre) = &plugin.kind else {
+            let why = format!("it is a prober and cannot serve the format {:?}", image.format);
+            return Err(Error::new(ErrorKind::Component, why).on_image(plugin.name()));
+        };
+        let identity =
+            Identity { image: image.name.clone(), format: image.format.clone(), component: plugin.digest().to_owned() };
+        let mut state = State::new(identity, Arc::clone(&limits), self.grants.clone(), self.audit.clone());
+        let shared = Arc::clone(&state.shared);
+        let events = Arc::clone(&state.events);
+        let engine_error = |error: wasmtime::Error| {
+            Error::new(ErrorKind::Component, "cannot hand the image to the component").with_source(error)
+        };
+        let handle = state.add_file(image.file, image.name.clone(), image.access).map_err(engine_error)?;
+        let instance = Instance::start(&self.sandbox, pre, state)?;
+
+        let access = match image.access {
+            Access::ReadOnly => WitAccess::ReadOnly,
+            Access::ReadWrite => WitAccess::ReadWrite,
+        };
+        let info = instance.call("open", |call| {
+            call.format.blockhouse_format_reader().call_open(call.store, handle, &image.name, access)
+        })?;
+        check_info(&info, image.access, limits.description_entries, limits.text_bytes)
+            .map_err(|why| instance.condemn(&why))?;
+
+        let text = |text: &str| clean(text, limits.text_bytes);
+        let mut report = LayerReport {
+            image: image.name.clone(),
+            format: image.format.clone(),
+            component: plugin.name().to_owned(),
+            component_sha256: plugin.digest().to_owned(),
+            virtual_size_bytes: info.virtual_size_bytes,
+            cluster_size_bytes: info.cluster_size_bytes,
+            facts: info.facts.iter().map(|fact| Fact { name: text(&fact.name), value: text(&fact.value) }).collect(),
+            snapshots: Vec::new(),
+            backing: info
+                .backing
+                .as_ref()
+                .map(|backing| BackingReference { name: text(&backing.name), format: backing.format.as_deref().map(text) }),
+            files: info.files.iter().map(|name| text(name)).collect(),
+            opens: Vec::new(),
+        };
+        // From here on the layer is in the report, whatever happens.
+        let connected = (|| {
+            let mut virtual_size = info.virtual_size_bytes;
+            if describe {
+                report.snapshots = list_snapshots(plugin, &instance, limits.description_entries, limits.text_bytes)?;
+            }
+            if let Some(id) = &image.snapshot {
+                virtual_size = select_snapshot(plugin, &instance, &image.format, id)?;
+                report.virtual_size_bytes = virtual_size;
+            }
+            // Refused before anything is opened: a missing format is an invitation to guess.
+            if let Some(backing) = &report.backing
+                && backing.format.is_none()
+            {
+                let why = format!(
+                    "the image names the backing file {:?} without its format, and formats are never guessed. \
+                     If you trust the image, state it there: qemu-img rebase -u -b {:?} -F FORMAT {:?}",
+                    backing.name, backing.name, image.name
+                );
+                return Err(Error::new(ErrorKind::Denied, why));
+            }
+            let backing = instance
+                .call("connect", |call| call.format.blockhouse_format_reader().call_connect(call.store))
+                .map_err(|error| explain_denial(error, &events.lock().unwrap_or_else(PoisonError::into_inner)))?;
+            Ok((virtual_size, backing))
+        })();
+        report.opens = events.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        chain.reports.push(report);
+        let (virtual_size, backing) = connected?;
+
+        let next = match (backing, info.backing) {
+            (Some(handle), Some(reference)) => {
+                let (file, path, _) = instance
+                    .with_state(|state| state.take_file(handle))?
+                    .ok_or_else(|| instance.condemn("`connect` returned something that is not a file it opened"))?;
+                let file = match Arc::try_unwrap(file) {
+                    Ok(file) => file,
+                    Err(shared) => shared.try_clone().map_err(storage)?,
+                };
+                // The host never opens a path that came out of an image: `file` is what the component
+                // opened through its grants, `path` is the host's own record of that.
+                let format = reference.format.unwrap_or_default();
+                Some(Next { file, name: path, format, access: Access::ReadOnly, snapshot: None })
+            }
+            (None, None) => None,
+            (Some(_), None) => return Err(instance.condemn("`connect` returned a backing file that `open` did not report")),
+            (None, Some(_)) => return Err(instance.condemn("`connect` did not return the backing file that `open` reported")),
+        };
+        if image.access == Access::ReadWrite && !info.overwritable {
+            let why = format!("the component for {} cannot write yet; open the image read-only (readonly=on)", image.format);
+            return Err(Error::new(ErrorKind::Unsupported, why));
+        }
+        chain.layers.push(Arc::new(ComponentLayer {
+            info: LayerInfo {
+                name: image.name,
+                format: image.format,
+                virtual_size,
+                cluster_size: info.cluster_size_bytes,
+                overwritable: info.overwritable,
+            },
+            instance,
+            shared,
+        }));
+        Ok(next)
+    }
+}
+
+/// Opens the image that the operator named. It may lie anywhere, and must be a regular file.
+fn open_image(request: &OpenRequest) -> Result<File> {
+    let fail = |error: std::io::Error| {
+        Error::new(ErrorKind::Storage, format!("cannot open the image: {error}")).with_source(error)
+    };
+    let file = File::options()
+        .read(true)
+        .write(request.access == Access::ReadWrite)
+        // A FIFO must not make the host wait.
+        .custom_flags(i32::try_from((OFlags::NONBLOCK | OFlags::NOCTTY).bits()).unwrap_or(0))
+        .open(&request.path)
+        .map_err(fail)?;
+    if !file.metadata().map_err(fail)?.is_file() {
+        return Err(Error::new(ErrorKind::Invalid, "cannot open the image: it is not a regular file"));
+    }
+    let flags = fcntl_getfl(&file).map_err(|error| fail(error.into()))?;
+    fcntl_setfl(&file, flags & !OFlags::NONBLOCK).map_err(|error| fail(error.into()))?;
+    Ok(file)
+}
+
+/// Checks what `open` reported against `wit/reader.wit`.
+fn check_info(info: &ImageInfo, access: Access, entries: usize, text: usize) -> Result<(), String> {
+    const LARGEST: u64 = (1 << 63) - 512;
+    let size = info.virtual_size_bytes;
+    if !size.is_multiple_of(512) || size > LARGEST {
+        return Err(format!("`open` reported a virtual size of {size} bytes, not a multiple of 512 up to 2^63 - 512"));
+    }
+    let cluster = info.cluster_size_bytes;
+    if cluster != 0 && !cluster.is_power_of_two() {
+        return Err(format!("`open` reported a cluster size of {cluster} bytes, not a power of two"));
+    }
+    if info.overwritable && access == Access::ReadOnly {
+        return Err("`open` reported an image as overwritable that was opened read-only".to_owned());
+    }
+    if info.facts.len() > entries || info.files.len() > entries {
+        return Err(format!("`open` reported more than {entries} facts or files"));
+    }
+    let names = info.files.iter().chain(info.backing.iter().map(|backing| &backing.name));
+    if names.chain(info.backing.iter().filter_map(|backing| backing.format.as_ref())).any(|name| name.len() > text) {
+        return Err(format!("`open` reported a name of more than {text} bytes"));
+    }
+    Ok(())
+}
+
+/// Adds the host's own record of the refused open, and what to do about it.
+fn explain_denial(error: Error, events: &[OpenEvent]) -> Error {
+    let refused = events.iter().rev().find(|event| event.outcome == Outcome::Denied);
+    let (ErrorKind::Denied, Some(event)) = (error.kind(), refused) else { return error };
+    let reason = event.reason.as_deref().unwrap_or("refused");
+    let hint = if event.grant.is_none() && reason.contains("not granted") {
+        format!(". If it is meant, allow it: --allow {:?}", event.path)
+    } else {
+        String::new()
+    };
+    let why = format!("{}; the host refused {:?}: {reason}{hint}", error.message(), event.path);
+    let explained = Error::new(ErrorKind::Denied, why);
+    match error.image() {
+        Some(image) => explained.on_image(image),
+        None => explained,
+    }
+}
+
+fn has_snapshots(plugin: &Plugin) -> bool {
+    plugin.inspection().exports.iter().any(|export| export.starts_with("blockhouse:format/snapshots@"))
+}
+
+fn list_snapshots(plugin: &Plugin, instance: &Instance, entries: usize, text: usize) -> Result<Vec<SnapshotReport>> {
+    if !has_snapshots(plugin) {
+        return Ok(Vec::new());
+    }
+    let list = instance.call("list-snapshots", |call| {
+        let ability = SnapshotAbility::new(&mut *call.store, call.instance)?;
+        ability.blockhouse_format_snapshots().call_list_snapshots(call.store)
+    })?;
+    if list.len() > entries {
+        return Err(instance.condemn(&format!("`list-snapshots` returned more than {entries} snapshots")));
+    }
+    let text = |value: &str| clean(value, text);
+    Ok(list
+        .into_iter()
+        .map(|snapshot| SnapshotReport {
+            id: text(&snapshot.id),
+            name: text(&snapshot.name),
+            virtual_size_bytes: snapshot.virtual_size_bytes,
+            vm_state_bytes: snapshot.vm_state_bytes,
+            created_at_seconds: snapshot.created_at_seconds,
+        })
+        .collect())
+}
+
+fn select_snapshot(plugin: &Plugin, instance: &Instance, format: &str, id: &str) -> Result<u64> {
+    if !has_snapshots(plugin) {
+        let why = format!("the component for {format} does not read snapshots, and {id:?} was asked for");
+        return Err(Error::new(ErrorKind::Unsupported, why));
+    }
+    let size = instance.call("select-snapshot", |call| {
+        let ability = SnapshotAbility::new(&mut *call.store, call.instance)?;
+        ability.blockhouse_format_snapshots().call_select_snapshot(call.store, id)
+    })?;
+    if size.is_multiple_of(512) && i64::try_from(size).is_ok() {
+        Ok(size)
+    } else {
+        Err(instance.condemn(&format!("`select-snapshot` returned a virtual size of {size} bytes")))
+    }
+}

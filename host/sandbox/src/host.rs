@@ -1,0 +1,441 @@
+//! The host's side of one component instance: its state, and the functions it is offered.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::future::Future;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
+
+use blockhouse_block::{Access, ImageFile};
+use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable, ResourceType};
+use wasmtime::{Engine, ResourceLimiter, StoreContextMut, bail};
+use wasmtime_wasi::filesystem::{Descriptor, File as WasiFile, FsPerms, OpenMode, WasiFilesystemCtx, WasiFilesystemCtxView};
+use wasmtime_wasi::p2::FsResult;
+use wasmtime_wasi::p2::bindings::filesystem::types::{
+    DescriptorFlags, DescriptorStat, DescriptorType, ErrorCode, HostDescriptor, OpenFlags, PathFlags,
+};
+
+use crate::audit::{Audit, OpenEvent, Outcome, now_ms};
+use crate::authority::{PREOPENS, TYPES, WASI_VERSION};
+use crate::bindings::reader::blockhouse::format::{files, log, types};
+use crate::grants::Grants;
+use crate::limits::Limits;
+use crate::policy;
+use crate::text::clean;
+
+/// Files that an instance registered, by index. The layer reads it without the store.
+pub(crate) type SharedFiles = Arc<Mutex<Vec<Arc<ImageFile>>>>;
+
+/// What a descriptor stands for, beside what wasmtime-wasi knows of it.
+enum Node {
+    /// A preopened directory, by its absolute name.
+    Directory(String),
+    /// A file.
+    File { path: String, access: Access },
+}
+
+/// Who an instance is, for audit events and messages.
+#[derive(Clone, Debug)]
+pub(crate) struct Identity {
+    /// The image, by the name under which it was opened.
+    pub(crate) image: String,
+    /// The declared format.
+    pub(crate) format: String,
+    /// SHA-256 of the component, in hexadecimal.
+    pub(crate) component: String,
+}
+
+/// The state of one instance.
+pub(crate) struct State {
+    table: ResourceTable,
+    /// Without preopens and without rights: only its functions on open descriptors are used.
+    wasi: WasiFilesystemCtx,
+    nodes: HashMap<u32, Node>,
+    pub(crate) identity: Identity,
+    pub(crate) limits: Arc<Limits>,
+    grants: Grants,
+    audit: Audit,
+    opens: u32,
+    host_calls: u64,
+    log_messages: u32,
+    /// Every attempt to open, in order.
+    pub(crate) events: Arc<Mutex<Vec<OpenEvent>>>,
+    pub(crate) shared: SharedFiles,
+    /// The last error that the component logged: after a trap, its last words.
+    pub(crate) last_words: Option<String>,
+    /// Which limit stopped it, if one did.
+    pub(crate) exceeded: Option<String>,
+    memory_bytes: usize,
+    table_elements: usize,
+}
+
+impl State {
+    pub(crate) fn new(identity: Identity, limits: Arc<Limits>, grants: Grants, audit: Audit) -> Self {
+        let mut table = ResourceTable::new();
+        table.set_max_capacity(limits.handles);
+        Self {
+            table,
+            wasi: WasiFilesystemCtx::default(),
+            nodes: HashMap::new(),
+            identity,
+            limits,
+            grants,
+            audit,
+            opens: 0,
+            host_calls: 0,
+            log_messages: 0,
+            events: Arc::default(),
+            shared: SharedFiles::default(),
+            last_words: None,
+            exceeded: None,
+            memory_bytes: 0,
+            table_elements: 0,
+        }
+    }
+
+    /// Starts a new call of the component: limits per call start over.
+    pub(crate) fn begin_call(&mut self) {
+        self.host_calls = 0;
+    }
+
+    /// Counts a call of a host function.
+    fn count(&mut self) -> wasmtime::Result<()> {
+        self.host_calls = self.host_calls.saturating_add(1);
+        if self.host_calls > self.limits.host_calls {
+            return self.exceed(format!("it made more than {} host calls in one call", self.limits.host_calls));
+        }
+        Ok(())
+    }
+
+    fn exceed<T>(&mut self, what: String) -> wasmtime::Result<T> {
+        self.exceeded = Some(what.clone());
+        bail!(what)
+    }
+
+    fn view(&mut self) -> WasiFilesystemCtxView<'_> {
+        WasiFilesystemCtxView { ctx: &mut self.wasi, table: &mut self.table }
+    }
+
+    /// Hands an open file to the component.
+    pub(crate) fn add_file(
+        &mut self,
+        file: File,
+        path: String,
+        access: Access,
+    ) -> wasmtime::Result<Resource<Descriptor>> {
+        let (perms, mode) = match access {
+            Access::ReadOnly => (FsPerms::ReadOnly, OpenMode::READ),
+            Access::ReadWrite => (FsPerms::ReadWrite, OpenMode::READ | OpenMode::WRITE),
+        };
+        self.push(Descriptor::File(WasiFile::new(file, perms, mode, true)), Node::File { path, access })
+    }
+
+    fn push(&mut self, descriptor: Descriptor, node: Node) -> wasmtime::Result<Resource<Descriptor>> {
+        match self.table.push(descriptor) {
+            Ok(resource) => {
+                self.nodes.insert(resource.rep(), node);
+                Ok(resource)
+            }
+            Err(_) => self.exceed(format!("it held more than {} handles", self.limits.handles)),
+        }
+    }
+
+    /// Takes back a file that the component returned: the open file, its path and its rights.
+    pub(crate) fn take_file(&mut self, resource: Resource<Descriptor>) -> Option<(Arc<File>, String, Access)> {
+        let node = self.nodes.remove(&resource.rep());
+        let descriptor = self.table.delete(resource).ok()?;
+        match (descriptor, node) {
+            (Descriptor::File(file), Some(Node::File { path, access })) => Some((file.file, path, access)),
+            _ => None,
+        }
+    }
+
+    fn open_at(
+        &mut self,
+        directory: &Resource<Descriptor>,
+        path: &str,
+        open_flags: OpenFlags,
+        flags: DescriptorFlags,
+    ) -> wasmtime::Result<Result<Resource<Descriptor>, ErrorCode>> {
+        self.opens = self.opens.saturating_add(1);
+        if self.opens > self.limits.opens {
+            return self.exceed(format!("it tried to open files more than {} times", self.limits.opens));
+        }
+        let access = if flags.contains(DescriptorFlags::WRITE) { "read-write" } else { "read-only" };
+        let mut event = OpenEvent {
+            time_ms: now_ms(),
+            image: self.identity.image.clone(),
+            format: self.identity.format.clone(),
+            component: self.identity.component.clone(),
+            path: String::new(),
+            access,
+            outcome: Outcome::Denied,
+            grant: None,
+            reason: None,
+        };
+        let judged = match self.nodes.get(&directory.rep()) {
+            Some(Node::Directory(name)) => {
+                let request = policy::Request { directory: name, path, open_flags, flags };
+                policy::open(self.grants.tree(), &self.limits, &request)
+            }
+            Some(Node::File { .. }) | None => Err(policy::Denied {
+                code: ErrorCode::NotDirectory,
+                path: path.chars().take(256).collect(),
+                grant: None,
+                reason: "it was opened below something that is not a directory".to_owned(),
+            }),
+        };
+        match judged {
+            Ok(opened) => {
+                event.path.clone_from(&opened.path);
+                event.outcome = Outcome::Allowed;
+                event.grant = Some(opened.grant);
+                self.record(event);
+                self.add_file(opened.file, opened.path, opened.access).map(Ok)
+            }
+            Err(denied) => {
+                event.path = denied.path;
+                event.grant = denied.grant;
+                event.reason = Some(denied.reason);
+                self.record(event);
+                Ok(Err(denied.code))
+            }
+        }
+    }
+
+    fn record(&mut self, event: OpenEvent) {
+        self.audit.record(&event);
+        self.events.lock().unwrap_or_else(PoisonError::into_inner).push(event);
+    }
+
+    /// The preopened directories: the granted ones, the parents of granted files, and the root, below
+    /// which everything else is denied and recorded.
+    fn get_directories(&mut self) -> wasmtime::Result<Vec<(Resource<Descriptor>, String)>> {
+        let mut directories: Vec<(Option<Descriptor>, String)> = self
+            .grants
+            .tree()
+            .directories
+            .iter()
+            .map(|(name, directory)| {
+                (directory.whole.as_ref().map(|(dir, _)| Descriptor::Dir(dir.clone())), name.clone())
+            })
+            .collect();
+        if !self.grants.tree().directories.contains_key("/") {
+            directories.push((None, "/".to_owned()));
+        }
+        let mut preopens = Vec::with_capacity(directories.len());
+        for (descriptor, name) in directories {
+            let descriptor = match descriptor {
+                Some(descriptor) => descriptor,
+                None => nowhere()?,
+            };
+            preopens.push((self.push(descriptor, Node::Directory(name.clone()))?, name));
+        }
+        Ok(preopens)
+    }
+}
+
+/// The descriptor behind a directory that is not granted as a whole. It is `/dev/null`: should the
+/// policy ever fail to stop an operation on it, there is no directory behind it to operate on.
+fn nowhere() -> wasmtime::Result<Descriptor> {
+    Ok(Descriptor::File(WasiFile::new(File::open("/dev/null")?, FsPerms::ReadOnly, OpenMode::empty(), true)))
+}
+
+impl ResourceLimiter for State {
+    fn memory_growing(&mut self, current: usize, desired: usize, _maximum: Option<usize>) -> wasmtime::Result<bool> {
+        let total = self.memory_bytes.saturating_add(desired.saturating_sub(current));
+        if total > self.limits.memory_bytes {
+            self.exceeded = Some(format!("it asked for more than {} bytes of memory", self.limits.memory_bytes));
+            return Ok(false);
+        }
+        self.memory_bytes = total;
+        Ok(true)
+    }
+
+    fn table_growing(&mut self, current: usize, desired: usize, _maximum: Option<usize>) -> wasmtime::Result<bool> {
+        let total = self.table_elements.saturating_add(desired.saturating_sub(current));
+        if total > self.limits.table_elements {
+            self.exceeded = Some(format!("it asked for more than {} table elements", self.limits.table_elements));
+            return Ok(false);
+        }
+        self.table_elements = total;
+        Ok(true)
+    }
+
+    fn instances(&self) -> usize {
+        self.limits.core_instances
+    }
+
+    fn tables(&self) -> usize {
+        self.limits.core_instances
+    }
+
+    fn memories(&self) -> usize {
+        self.limits.core_instances
+    }
+}
+
+impl types::Host for State {}
+
+impl files::Host for State {
+    fn share(
+        &mut self,
+        file: Resource<Descriptor>,
+        access: types::Access,
+    ) -> wasmtime::Result<Result<u32, files::ShareError>> {
+        self.count()?;
+        let Some(Node::File { path, access: held }) = self.nodes.get(&file.rep()) else {
+            return Ok(Err(files::ShareError::NotPermitted));
+        };
+        let access = match access {
+            types::Access::ReadOnly => Access::ReadOnly,
+            types::Access::ReadWrite if *held == Access::ReadWrite => Access::ReadWrite,
+            types::Access::ReadWrite => return Ok(Err(files::ShareError::NotPermitted)),
+        };
+        let Descriptor::File(open) = self.table.get(&file)? else {
+            return Ok(Err(files::ShareError::NotPermitted));
+        };
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = u32::try_from(shared.len()).unwrap_or(u32::MAX);
+        if index >= self.limits.shared_files {
+            return Ok(Err(files::ShareError::TooMany));
+        }
+        let image_file = open.file.try_clone().map_err(|error| error.to_string()).and_then(|file| {
+            ImageFile::new(file, access, path.clone()).map_err(|error| error.to_string())
+        });
+        match image_file {
+            Ok(file) => {
+                shared.push(Arc::new(file));
+                Ok(Ok(index))
+            }
+            Err(error) => {
+                tracing::warn!(image = %self.identity.image, %path, %error, "cannot register a file");
+                Ok(Err(files::ShareError::TooMany))
+            }
+        }
+    }
+
+    fn size(&mut self, file: Resource<Descriptor>) -> wasmtime::Result<Option<u64>> {
+        self.count()?;
+        match (self.table.get(&file)?, self.nodes.get(&file.rep())) {
+            (Descriptor::File(file), Some(Node::File { .. })) => Ok(file.file.metadata().ok().map(|m| m.len())),
+            _ => Ok(None),
+        }
+    }
+}
+
+impl log::Host for State {
+    fn write(&mut self, level: log::Level, message: String) -> wasmtime::Result<()> {
+        self.count()?;
+        let message = clean(&message, self.limits.text_bytes);
+        if message.is_empty() {
+            return Ok(());
+        }
+        if level == log::Level::Error {
+            self.last_words = Some(message.clone());
+        }
+        self.log_messages = self.log_messages.saturating_add(1);
+        if self.log_messages > self.limits.log_messages {
+            if self.log_messages == self.limits.log_messages.saturating_add(1) {
+                tracing::warn!(image = %self.identity.image, "too many log messages of this component; dropping the rest");
+            }
+            return Ok(());
+        }
+        let (image, format) = (&self.identity.image, &self.identity.format);
+        match level {
+            log::Level::Error => tracing::error!(target: "blockhouse::component", %image, %format, "{message}"),
+            log::Level::Warn => tracing::warn!(target: "blockhouse::component", %image, %format, "{message}"),
+            log::Level::Info => tracing::info!(target: "blockhouse::component", %image, %format, "{message}"),
+            log::Level::Debug => tracing::debug!(target: "blockhouse::component", %image, %format, "{message}"),
+        }
+        Ok(())
+    }
+}
+
+/// Finishes a wasmtime-wasi call. Its futures are ready at once, because every descriptor here was
+/// made with leave to block the current thread.
+fn ready<T>(future: impl Future<Output = FsResult<T>>) -> wasmtime::Result<Result<T, ErrorCode>> {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(Ok(value)) => Ok(Ok(value)),
+        Poll::Ready(Err(error)) => Ok(Err(error.downcast()?)),
+        Poll::Pending => bail!("a file operation did not finish on the thread that asked for it"),
+    }
+}
+
+type Caller<'a> = StoreContextMut<'a, State>;
+type Fd = Resource<Descriptor>;
+
+/// The functions of the level `read-only-format`, and nothing else.
+///
+/// Each name here stands in [`crate::authority::FUNCTIONS`]; a test compares the two.
+pub(crate) fn read_only_linker(engine: &Engine) -> wasmtime::Result<Linker<State>> {
+    let mut linker = Linker::new(engine);
+
+    let mut fs = linker.instance(&format!("{TYPES}@{WASI_VERSION}"))?;
+    fs.resource("descriptor", ResourceType::host::<Descriptor>(), |mut store: Caller<'_>, rep| {
+        let state = store.data_mut();
+        state.nodes.remove(&rep);
+        state.table.delete(Resource::<Descriptor>::new_own(rep))?;
+        Ok(())
+    })?;
+    fs.func_wrap("[method]descriptor.read", |mut store: Caller<'_>, (fd, length, offset): (Fd, u64, u64)| {
+        let state = store.data_mut();
+        state.count()?;
+        Ok((ready(HostDescriptor::read(&mut state.view(), fd, length, offset))?,))
+    })?;
+    fs.func_wrap("[method]descriptor.stat", |mut store: Caller<'_>, (fd,): (Fd,)| {
+        let state = store.data_mut();
+        state.count()?;
+        // No clock, not even through a file; and how many names a file has is not the component's business.
+        let stat = ready(HostDescriptor::stat(&mut state.view(), fd))?.map(|stat| DescriptorStat {
+            link_count: 1,
+            data_access_timestamp: None,
+            data_modification_timestamp: None,
+            status_change_timestamp: None,
+            ..stat
+        });
+        Ok((stat,))
+    })?;
+    fs.func_wrap("[method]descriptor.get-type", |mut store: Caller<'_>, (fd,): (Fd,)| {
+        let state = store.data_mut();
+        state.count()?;
+        let kind = match state.nodes.get(&fd.rep()) {
+            Some(Node::Directory(_)) => Ok(DescriptorType::Directory),
+            Some(Node::File { .. }) => Ok(DescriptorType::RegularFile),
+            None => Err(ErrorCode::BadDescriptor),
+        };
+        Ok((kind,))
+    })?;
+    fs.func_wrap("[method]descriptor.get-flags", |mut store: Caller<'_>, (fd,): (Fd,)| {
+        let state = store.data_mut();
+        state.count()?;
+        let flags = match state.nodes.get(&fd.rep()) {
+            Some(Node::File { access: Access::ReadWrite, .. }) => Ok(DescriptorFlags::READ | DescriptorFlags::WRITE),
+            Some(Node::File { access: Access::ReadOnly, .. } | Node::Directory(_)) => Ok(DescriptorFlags::READ),
+            None => Err(ErrorCode::BadDescriptor),
+        };
+        Ok((flags,))
+    })?;
+    fs.func_wrap(
+        "[method]descriptor.open-at",
+        |mut store: Caller<'_>, (fd, _follow, path, open_flags, flags): (Fd, PathFlags, String, OpenFlags, DescriptorFlags)| {
+            // Symbolic links are followed whatever the flag says: they are resolved inside the grant.
+            let state = store.data_mut();
+            state.count()?;
+            Ok((state.open_at(&fd, &path, open_flags, flags)?,))
+        },
+    )?;
+
+    let mut preopens = linker.instance(&format!("{PREOPENS}@{WASI_VERSION}"))?;
+    preopens.func_wrap("get-directories", |mut store: Caller<'_>, (): ()| {
+        let state = store.data_mut();
+        state.count()?;
+        Ok((state.get_directories()?,))
+    })?;
+
+    types::add_to_linker::<_, HasSelf<State>>(&mut linker, |state| state)?;
+    files::add_to_linker::<_, HasSelf<State>>(&mut linker, |state| state)?;
+    log::add_to_linker::<_, HasSelf<State>>(&mut linker, |state| state)?;
+    Ok(linker)
+}

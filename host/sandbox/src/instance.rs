@@ -1,0 +1,154 @@
+//! One running component: calls with limits, and what happens when it breaks.
+//!
+//! A call that traps, stalls, or goes over a limit ends the instance: its store is dropped, memory,
+//! handles and all, and every later call answers the same error. Nothing of it is used again.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use blockhouse_block::{Error, ErrorKind, Result};
+use wasmtime::component::Instance as WasmInstance;
+use wasmtime::{Store, Trap};
+
+use crate::bindings::reader::{ReadOnlyFormat, ReadOnlyFormatPre};
+use crate::bindings::reader::blockhouse::format::types::Error as WitError;
+use crate::host::State;
+use crate::limits::TICK;
+use crate::sandbox::Sandbox;
+use crate::text::clean;
+
+struct Running {
+    store: Store<State>,
+    format: ReadOnlyFormat,
+    instance: WasmInstance,
+}
+
+enum Health {
+    Running(Box<Running>),
+    Dead { kind: ErrorKind, why: String },
+}
+
+/// One instance of a format component, serving one image.
+pub(crate) struct Instance {
+    health: Mutex<Health>,
+    /// How messages name the image.
+    image: String,
+}
+
+/// What a call works with.
+pub(crate) struct Call<'a> {
+    pub(crate) store: &'a mut Store<State>,
+    pub(crate) format: &'a ReadOnlyFormat,
+    pub(crate) instance: &'a WasmInstance,
+}
+
+impl Instance {
+    pub(crate) fn start(sandbox: &Sandbox, plugin: &ReadOnlyFormatPre<State>, state: State) -> Result<Self> {
+        let image = state.identity.image.clone();
+        let mut store = new_store(sandbox, state);
+        set_deadline(&mut store);
+        let started = plugin.instance_pre().instantiate(&mut store).and_then(|instance| {
+            let format = ReadOnlyFormat::new(&mut store, &instance)?;
+            Ok((instance, format))
+        });
+        match started {
+            Ok((instance, format)) => {
+                let running = Box::new(Running { store, format, instance });
+                Ok(Self { health: Mutex::new(Health::Running(running)), image })
+            }
+            Err(error) => {
+                let (kind, why) = diagnose(&error, store.data());
+                Err(Error::new(kind, format!("the component could not start: {why}")).with_source(error).on_image(image))
+            }
+        }
+    }
+
+    /// Makes one call. `what` names it in messages: `locate`.
+    pub(crate) fn call<T>(
+        &self,
+        what: &str,
+        call: impl FnOnce(Call<'_>) -> wasmtime::Result<Result<T, WitError>>,
+    ) -> Result<T> {
+        let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        let running = match &mut *health {
+            Health::Running(running) => running,
+            Health::Dead { kind, why } => return Err(Error::new(*kind, why.clone()).on_image(&*self.image)),
+        };
+        set_deadline(&mut running.store);
+        running.store.data_mut().begin_call();
+        let result =
+            call(Call { store: &mut running.store, format: &running.format, instance: &running.instance });
+        match result {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(error)) => {
+                let limit = running.store.data().limits.text_bytes;
+                let (kind, text) = match error {
+                    WitError::Corrupt(text) => (ErrorKind::Corrupt, text),
+                    WitError::Unsupported(text) => (ErrorKind::Unsupported, text),
+                    WitError::Denied(text) => (ErrorKind::Denied, text),
+                    WitError::Storage(text) => (ErrorKind::Storage, text),
+                    WitError::Other(text) => (ErrorKind::Invalid, text),
+                };
+                Err(Error::new(kind, clean(&text, limit)).on_image(&*self.image))
+            }
+            Err(error) => {
+                let (kind, why) = diagnose(&error, running.store.data());
+                let why = format!("the component failed in `{what}` and was thrown away: {why}");
+                tracing::error!(image = %self.image, "{why}");
+                // Dropping the store frees all that the component held.
+                *health = Health::Dead { kind, why: why.clone() };
+                Err(Error::new(kind, why).with_source(error).on_image(&*self.image))
+            }
+        }
+    }
+
+    /// Looks at the state of a living instance.
+    pub(crate) fn with_state<T>(&self, look: impl FnOnce(&mut State) -> T) -> Result<T> {
+        let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *health {
+            Health::Running(running) => Ok(look(running.store.data_mut())),
+            Health::Dead { kind, why } => Err(Error::new(*kind, why.clone()).on_image(&*self.image)),
+        }
+    }
+
+    /// Throws the instance away because an answer broke the contract.
+    pub(crate) fn condemn(&self, why: &str) -> Error {
+        let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        let why = format!("the component broke its contract and was thrown away: {why}");
+        tracing::error!(image = %self.image, "{why}");
+        *health = Health::Dead { kind: ErrorKind::Component, why: why.clone() };
+        Error::new(ErrorKind::Component, why).on_image(&*self.image)
+    }
+}
+
+pub(crate) fn new_store(sandbox: &Sandbox, state: State) -> Store<State> {
+    let limits = Arc::clone(&state.limits);
+    let mut store = Store::new(sandbox.engine(), state);
+    store.limiter(|state| state);
+    store.set_hostcall_fuel(limits.transfer_bytes);
+    store.set_max_component_handles(limits.handles);
+    store.epoch_deadline_trap();
+    store
+}
+
+pub(crate) fn set_deadline(store: &mut Store<State>) {
+    let ticks = store.data().limits.call_time.as_millis().div_ceil(TICK.as_millis().max(1));
+    // The epoch may be about to tick: one more, so that a call gets at least its time.
+    store.set_epoch_deadline(u64::try_from(ticks).unwrap_or(u64::MAX).saturating_add(1));
+}
+
+/// Puts into words why a call ended without an answer.
+pub(crate) fn diagnose(error: &wasmtime::Error, state: &State) -> (ErrorKind, String) {
+    if let Some(what) = &state.exceeded {
+        return (ErrorKind::Component, what.clone());
+    }
+    let why = match error.downcast_ref::<Trap>() {
+        Some(Trap::Interrupt) => format!("no answer within {:?}", state.limits.call_time),
+        Some(Trap::StackOverflow) => format!("it used more than {} bytes of stack", state.limits.stack_bytes),
+        Some(trap) => format!("{trap}"),
+        None => clean(&error.root_cause().to_string(), state.limits.text_bytes),
+    };
+    match &state.last_words {
+        Some(words) => (ErrorKind::Component, format!("{why}; it last said: {words}")),
+        None => (ErrorKind::Component, why),
+    }
+}

@@ -1,0 +1,373 @@
+//! The host's own policy in front of `open-at`: the second wall behind wasmtime-wasi's directory
+//! capabilities, and independent of them.
+//!
+//! What may be opened: a regular file, below a granted directory or granted by itself, with at most the
+//! rights of the grant, by a relative path without tricks, a limited number of times. It is opened
+//! without blocking and looked at after it was opened, so that what was checked is what is used.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use blockhouse_block::Access;
+use cap_primitives::fs::{OpenOptions, OpenOptionsExt};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use wasmtime_wasi::p2::bindings::filesystem::types::{DescriptorFlags, ErrorCode, OpenFlags};
+
+use crate::grants::{GrantTree, join};
+use crate::limits::Limits;
+
+/// A request to open, as the component made it.
+pub(crate) struct Request<'a> {
+    /// The preopened directory, by name.
+    pub(crate) directory: &'a str,
+    /// The path below it.
+    pub(crate) path: &'a str,
+    /// Flags that would create or change something.
+    pub(crate) open_flags: OpenFlags,
+    /// The rights wanted.
+    pub(crate) flags: DescriptorFlags,
+}
+
+/// A file that the policy let through.
+pub(crate) struct Opened {
+    pub(crate) file: File,
+    pub(crate) path: String,
+    pub(crate) access: Access,
+    pub(crate) grant: String,
+}
+
+/// Why the policy said no.
+#[derive(Debug)]
+pub(crate) struct Denied {
+    pub(crate) code: ErrorCode,
+    pub(crate) path: String,
+    pub(crate) grant: Option<String>,
+    pub(crate) reason: String,
+}
+
+/// Judges a request and, if it may be, opens the file.
+pub(crate) fn open(grants: &GrantTree, limits: &Limits, request: &Request<'_>) -> Result<Opened, Denied> {
+    let asked = join(request.directory, request.path);
+    let denied = |code: ErrorCode, grant: Option<&str>, reason: String| Denied {
+        code,
+        path: asked.clone(),
+        grant: grant.map(str::to_owned),
+        reason,
+    };
+    let refuse = |reason: &str| Err(denied(ErrorCode::NotPermitted, None, reason.to_owned()));
+
+    if request.path.len() > limits.path_bytes {
+        return Err(Denied {
+            code: ErrorCode::NameTooLong,
+            path: asked.chars().take(256).collect::<String>() + "…",
+            grant: None,
+            reason: format!("the path is longer than {} bytes", limits.path_bytes),
+        });
+    }
+    if request.open_flags != OpenFlags::empty() {
+        return refuse("create, truncate, exclusive and directory are never allowed");
+    }
+    if request.flags.intersects(!(DescriptorFlags::READ | DescriptorFlags::WRITE)) {
+        return refuse("only the flags read and write are allowed");
+    }
+    let access = if request.flags.contains(DescriptorFlags::WRITE) { Access::ReadWrite } else { Access::ReadOnly };
+    if request.path.contains('\0') {
+        return refuse("the path has a NUL byte");
+    }
+    if request.path.starts_with('/') {
+        return refuse("the path is absolute; paths are relative to a preopened directory");
+    }
+    if request.path.ends_with('/') {
+        return refuse("the path ends in a slash, and only regular files can be opened");
+    }
+    let Some(below) = normalize(request.path) else {
+        return refuse("the path leaves its directory through `..`");
+    };
+    let full = join(request.directory, &below);
+
+    // A file that was granted by itself was opened when it was granted; its name leads nowhere else.
+    let (parent, leaf) = full.rsplit_once('/').unwrap_or(("", &full));
+    let parent = if parent.is_empty() { "/" } else { parent };
+    if let Some((file, granted)) = grants.directories.get(parent).and_then(|directory| directory.files.get(leaf)) {
+        if access == Access::ReadWrite && *granted == Access::ReadOnly {
+            return Err(denied(ErrorCode::NotPermitted, Some(&full), "the grant is read-only".to_owned()));
+        }
+        let file = file.try_clone().map_err(|error| denied(ErrorCode::Io, Some(&full), error.to_string()))?;
+        return Ok(Opened { file, path: full.clone(), access, grant: full });
+    }
+
+    // Otherwise the nearest directory that was granted whole.
+    let nearest = grants
+        .directories
+        .iter()
+        .filter_map(|(name, directory)| {
+            let (dir, granted) = directory.whole.as_ref()?;
+            let rest = full.strip_prefix(name.trim_end_matches('/'))?.strip_prefix('/')?;
+            Some((name, dir, *granted, rest))
+        })
+        .min_by_key(|(_, _, _, rest)| rest.len());
+    let Some((grant, dir, granted, rest)) = nearest else {
+        return Err(Denied {
+            code: ErrorCode::NotPermitted,
+            path: full,
+            grant: None,
+            reason: "it is not granted".to_owned(),
+        });
+    };
+    let denied = |code: ErrorCode, reason: String| Denied {
+        code,
+        path: full.clone(),
+        grant: Some(grant.clone()),
+        reason,
+    };
+    if access == Access::ReadWrite && granted == Access::ReadOnly {
+        return Err(denied(ErrorCode::NotPermitted, "the grant is read-only".to_owned()));
+    }
+    let file = open_regular(&dir.dir, Path::new(rest), access).map_err(|(code, reason)| denied(code, reason))?;
+    Ok(Opened { file, path: full, access, grant: grant.clone() })
+}
+
+/// `path` without `.`, `..` and empty parts; `None` if it climbs above where it starts, or is nothing.
+fn normalize(path: &str) -> Option<String> {
+    let mut parts: Vec<&str> = Vec::new();
+    for part in path.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => {
+                parts.pop()?;
+            }
+            name => parts.push(name),
+        }
+    }
+    if parts.is_empty() { None } else { Some(parts.join("/")) }
+}
+
+/// Opens a regular file below `directory`, resolved inside it by cap-primitives (`RESOLVE_BENEATH`
+/// or its equivalent), and checks what was opened.
+fn open_regular(directory: &File, path: &Path, access: Access) -> Result<File, (ErrorCode, String)> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(access == Access::ReadWrite);
+    // A FIFO must not make the host wait, and a terminal must not become its controlling one.
+    options.custom_flags(i32::try_from((OFlags::NONBLOCK | OFlags::NOCTTY).bits()).unwrap_or(0));
+    let file = cap_primitives::fs::open(directory, path, &options).map_err(|error| {
+        let code = match error.kind() {
+            io::ErrorKind::NotFound => ErrorCode::NoEntry,
+            io::ErrorKind::NotADirectory => ErrorCode::NotDirectory,
+            io::ErrorKind::IsADirectory => ErrorCode::IsDirectory,
+            _ if error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => ErrorCode::Loop,
+            _ => ErrorCode::NotPermitted,
+        };
+        (code, describe(&error))
+    })?;
+    let failed = |error: io::Error| (ErrorCode::Io, error.to_string());
+    let metadata = file.metadata().map_err(failed)?;
+    if !metadata.is_file() {
+        return Err((ErrorCode::NotPermitted, "it is not a regular file".to_owned()));
+    }
+    if metadata.nlink() > 1 {
+        // A hard link made inside a granted directory reaches a file outside of it.
+        let reason = format!(
+            "it has {} hard links, so it may belong to another directory; grant the file itself to allow it",
+            metadata.nlink()
+        );
+        return Err((ErrorCode::NotPermitted, reason));
+    }
+    // The flag has done its work; left on, asynchronous reads of this file would fail with EAGAIN.
+    let flags = fcntl_getfl(&file).map_err(|error| failed(error.into()))?;
+    fcntl_setfl(&file, flags & !OFlags::NONBLOCK).map_err(|error| failed(error.into()))?;
+    Ok(file)
+}
+
+fn describe(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound => "there is no such file".to_owned(),
+        io::ErrorKind::IsADirectory => "it is a directory".to_owned(),
+        io::ErrorKind::PermissionDenied if error.raw_os_error().is_none() => {
+            "a symbolic link on the way leads outside of the granted directory".to_owned()
+        }
+        _ => error.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use std::os::unix::fs::symlink;
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::grants::Grants;
+
+    struct Place {
+        temp: tempfile::TempDir,
+        grants: Grants,
+    }
+
+    impl Place {
+        fn new() -> Self {
+            let temp = tempfile::tempdir().unwrap();
+            let granted = temp.path().join("granted");
+            std::fs::create_dir_all(granted.join("sub")).unwrap();
+            std::fs::create_dir_all(temp.path().join("secret")).unwrap();
+            std::fs::write(temp.path().join("secret/canary"), "canary").unwrap();
+            std::fs::write(granted.join("base.raw"), "base").unwrap();
+            std::fs::write(granted.join("sub/deep.raw"), "deep").unwrap();
+            let grants = Grants::new().allow(&granted).unwrap();
+            Self { temp, grants }
+        }
+
+        fn granted(&self) -> PathBuf {
+            self.temp.path().join("granted")
+        }
+
+        fn open_with(&self, path: &str, open_flags: OpenFlags, flags: DescriptorFlags) -> Result<Opened, Denied> {
+            let directory = self.granted();
+            let request = Request { directory: directory.to_str().unwrap(), path, open_flags, flags };
+            open(self.grants.tree(), &Limits::default(), &request)
+        }
+
+        fn open(&self, path: &str) -> Result<Opened, Denied> {
+            self.open_with(path, OpenFlags::empty(), DescriptorFlags::READ)
+        }
+
+        fn refused(&self, path: &str) -> String {
+            match self.open(path) {
+                Ok(opened) => panic!("{path} was opened: {}", opened.path),
+                Err(denied) => denied.reason,
+            }
+        }
+    }
+
+    fn text(opened: &Opened) -> String {
+        std::io::read_to_string(&opened.file).unwrap()
+    }
+
+    #[test]
+    fn regular_files_below_the_grant_open() {
+        let place = Place::new();
+        assert_eq!(text(&place.open("base.raw").unwrap()), "base");
+        assert_eq!(text(&place.open("./sub//../sub/deep.raw").unwrap()), "deep");
+        symlink("sub/deep.raw", place.granted().join("link")).unwrap();
+        assert_eq!(text(&place.open("link").unwrap()), "deep");
+    }
+
+    #[test]
+    fn opened_files_are_left_in_blocking_mode() {
+        let place = Place::new();
+        let opened = place.open("base.raw").unwrap();
+        assert!(!fcntl_getfl(&opened.file).unwrap().contains(OFlags::NONBLOCK));
+    }
+
+    #[test]
+    fn nothing_leads_outside() {
+        let place = Place::new();
+        let canary = place.temp.path().join("secret/canary");
+        symlink(&canary, place.granted().join("absolute")).unwrap();
+        symlink("../secret/canary", place.granted().join("relative")).unwrap();
+        symlink("../secret", place.granted().join("directory")).unwrap();
+        symlink("relative", place.granted().join("twice")).unwrap();
+        symlink("/proc/self/mem", place.granted().join("mem")).unwrap();
+        for path in ["absolute", "relative", "directory/canary", "twice", "mem", "sub/../directory/canary"] {
+            assert!(place.refused(path).contains("leads outside"), "{path}: {}", place.refused(path));
+        }
+        assert!(place.refused("../secret/canary").contains("`..`"));
+        assert!(place.refused("sub/../../secret/canary").contains("`..`"));
+        assert!(place.refused(canary.to_str().unwrap()).contains("absolute"));
+        assert!(place.refused("base.raw/").contains("slash"));
+        assert!(place.refused("relative/").contains("slash"));
+        assert!(place.refused("base.raw\0x").contains("NUL"));
+        assert!(place.refused(".").contains(".."), "the directory itself is no file");
+        assert!(place.refused(&"x/".repeat(3000)).contains("longer"));
+    }
+
+    #[test]
+    fn only_regular_files_and_none_that_makes_the_host_wait() {
+        let place = Place::new();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            place.granted().join("fifo"),
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+            0,
+        )
+        .unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(place.granted().join("socket")).unwrap();
+        symlink("/dev/zero", place.granted().join("zero")).unwrap();
+        assert!(place.refused("fifo").contains("not a regular file"));
+        assert!(place.open("socket").is_err());
+        assert!(place.refused("sub").contains("not a regular file"));
+        assert!(place.open("zero").is_err());
+    }
+
+    #[test]
+    fn a_hard_link_opens_only_if_the_file_itself_is_granted() {
+        let place = Place::new();
+        std::fs::hard_link(place.temp.path().join("secret/canary"), place.granted().join("hard")).unwrap();
+        assert!(place.refused("hard").contains("hard links"));
+        let place = Place { grants: place.grants.clone().allow(place.granted().join("hard")).unwrap(), ..place };
+        assert_eq!(text(&place.open("hard").unwrap()), "canary");
+    }
+
+    #[test]
+    fn nothing_is_created_truncated_or_written_through_a_read_only_grant() {
+        let place = Place::new();
+        for flags in [OpenFlags::CREATE, OpenFlags::TRUNCATE, OpenFlags::EXCLUSIVE, OpenFlags::DIRECTORY] {
+            for rights in [DescriptorFlags::READ, DescriptorFlags::empty(), DescriptorFlags::WRITE] {
+                assert!(place.open_with("base.raw", flags, rights).is_err());
+            }
+        }
+        for rights in
+            [DescriptorFlags::WRITE, DescriptorFlags::READ | DescriptorFlags::WRITE, DescriptorFlags::MUTATE_DIRECTORY]
+        {
+            assert!(place.open_with("base.raw", OpenFlags::empty(), rights).is_err());
+        }
+        assert_eq!(std::fs::read(place.granted().join("base.raw")).unwrap(), b"base");
+        assert!(place.open_with("new", OpenFlags::CREATE, DescriptorFlags::READ).is_err());
+        assert!(!place.granted().join("new").exists());
+    }
+
+    #[test]
+    fn a_single_file_grant_reaches_that_file_only() {
+        let place = Place::new();
+        let place = Place { grants: Grants::new().allow(place.granted().join("base.raw")).unwrap(), ..place };
+        assert_eq!(text(&place.open("base.raw").unwrap()), "base");
+        assert!(place.refused("sub/deep.raw").contains("not granted"));
+        // What the name leads to later does not matter: the file was opened when it was granted.
+        std::fs::remove_file(place.granted().join("base.raw")).unwrap();
+        symlink("../secret/canary", place.granted().join("base.raw")).unwrap();
+        let opened = place.open("base.raw").unwrap();
+        let mut buffer = [0; 4];
+        std::os::unix::fs::FileExt::read_exact_at(&opened.file, &mut buffer, 0).unwrap();
+        assert_eq!(&buffer, b"base");
+    }
+
+    #[test]
+    fn a_flipping_symbolic_link_never_leads_outside() {
+        let place = Place::new();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let granted = place.granted();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    let new = granted.join("flip.new");
+                    std::fs::write(&new, "inside").unwrap();
+                    std::fs::rename(&new, granted.join("flip")).unwrap();
+                    symlink("../secret/canary", &new).unwrap();
+                    std::fs::rename(&new, granted.join("flip")).unwrap();
+                }
+            });
+            let end = std::time::Instant::now() + std::time::Duration::from_secs(1);
+            let mut opened_some = false;
+            while std::time::Instant::now() < end {
+                if let Ok(opened) = place.open("flip") {
+                    assert_ne!(text(&opened), "canary");
+                    opened_some = true;
+                }
+            }
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert!(opened_some, "the race never met the regular file");
+        });
+    }
+}

@@ -1,0 +1,228 @@
+//! The engine that runs components, and loading them.
+
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+use blockhouse_block::{Error, ErrorKind, Result};
+use sha2::{Digest, Sha256};
+use wasmtime::component::Component;
+use wasmtime::{Config, Engine, OptLevel, WasmBacktraceDetails};
+
+use crate::authority::Authority;
+use crate::bindings::prober::ProberOnlyPre;
+use crate::bindings::reader::ReadOnlyFormatPre;
+use crate::host::{State, read_only_linker};
+use crate::inspect::{Inspection, inspect};
+use crate::limits::{Limits, TICK};
+
+/// Runs components under one set of [`Limits`]. A clone is the same sandbox.
+///
+/// One thread of the process ticks while a sandbox lives, so that calls have a time limit.
+#[derive(Clone)]
+pub struct Sandbox {
+    engine: Engine,
+    limits: Arc<Limits>,
+}
+
+impl fmt::Debug for Sandbox {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Sandbox").field("limits", &self.limits).finish_non_exhaustive()
+    }
+}
+
+impl Sandbox {
+    /// A sandbox with these limits: the one place where they are set.
+    ///
+    /// # Errors
+    /// [`Component`](ErrorKind::Component) if the engine cannot run on this machine.
+    pub fn new(limits: Limits) -> Result<Self> {
+        let mut config = Config::new();
+        config
+            .epoch_interruption(true)
+            .max_wasm_stack(limits.stack_bytes)
+            .cranelift_opt_level(OptLevel::Speed)
+            .wasm_backtrace_details(WasmBacktraceDetails::Disable)
+            // Nothing that the built-in formats or compilers' defaults do not need.
+            .wasm_relaxed_simd(false)
+            .wasm_memory64(false)
+            .wasm_multi_memory(false)
+            .wasm_tail_call(false);
+        let engine = Engine::new(&config).map_err(|error| {
+            Error::new(ErrorKind::Component, "cannot start the WebAssembly engine").with_source(error)
+        })?;
+        let ticking = engine.weak();
+        std::thread::Builder::new()
+            .name("blockhouse-tick".to_owned())
+            .spawn(move || {
+                while let Some(engine) = ticking.upgrade() {
+                    engine.increment_epoch();
+                    drop(engine);
+                    std::thread::sleep(TICK);
+                }
+            })
+            .map_err(|error| Error::new(ErrorKind::Storage, "cannot start the clock thread").with_source(error))?;
+        Ok(Self { engine, limits: Arc::new(limits) })
+    }
+
+    /// The limits in force.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    pub(crate) fn shared_limits(&self) -> Arc<Limits> {
+        Arc::clone(&self.limits)
+    }
+
+    /// Compiles a component from its bytes, and refuses it if it imports anything that its world does
+    /// not offer. `name` is for messages: a path, or `built-in qcow2`.
+    ///
+    /// # Errors
+    /// [`Component`](ErrorKind::Component): not a component, or not one of Blockhouse's worlds; the
+    /// message names every import that is too much.
+    pub fn load(&self, name: &str, bytes: &[u8]) -> Result<Plugin> {
+        let size = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        if size > self.limits.component_bytes {
+            return Err(Error::new(
+                ErrorKind::Limit,
+                format!("the component has {size} bytes; the limit is {}", self.limits.component_bytes),
+            )
+            .on_image(name));
+        }
+        let (component, inspection) = self.compile(name, bytes)?;
+        let refuse = |why: String| Err(Error::new(ErrorKind::Component, why).on_image(name));
+        let kind = match inspection.world {
+            Some(Authority::Prober) => {
+                let linker = wasmtime::component::Linker::<State>::new(&self.engine);
+                linker.instantiate_pre(&component).and_then(ProberOnlyPre::new).map(PluginKind::Prober)
+            }
+            Some(Authority::ReadOnly) => read_only_linker(&self.engine)
+                .and_then(|linker| linker.instantiate_pre(&component))
+                .and_then(ReadOnlyFormatPre::new)
+                .map(PluginKind::Format),
+            Some(Authority::ReadWrite) => {
+                return refuse("it needs the world read-write-format, which this host does not offer yet".to_owned());
+            }
+            None if inspection.outside.is_empty() => {
+                return refuse(format!(
+                    "it exports neither blockhouse:format/reader nor blockhouse:format/prober of contract {}; it exports: {}",
+                    crate::CONTRACT_VERSION,
+                    if inspection.exports.is_empty() { "nothing".to_owned() } else { inspection.exports.join(", ") }
+                ));
+            }
+            None => {
+                return refuse(format!(
+                    "it imports what no world offers, and is not loaded: {}",
+                    inspection.outside.join(", ")
+                ));
+            }
+        };
+        let kind = kind.map_err(|error| {
+            Error::new(ErrorKind::Component, format!("it does not fit the contract: {error:#}")).on_image(name)
+        })?;
+        Ok(Plugin { name: name.into(), digest: inspection.sha256.clone().into(), inspection: Arc::new(inspection), kind })
+    }
+
+    /// As [`load`](Self::load), from a file.
+    ///
+    /// # Errors
+    /// [`Storage`](ErrorKind::Storage) if it cannot be read; else as `load`.
+    pub fn load_file(&self, path: &Path) -> Result<Plugin> {
+        let name = path.display().to_string();
+        let bytes = self.read_component(path)?;
+        self.load(&name, &bytes)
+    }
+
+    /// Says what a component imports and exports, and whether that fits a world. Runs nothing of it.
+    ///
+    /// # Errors
+    /// [`Component`](ErrorKind::Component) if the bytes are not a component.
+    pub fn inspect(&self, name: &str, bytes: &[u8]) -> Result<Inspection> {
+        self.compile(name, bytes).map(|(_, inspection)| inspection)
+    }
+
+    /// As [`inspect`](Self::inspect), from a file.
+    ///
+    /// # Errors
+    /// [`Storage`](ErrorKind::Storage) if it cannot be read; else as `inspect`.
+    pub fn inspect_file(&self, path: &Path) -> Result<Inspection> {
+        let bytes = self.read_component(path)?;
+        self.inspect(&path.display().to_string(), &bytes)
+    }
+
+    fn read_component(&self, path: &Path) -> Result<Vec<u8>> {
+        let name = path.display().to_string();
+        let fail = |error: std::io::Error| {
+            Error::new(ErrorKind::Storage, format!("cannot read the component: {error}"))
+                .with_source(error)
+                .on_image(name.as_str())
+        };
+        let mut bytes = Vec::new();
+        let limit = self.limits.component_bytes.saturating_add(1);
+        File::open(path).map_err(fail)?.take(limit).read_to_end(&mut bytes).map_err(fail)?;
+        Ok(bytes)
+    }
+
+    fn compile(&self, name: &str, bytes: &[u8]) -> Result<(Component, Inspection)> {
+        let component = Component::from_binary(&self.engine, bytes).map_err(|error| {
+            Error::new(ErrorKind::Component, format!("it is not a WebAssembly component that this host can run: {error}"))
+                .with_source(error)
+                .on_image(name)
+        })?;
+        let digest = hex(&Sha256::digest(bytes));
+        let inspection = inspect(&self.engine, &component, digest, bytes.len());
+        Ok((component, inspection))
+    }
+
+    pub(crate) fn engine(&self) -> &Engine {
+        &self.engine
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(64), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+/// A loaded component, ready to be instantiated. A clone is the same component.
+#[derive(Clone)]
+pub struct Plugin {
+    pub(crate) name: Arc<str>,
+    pub(crate) digest: Arc<str>,
+    inspection: Arc<Inspection>,
+    pub(crate) kind: PluginKind,
+}
+
+#[derive(Clone)]
+pub(crate) enum PluginKind {
+    Format(ReadOnlyFormatPre<State>),
+    Prober(ProberOnlyPre<State>),
+}
+
+impl fmt::Debug for Plugin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Plugin").field("name", &self.name).field("digest", &self.digest).finish_non_exhaustive()
+    }
+}
+
+impl Plugin {
+    /// The name under which it was loaded.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The SHA-256 of its bytes, in hexadecimal.
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+
+    /// What it imports and exports.
+    pub fn inspection(&self) -> &Inspection {
+        &self.inspection
+    }
+}
