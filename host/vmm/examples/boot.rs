@@ -1,4 +1,4 @@
-//! Boots a kernel, or the built-in guest, with raw files as read-only disks.
+//! Boots a kernel, or the built-in guest, with raw files as disks: read-only, or with `--writable`.
 //!
 //! ```text
 //! cargo run -p blockhouse-vmm --example boot -- DISK...
@@ -17,10 +17,11 @@ use blockhouse_block::{BlockBackend, Error, ErrorKind, Result, SECTOR_SIZE, Topo
 use blockhouse_vmm::{DiskConfig, ExitReason, Machine, MachineConfig, Payload};
 use vm_memory::VolatileSlice;
 
-/// A raw file that nobody writes.
+/// A raw file.
 struct RawFile {
     file: File,
     sectors: u64,
+    writable: bool,
 }
 
 impl BlockBackend for RawFile {
@@ -29,7 +30,7 @@ impl BlockBackend for RawFile {
     }
 
     fn is_writable(&self) -> bool {
-        false
+        self.writable
     }
 
     fn topology(&self) -> Topology {
@@ -49,12 +50,25 @@ impl BlockBackend for RawFile {
         Ok(())
     }
 
-    fn write(&self, _: &[VolatileSlice<'_>], _: u64) -> Result<()> {
-        Err(Error::new(ErrorKind::Invalid, "the file is read-only"))
+    fn write(&self, buffers: &[VolatileSlice<'_>], mut offset: u64) -> Result<()> {
+        if !self.writable {
+            return Err(Error::new(ErrorKind::Invalid, "the file is read-only"));
+        }
+        for buffer in buffers {
+            let mut bytes = vec![0; buffer.len()];
+            buffer.copy_to(&mut bytes);
+            self.file
+                .write_all_at(&bytes, offset)
+                .map_err(|error| Error::new(ErrorKind::Storage, "the file cannot be written").with_source(error))?;
+            offset += buffer.len() as u64;
+        }
+        Ok(())
     }
 
     fn flush(&self) -> Result<()> {
-        Ok(())
+        self.file
+            .sync_data()
+            .map_err(|error| Error::new(ErrorKind::Storage, "the file cannot be flushed").with_source(error))
     }
 }
 
@@ -80,6 +94,7 @@ fn main() -> ExitCode {
 fn run() -> Result<ExitReason, Box<dyn std::error::Error>> {
     let (mut kernel, mut initramfs, mut cmdline) = (None, None, String::new());
     let (mut memory_bytes, mut vcpus, mut queues, mut disks) = (256 << 20, 1, 1, Vec::new());
+    let mut writable = false;
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or_else(|| format!("{argument} needs a value"));
@@ -90,10 +105,12 @@ fn run() -> Result<ExitReason, Box<dyn std::error::Error>> {
             "--memory-mib" => memory_bytes = value()?.parse::<u64>()? << 20,
             "--cpus" => vcpus = value()?.parse()?,
             "--queues" => queues = value()?.parse()?,
+            "--writable" => writable = true,
             path => {
-                let file = File::open(path)?;
+                let file = File::options().read(true).write(writable).open(path)?;
                 let sectors = file.metadata()?.len() / SECTOR_SIZE;
-                let disk = DiskConfig::new(Arc::new(RawFile { file, sectors }), format!("boot-{}", disks.len()));
+                let disk =
+                    DiskConfig::new(Arc::new(RawFile { file, sectors, writable }), format!("boot-{}", disks.len()));
                 disks.push(DiskConfig { queues, ..disk });
             }
         }
