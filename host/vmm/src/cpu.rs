@@ -66,8 +66,8 @@ const PAGE_WRITABLE: u64 = 1 << 1;
 const PAGE_USER: u64 = 1 << 2;
 const PAGE_LARGE: u64 = 1 << 7;
 
-/// CPUID for each vCPU: what KVM supports, with a topology of `vcpus` sockets-less single-thread
-/// cores and the APIC id of the vCPU.
+/// CPUID for each vCPU: what KVM supports, in one socket of `vcpus` cores with
+/// one thread each.
 pub(crate) struct Identity {
     supported: Vec<kvm_cpuid_entry2>,
     tsc_deadline: bool,
