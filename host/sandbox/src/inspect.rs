@@ -7,7 +7,7 @@ use wasmtime::Engine;
 use wasmtime::component::Component;
 use wasmtime::component::types::ComponentItem;
 
-use crate::authority::{Authority, CONTRACT_VERSION, WASI_VERSION, level_of};
+use crate::authority::{Authority, CONTRACT_VERSION, FUNCTIONS, WASI_VERSION, level_of};
 
 /// One function that a component imports.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -61,6 +61,11 @@ fn compatible(offered: &str, wanted: &str) -> bool {
     }
 }
 
+/// Whether any world offers a function of this interface.
+fn is_known(interface: &str) -> bool {
+    FUNCTIONS.iter().any(|function| function.interface == interface)
+}
+
 pub(crate) fn inspect(engine: &Engine, component: &Component, sha256: String, size_bytes: usize) -> Inspection {
     let kind = component.component_type();
     let mut imports = Vec::new();
@@ -81,8 +86,10 @@ pub(crate) fn inspect(engine: &Engine, component: &Component, sha256: String, si
                 for (function, item) in instance.exports(engine) {
                     match item.ty {
                         ComponentItem::ComponentFunc(_) => functions.push(function.to_owned()),
-                        ComponentItem::Resource(_) if level_of(interface, &format!("[resource-drop]{function}")).is_none() => {
-                            functions.push(format!("[resource]{function}"));
+                        // A handle type by itself allows nothing but dropping it, and interfaces name
+                        // those of others; one of an interface that no world has is outside.
+                        ComponentItem::Resource(_) if !is_known(interface) => {
+                            functions.push(format!("[resource-drop]{function}"));
                         }
                         ComponentItem::Resource(_) | ComponentItem::Type(_) => {}
                         _ => functions.push(format!("[item]{function}")),
