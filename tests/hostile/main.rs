@@ -1,1 +1,26 @@
-//! Attacks: images, components and guests that try to get out.
+//! Attacks: images, components and files that try to get out, or to take the host down with them.
+//!
+//! | file | who attacks |
+//! |---|---|
+//! | `references.rs` | qcow2 images that name files of the host |
+//! | `vmdk.rs` | VMDK descriptors that do |
+//! | `files.rs` | links, devices and pipes where a file should be; files that flip while they are opened |
+//! | `chains.rs` | loops, endless chains, bases that change |
+//! | `parsers.rs` | header fields, bombs, truncations, polyglots |
+//! | `wasi.rs` | components that use the file functions against their meaning |
+//! | `components.rs` | components that loop, grow, trap and lie |
+//! | `loading.rs` | components that want more than there is, and files that are no components |
+//! | `machine.rs` | a component that breaks under a running guest |
+//!
+//! `place.rs`, `qcow2.rs` and `library.rs` are the tools; `tally.rs` counts what was tried.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+mod chains;
+mod files;
+mod library;
+mod parsers;
+mod place;
+mod qcow2;
+mod references;
+mod tally;
+mod vmdk;

@@ -1,0 +1,43 @@
+//! The library under attack: one process, several disks, small limits.
+
+use std::path::Path;
+use std::sync::OnceLock;
+
+use blockhouse_sandbox::block::{BlockBackend, Disk, Error, VolatileSlice};
+use blockhouse_sandbox::{Formats, Grants, Limits, OpenRequest, OpenedDisk, Opener, Sandbox};
+use blockhouse_tests::component;
+
+/// A sandbox and the formats that it serves.
+pub(crate) struct Library {
+    pub(crate) sandbox: Sandbox,
+    pub(crate) formats: Formats,
+}
+
+impl Library {
+    pub(crate) fn new(limits: Limits) -> Self {
+        let sandbox = Sandbox::new(limits).unwrap();
+        let mut formats = Formats::new();
+        for format in ["raw", "qcow2", "vmdk", "hostile"] {
+            formats.add_bytes(format, format, std::fs::read(component(format)).unwrap());
+        }
+        Self { sandbox, formats }
+    }
+
+    pub(crate) fn open(&self, format: &str, image: &Path, grants: &[&Path]) -> Result<OpenedDisk, Error> {
+        let grants = grants.iter().fold(Grants::new(), |grants, path| grants.allow(path).unwrap());
+        Opener::new(&self.sandbox, self.formats.clone()).grants(grants).open(&OpenRequest::new(image, format))
+    }
+}
+
+/// With the default limits; components are compiled once for all tests.
+pub(crate) fn shared() -> &'static Library {
+    static SHARED: OnceLock<Library> = OnceLock::new();
+    SHARED.get_or_init(|| Library::new(Limits::default()))
+}
+
+/// Reads a range of a disk.
+pub(crate) fn read(disk: &Disk, offset: u64, length: usize) -> Result<Vec<u8>, Error> {
+    let mut bytes = vec![0xee; length];
+    disk.read(&[VolatileSlice::from(&mut bytes[..])], offset)?;
+    Ok(bytes)
+}
