@@ -80,11 +80,11 @@ impl Hostile {
                 }
             }
             "huge-error" => {
-                let length = usize::try_from(amount(64 << 20)?).unwrap_or(usize::MAX);
+                let length = usize::try_from(amount(40 << 20)?).unwrap_or(usize::MAX);
                 return Err(Error::Other("e".repeat(length)));
             }
             "log-flood" => {
-                for number in 0..amount(1_000_000)? {
+                for number in 0..amount(100_000)? {
                     log(Level::Warn, &format!("message {number}"));
                 }
             }

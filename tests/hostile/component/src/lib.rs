@@ -23,12 +23,15 @@
 //! | `recurse` | recurses without end | |
 //! | `grow-memory` | allocates 1 MiB at a time until AMOUNT is reached, and touches it | bytes (2^64 - 1) |
 //! | `host-calls` | calls `files.size` AMOUNT times, then goes on | calls (10,000,000) |
-//! | `huge-error` | returns an error text of AMOUNT bytes | bytes (67,108,864) |
-//! | `log-flood` | writes AMOUNT messages, then goes on | messages (1,000,000) |
+//! | `huge-error` | returns an error text of AMOUNT bytes | bytes (41,943,040) |
+//! | `log-flood` | writes AMOUNT messages, then goes on | messages (100,000) |
 //! | `log-long` | writes one message of AMOUNT bytes with line ends and escapes, then goes on | bytes (10,000,000) |
 //! | `get-directories` | asks for the preopened directories AMOUNT times and keeps all handles | times (1,000,000) |
 //! | `share` | registers the image AMOUNT times | times (1,000,000) |
 //! | `open-many` | opens its own image through the grants AMOUNT times, and keeps what it gets | times (100,000) |
+//!
+//! The defaults are far above the limits of the host, and fit into the memory of an instance: so that it is the
+//! host that notices, and not the allocator.
 //!
 //! What was refused on the way (`open-many`, `share`) is an error that says how often it worked.
 //!
@@ -44,7 +47,7 @@
 //! | `lie-start-far` | an answer that starts at 2^64 - 1 |
 //! | `lie-ends-before` | an answer that ends at the offset asked for |
 //! | `lie-no-such-file [INDEX]` | a data extent in a file that was never shared (4294967295) |
-//! | `lie-too-many [COUNT]` | more extents than asked for (1,000,000) |
+//! | `lie-too-many [COUNT]` | more extents than asked for (100,000) |
 //! | `lie-overwrite` | a data extent with `overwrite` in a file shared read-only |
 //! | `lie-offset [OFFSET]` | a data extent at a file offset above 2^63 - 1 (2^63 - 512) |
 //! | `lie-packed-length [BYTES]` | one packed extent that is too long (16 MiB + 512) |
@@ -55,8 +58,8 @@
 //! | `lie-overwritable` | `overwritable`, though opened read-only |
 //! | `lie-backing-reported` | `open` reports a backing file and `connect` returns none |
 //! | `lie-backing-returned` | `open` reports none and `connect` returns the image |
-//! | `lie-facts [COUNT]` | this many facts (1,000,000) |
-//! | `lie-files [COUNT]` | this many further files (1,000,000) |
+//! | `lie-facts [COUNT]` | this many facts (100,000) |
+//! | `lie-files [COUNT]` | this many further files (100,000) |
 //! | `lie-text [BYTES]` | a fact and a file name of this length, full of control characters (1,000,000) |
 //!
 //! # Well-behaved, and attacks that only ask

@@ -69,7 +69,7 @@ impl Hostile {
                 with(start, vec![data(FileIndex(index), start, false)])
             }
             "lie-too-many" => {
-                let count = usize::try_from(behaviour.number(0, 1_000_000)?).unwrap_or(usize::MAX);
+                let count = usize::try_from(behaviour.number(0, 100_000)?).unwrap_or(usize::MAX);
                 with(start, vec![Extent { length: 1, placement: Placement::Zero }; count])
             }
             "lie-overwrite" => with(start, vec![data(file, start, true)]),
@@ -99,11 +99,11 @@ impl Hostile {
                 info.backing = Some(BackingReference { name: "nothing".into(), format: Some("raw".into()) });
             }
             "lie-facts" => {
-                let count = usize::try_from(count(1_000_000)?).unwrap_or(usize::MAX);
+                let count = usize::try_from(count(100_000)?).unwrap_or(usize::MAX);
                 info.facts = vec![Fact::new("fact", "value"); count];
             }
             "lie-files" => {
-                info.files = (0..count(1_000_000)?).map(|number| format!("file-{number}")).collect();
+                info.files = (0..count(100_000)?).map(|number| format!("file-{number}")).collect();
             }
             "lie-text" => {
                 let times = usize::try_from(count(1_000_000)? / 8).unwrap_or(usize::MAX);
