@@ -100,6 +100,8 @@ fn guest_initramfs(linux: &Linux) -> Vec<u8> {
     write!(
         init,
         r#"
+# From here on the console is for the lines that the test reads, whole.
+dmesg -n 1
 wait=0
 while [ ! -b /dev/vda ] && [ $wait -lt 100 ]; do sleep 0.1; wait=$((wait + 1)); done
 echo "guest: serial $(cat /sys/block/vda/serial)"
