@@ -16,11 +16,15 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod chains;
+mod components;
 mod files;
 mod library;
+mod loading;
+mod machine;
 mod parsers;
 mod place;
 mod qcow2;
 mod references;
 mod tally;
 mod vmdk;
+mod wasi;
