@@ -135,7 +135,8 @@ fn write_type(page: &mut String, resolve: &Resolve, name: &str, definition: &Typ
                 .cases
                 .iter()
                 .map(|case| {
-                    let payload = case.ty.as_ref().map(|ty| format!("({})", type_text(resolve, ty))).unwrap_or_default();
+                    let payload =
+                        case.ty.as_ref().map(|ty| format!("({})", type_text(resolve, ty))).unwrap_or_default();
                     (format!("{}{payload}", case.name), line(&case.docs))
                 })
                 .collect(),

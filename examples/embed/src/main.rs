@@ -33,8 +33,7 @@ fn main() -> anyhow::Result<()> {
     // What the overlay, and its backing files, may refer to: regular files below one directory.
     let grants = Grants::new().allow(granted)?;
     let events = Arc::new(AuditList::default());
-    let opener =
-        Opener::new(&sandbox, formats).grants(grants).audit(Audit::new().with(Arc::clone(&events) as Arc<_>));
+    let opener = Opener::new(&sandbox, formats).grants(grants).audit(Audit::new().with(Arc::clone(&events) as Arc<_>));
 
     // The format is stated, never guessed. The image is opened read-only unless asked otherwise.
     let opened = opener.open(&OpenRequest::new(overlay, "qcow2"));

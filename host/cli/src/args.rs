@@ -33,7 +33,8 @@ impl HostArgs {
             formats.add_bytes(builtin.format, format!("built-in {}", builtin.format), builtin.bytes);
         }
         for plugin in &self.plugins {
-            let Some((format, file)) = plugin.split_once('=').filter(|(format, file)| !format.is_empty() && !file.is_empty())
+            let Some((format, file)) =
+                plugin.split_once('=').filter(|(format, file)| !format.is_empty() && !file.is_empty())
             else {
                 bail!("--plugin {plugin:?} is not of the form FORMAT=FILE, as in --plugin qcow2=./qcow2.wasm");
             };

@@ -31,7 +31,8 @@ impl FromStr for DiskArg {
         let mut serial = None;
         let mut snapshot = None;
         for field in split_fields(text) {
-            let (key, value) = field.split_once('=').ok_or_else(|| format!("{field:?} is not of the form key=value"))?;
+            let (key, value) =
+                field.split_once('=').ok_or_else(|| format!("{field:?} is not of the form key=value"))?;
             if value.is_empty() {
                 return Err(format!("{key}= has no value"));
             }
@@ -103,7 +104,8 @@ mod tests {
 
     #[test]
     fn a_full_disk_string() {
-        let disk: DiskArg = "file=/a,,b.qcow2,format=qcow2,allow=/x,allow=/y=z,readonly=on,serial=S1,snapshot=1".parse().unwrap();
+        let disk: DiskArg =
+            "file=/a,,b.qcow2,format=qcow2,allow=/x,allow=/y=z,readonly=on,serial=S1,snapshot=1".parse().unwrap();
         assert_eq!(disk.file, PathBuf::from("/a,b.qcow2"));
         assert_eq!(disk.allow, [PathBuf::from("/x"), PathBuf::from("/y=z")]);
         assert!(disk.readonly);

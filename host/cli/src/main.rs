@@ -14,6 +14,7 @@ mod commands;
 mod disk_arg;
 mod output;
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{ArgAction, Parser, Subcommand};
@@ -82,7 +83,13 @@ fn main() -> ExitCode {
         _ => "debug",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        // Colours are for a terminal; in a file or a pipe they are escape sequences in the log.
+        .with_ansi(std::io::stderr().is_terminal())
+        .without_time()
+        .init();
 
     let result = match cli.command {
         Command::Info(args) => commands::info::run(&args),

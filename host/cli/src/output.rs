@@ -34,9 +34,10 @@ pub(crate) fn fail(error: &anyhow::Error) -> ExitCode {
         }
         shown = cause;
     }
-    error.chain().find_map(|cause| cause.downcast_ref::<Error>()).map_or(ExitCode::FAILURE, |error| {
-        ExitCode::from(exit_code(error.kind()))
-    })
+    error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<Error>())
+        .map_or(ExitCode::FAILURE, |error| ExitCode::from(exit_code(error.kind())))
 }
 
 /// An error for JSON output.

@@ -85,7 +85,12 @@ pub const FUNCTIONS: &[Function] = &[
     function(TYPES, "[method]descriptor.get-type", Authority::ReadOnly, "see the type of an open file"),
     function(TYPES, "[method]descriptor.get-flags", Authority::ReadOnly, "see the rights of an open file"),
     function(TYPES, "[resource-drop]descriptor", Authority::ReadOnly, "close a file"),
-    function(FILES, "share", Authority::ReadOnly, "name an open file to the host, so that the host reads it for the guest"),
+    function(
+        FILES,
+        "share",
+        Authority::ReadOnly,
+        "name an open file to the host, so that the host reads it for the guest",
+    ),
     function(FILES, "size", Authority::ReadOnly, "see the size of an open file"),
     function(LOG, "write", Authority::ReadOnly, "write a line to the operator's log (cut, escaped, counted)"),
     function(

@@ -58,7 +58,12 @@ impl Formats {
 
     /// Serves `format` with the component in `bytes`, instead of what served it before. `name` is for
     /// messages.
-    pub fn add_bytes(&mut self, format: impl Into<String>, name: impl Into<String>, bytes: impl Into<Cow<'static, [u8]>>) {
+    pub fn add_bytes(
+        &mut self,
+        format: impl Into<String>,
+        name: impl Into<String>,
+        bytes: impl Into<Cow<'static, [u8]>>,
+    ) {
         let source = Source { name: name.into(), bytes: bytes.into(), loaded: OnceLock::new() };
         self.0.insert(format.into(), Arc::new(source));
     }
@@ -330,10 +335,10 @@ impl Opener {
             cluster_size_bytes: info.cluster_size_bytes,
             facts: info.facts.iter().map(|fact| Fact { name: text(&fact.name), value: text(&fact.value) }).collect(),
             snapshots: Vec::new(),
-            backing: info
-                .backing
-                .as_ref()
-                .map(|backing| BackingReference { name: text(&backing.name), format: backing.format.as_deref().map(text) }),
+            backing: info.backing.as_ref().map(|backing| BackingReference {
+                name: text(&backing.name),
+                format: backing.format.as_deref().map(text),
+            }),
             files: info.files.iter().map(|name| text(name)).collect(),
             opens: Vec::new(),
         };
@@ -382,11 +387,16 @@ impl Opener {
                 Some(Next { file, name: path, format, access: Access::ReadOnly, snapshot: None })
             }
             (None, None) => None,
-            (Some(_), None) => return Err(instance.condemn("`connect` returned a backing file that `open` did not report")),
-            (None, Some(_)) => return Err(instance.condemn("`connect` did not return the backing file that `open` reported")),
+            (Some(_), None) => {
+                return Err(instance.condemn("`connect` returned a backing file that `open` did not report"));
+            }
+            (None, Some(_)) => {
+                return Err(instance.condemn("`connect` did not return the backing file that `open` reported"));
+            }
         };
         if image.access == Access::ReadWrite && !info.overwritable {
-            let why = format!("the component for {} cannot write yet; open the image read-only (readonly=on)", image.format);
+            let why =
+                format!("the component for {} cannot write yet; open the image read-only (readonly=on)", image.format);
             return Err(Error::new(ErrorKind::Unsupported, why));
         }
         chain.layers.push(Arc::new(ComponentLayer {

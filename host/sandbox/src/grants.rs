@@ -107,9 +107,7 @@ impl Grants {
 
 impl GrantTree {
     fn directory(&mut self, name: &str) -> &mut Directory {
-        self.directories
-            .entry(name.to_owned())
-            .or_insert_with(|| Directory { whole: None, files: BTreeMap::new() })
+        self.directories.entry(name.to_owned()).or_insert_with(|| Directory { whole: None, files: BTreeMap::new() })
     }
 }
 

@@ -10,7 +10,9 @@ use std::task::{Context, Poll, Waker};
 use blockhouse_block::{Access, ImageFile};
 use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable, ResourceType};
 use wasmtime::{Engine, ResourceLimiter, StoreContextMut, bail};
-use wasmtime_wasi::filesystem::{Descriptor, File as WasiFile, FsPerms, OpenMode, WasiFilesystemCtx, WasiFilesystemCtxView};
+use wasmtime_wasi::filesystem::{
+    Descriptor, File as WasiFile, FsPerms, OpenMode, WasiFilesystemCtx, WasiFilesystemCtxView,
+};
 use wasmtime_wasi::p2::FsResult;
 use wasmtime_wasi::p2::bindings::filesystem::types::{
     DescriptorFlags, DescriptorStat, DescriptorType, ErrorCode, HostDescriptor, OpenFlags, PathFlags,
@@ -301,9 +303,11 @@ impl files::Host for State {
         if index >= self.limits.shared_files {
             return Ok(Err(files::ShareError::TooMany));
         }
-        let image_file = open.file.try_clone().map_err(|error| error.to_string()).and_then(|file| {
-            ImageFile::new(file, access, path.clone()).map_err(|error| error.to_string())
-        });
+        let image_file = open
+            .file
+            .try_clone()
+            .map_err(|error| error.to_string())
+            .and_then(|file| ImageFile::new(file, access, path.clone()).map_err(|error| error.to_string()));
         match image_file {
             Ok(file) => {
                 shared.push(Arc::new(file));
@@ -419,7 +423,8 @@ pub(crate) fn read_only_linker(engine: &Engine) -> wasmtime::Result<Linker<State
     })?;
     fs.func_wrap(
         "[method]descriptor.open-at",
-        |mut store: Caller<'_>, (fd, _follow, path, open_flags, flags): (Fd, PathFlags, String, OpenFlags, DescriptorFlags)| {
+        |mut store: Caller<'_>,
+         (fd, _follow, path, open_flags, flags): (Fd, PathFlags, String, OpenFlags, DescriptorFlags)| {
             // Symbolic links are followed whatever the flag says: they are resolved inside the grant.
             let state = store.data_mut();
             state.count()?;

@@ -9,8 +9,8 @@ use blockhouse_block::{Error, ErrorKind, Result};
 use wasmtime::component::Instance as WasmInstance;
 use wasmtime::{Store, Trap};
 
-use crate::bindings::reader::{ReadOnlyFormat, ReadOnlyFormatPre};
 use crate::bindings::reader::blockhouse::format::types::Error as WitError;
+use crate::bindings::reader::{ReadOnlyFormat, ReadOnlyFormatPre};
 use crate::host::State;
 use crate::limits::TICK;
 use crate::sandbox::Sandbox;
@@ -57,7 +57,9 @@ impl Instance {
             }
             Err(error) => {
                 let (kind, why) = diagnose(&error, store.data());
-                Err(Error::new(kind, format!("the component could not start: {why}")).with_source(error).on_image(image))
+                Err(Error::new(kind, format!("the component could not start: {why}"))
+                    .with_source(error)
+                    .on_image(image))
             }
         }
     }
@@ -75,8 +77,7 @@ impl Instance {
         };
         set_deadline(&mut running.store);
         running.store.data_mut().begin_call();
-        let result =
-            call(Call { store: &mut running.store, format: &running.format, instance: &running.instance });
+        let result = call(Call { store: &mut running.store, format: &running.format, instance: &running.instance });
         match result {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => {

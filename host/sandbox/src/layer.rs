@@ -45,9 +45,9 @@ impl Layer for ComponentLayer {
     }
 
     fn unpack(&self, token: u64, length: u64) -> Result<Vec<u8>> {
-        let bytes = self.instance.call("unpack", |call| {
-            call.format.blockhouse_format_reader().call_unpack(call.store, token, length)
-        })?;
+        let bytes = self
+            .instance
+            .call("unpack", |call| call.format.blockhouse_format_reader().call_unpack(call.store, token, length))?;
         if u64::try_from(bytes.len()) == Ok(length) {
             Ok(bytes)
         } else {

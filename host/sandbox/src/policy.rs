@@ -116,12 +116,8 @@ pub(crate) fn open(grants: &GrantTree, limits: &Limits, request: &Request<'_>) -
             reason: "it is not granted".to_owned(),
         });
     };
-    let denied = |code: ErrorCode, reason: String| Denied {
-        code,
-        path: full.clone(),
-        grant: Some(grant.clone()),
-        reason,
-    };
+    let denied =
+        |code: ErrorCode, reason: String| Denied { code, path: full.clone(), grant: Some(grant.clone()), reason };
     if access == Access::ReadWrite && granted == Access::ReadOnly {
         return Err(denied(ErrorCode::NotPermitted, "the grant is read-only".to_owned()));
     }

@@ -44,9 +44,9 @@ impl Sandbox {
         let state = State::new(identity, Arc::clone(&limits), Grants::new(), Audit::new());
         let mut store = new_store(self, state);
         set_deadline(&mut store);
-        let guesses = pre.instantiate(&mut store).and_then(|instance| {
-            instance.blockhouse_format_prober().call_probe(&mut store, head, tail, file_size)
-        });
+        let guesses = pre
+            .instantiate(&mut store)
+            .and_then(|instance| instance.blockhouse_format_prober().call_probe(&mut store, head, tail, file_size));
         let guesses = guesses.map_err(|error| {
             let (kind, why) = diagnose(&error, store.data());
             Error::new(kind, format!("the prober failed: {why}")).with_source(error).on_image(prober.name())

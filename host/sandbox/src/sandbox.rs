@@ -122,7 +122,12 @@ impl Sandbox {
         let kind = kind.map_err(|error| {
             Error::new(ErrorKind::Component, format!("it does not fit the contract: {error:#}")).on_image(name)
         })?;
-        Ok(Plugin { name: name.into(), digest: inspection.sha256.clone().into(), inspection: Arc::new(inspection), kind })
+        Ok(Plugin {
+            name: name.into(),
+            digest: inspection.sha256.clone().into(),
+            inspection: Arc::new(inspection),
+            kind,
+        })
     }
 
     /// As [`load`](Self::load), from a file.
@@ -167,9 +172,12 @@ impl Sandbox {
 
     fn compile(&self, name: &str, bytes: &[u8]) -> Result<(Component, Inspection)> {
         let component = Component::from_binary(&self.engine, bytes).map_err(|error| {
-            Error::new(ErrorKind::Component, format!("it is not a WebAssembly component that this host can run: {error}"))
-                .with_source(error)
-                .on_image(name)
+            Error::new(
+                ErrorKind::Component,
+                format!("it is not a WebAssembly component that this host can run: {error}"),
+            )
+            .with_source(error)
+            .on_image(name)
         })?;
         let digest = hex(&Sha256::digest(bytes));
         let inspection = inspect(&self.engine, &component, digest, bytes.len());

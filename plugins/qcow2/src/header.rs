@@ -253,7 +253,6 @@ impl Header {
         };
         let mut facts = vec![
             Fact::new("version", self.version.to_string()),
-            Fact::new("cluster-size", self.cluster_size().to_string()),
             Fact::new("compression", compression),
             Fact::new("extended-l2", yes_no(self.has(EXTENDED_L2))),
             Fact::new("lazy-refcounts", yes_no(self.compatible & LAZY_REFCOUNTS != 0)),

@@ -289,7 +289,6 @@ fn features_are_named() {
         facts,
         [
             "version=3",
-            "cluster-size=65536",
             "compression=zstd",
             "extended-l2=yes",
             "lazy-refcounts=yes",

@@ -135,9 +135,7 @@ impl ExtentList {
                 (
                     Placement::Data { file, offset, overwrite },
                     Placement::Data { file: next_file, offset: next, overwrite: next_overwrite },
-                ) => {
-                    file == next_file && overwrite == next_overwrite && offset.checked_add(last.length) == Some(next)
-                }
+                ) => file == next_file && overwrite == next_overwrite && offset.checked_add(last.length) == Some(next),
                 _ => false,
             };
             if continues {

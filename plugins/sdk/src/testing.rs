@@ -7,6 +7,9 @@
 //! // storage.disk::<MyFormat>("/images/a.raw")?.read(0, 1024)?
 //! ```
 
+// Part of tests: what breaks the contract panics here.
+#![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
+
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -70,7 +73,11 @@ impl Storage {
         let (mut format, info) = F::open(image, Context::new(path.to_string(), self.clone()), access)?;
         between(&mut format)?;
         let backing = format.connect()?;
-        assert_eq!(backing.is_some(), info.backing.is_some(), "connect must return the backing file that open reported");
+        assert_eq!(
+            backing.is_some(),
+            info.backing.is_some(),
+            "connect must return the backing file that open reported"
+        );
         Ok(Disk { format, info, backing, storage: self.clone() })
     }
 }

@@ -268,7 +268,7 @@ macro_rules! __export_reader {
                     $crate::wasm::reader_unpack::<$format>(&BLOCKHOUSE_IMAGE, token, length)
                 }
             }
-            $crate::wasm::bindings::export_reader!(Component with_types_in $crate::wasm::bindings);
+    $crate::wasm::bindings::export_reader!(Component with_types_in $crate::wasm::bindings);
         };
     };
 }
@@ -290,7 +290,7 @@ macro_rules! __export_snapshots {
                     $crate::wasm::snapshots_select::<$format>(&BLOCKHOUSE_IMAGE, &id)
                 }
             }
-            $crate::wasm::snapshot_bindings::export_snapshots!(Component with_types_in $crate::wasm::snapshot_bindings);
+    $crate::wasm::snapshot_bindings::export_snapshots!(Component with_types_in $crate::wasm::snapshot_bindings);
         };
     };
 }

@@ -76,7 +76,10 @@ fn render_layer(text: &mut String, depth: usize, layer: &LayerReport) {
         line("snapshot", &format!("id {} {:?}, {}", snapshot.id, snapshot.name, size(snapshot.virtual_size_bytes)));
     }
     if let Some(backing) = &layer.backing {
-        line("backing file", &format!("{:?}, format {}", backing.name, backing.format.as_deref().unwrap_or("not stated")));
+        line(
+            "backing file",
+            &format!("{:?}, format {}", backing.name, backing.format.as_deref().unwrap_or("not stated")),
+        );
     }
     for file in &layer.files {
         line("refers to", &format!("{file:?}"));

@@ -50,7 +50,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     })?;
     let length = args.length.unwrap_or(left);
     if length > left {
-        bail!("--offset {} with --length {length} goes past the end of the disk, which has {capacity} bytes", args.offset);
+        bail!(
+            "--offset {} with --length {length} goes past the end of the disk, which has {capacity} bytes",
+            args.offset
+        );
     }
     match &args.output {
         Some(path) => {

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use blockhouse_block::Access;
+use blockhouse_block::{Access, BlockBackend};
 use blockhouse_sandbox::{OpenRequest, Opener};
 use blockhouse_vmm::{ConsoleInput, DiskConfig, DiskReport, DiskResult, ExitReason, Machine, MachineConfig, Payload};
 use serde::Serialize;
@@ -79,6 +79,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let formats = args.host.formats(&sandbox)?;
     let audit = args.host.audit()?;
     let mut disks = Vec::new();
+    let mut writable = Vec::new();
     for (number, disk) in args.disks.iter().enumerate() {
         let opener = Opener::new(&sandbox, formats.clone()).grants(grants(&disk.allow)?).audit(audit.clone());
         let request = OpenRequest {
@@ -88,7 +89,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         };
         let opened = opener.open(&request).with_context(|| format!("cannot open disk {number}"))?;
         let serial = disk.serial.clone().unwrap_or_else(|| format!("blockhouse-{number}"));
-        disks.push(DiskConfig::new(Arc::new(opened.disk), serial));
+        let disk = Arc::new(opened.disk);
+        if disk.is_writable() {
+            writable.push((number, Arc::clone(&disk)));
+        }
+        disks.push(DiskConfig::new(disk, serial));
     }
     let payload = match args.kernel {
         Some(kernel) => Payload::Linux { kernel, initramfs: args.initrd, cmdline: args.cmdline },
@@ -96,12 +101,16 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     };
     let linux = matches!(payload, Payload::Linux { .. });
     let console: Box<dyn Write + Send> = if args.json { Box::new(io::stderr()) } else { Box::new(io::stdout()) };
-    let machine =
-        Machine::new(MachineConfig { memory_bytes: args.memory, vcpus: args.cpus, payload, disks, console })?;
+    let machine = Machine::new(MachineConfig { memory_bytes: args.memory, vcpus: args.cpus, payload, disks, console })?;
     if linux {
         forward_input(machine.console_input());
     }
-    let exit = machine.run()?;
+    let ended = machine.run();
+    // A guest that was switched off, or killed, may not have flushed what it wrote.
+    for (number, disk) in writable {
+        disk.flush().with_context(|| format!("cannot flush disk {number}"))?;
+    }
+    let exit = ended?;
     if args.json {
         output::json(&rows(&exit.disks, &args.disks))?;
     }
