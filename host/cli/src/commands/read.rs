@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use blockhouse_block::{BlockBackend, VolatileSlice};
+use blockhouse_sandbox::{ChainReport, Outcome};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::args::ImageArgs;
@@ -57,8 +58,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
     match &args.output {
         Some(path) => {
-            let layers: Vec<&str> = opened.report.layers.iter().map(|layer| layer.image.as_str()).collect();
-            let file = create(path, args.force, &layers)?;
+            let file = create(path, args.force, &files_in_use(&opened.report))?;
             let bar = progress(length);
             let mut at = 0;
             copy(&opened.disk, args.offset, length, |bytes| {
@@ -103,8 +103,19 @@ fn copy(
     Ok(())
 }
 
-/// Opens the output file: a new one, or an existing one that is none of the images, emptied.
-fn create(path: &Path, force: bool, layers: &[&str]) -> anyhow::Result<File> {
+/// The images, and what they refer to: data files and extents hold the bytes that are being read.
+fn files_in_use(report: &ChainReport) -> Vec<&str> {
+    let mut files = Vec::new();
+    for layer in &report.layers {
+        files.push(layer.image.as_str());
+        let opened = layer.opens.iter().filter(|open| open.outcome == Outcome::Allowed);
+        files.extend(opened.map(|open| open.path.as_str()));
+    }
+    files
+}
+
+/// Opens the output file: a new one, or an existing one that is none of the files in use, emptied.
+fn create(path: &Path, force: bool, in_use: &[&str]) -> anyhow::Result<File> {
     use std::os::unix::fs::MetadataExt;
     let mut options = File::options();
     options.write(true);
@@ -121,9 +132,9 @@ fn create(path: &Path, force: bool, layers: &[&str]) -> anyhow::Result<File> {
         .with_context(|| format!("cannot open {} for writing", path.display()))?;
     let identity = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
     let target = identity(file.metadata()?);
-    for layer in layers {
-        if std::fs::metadata(layer).is_ok_and(|metadata| identity(metadata) == target) {
-            bail!("{} is the image {layer} itself; it was not touched", path.display());
+    for file in in_use {
+        if std::fs::metadata(file).is_ok_and(|metadata| identity(metadata) == target) {
+            bail!("{} is {file}, which the disk is read from; it was not touched", path.display());
         }
     }
     file.set_len(0).with_context(|| format!("cannot empty {}", path.display()))?;
