@@ -444,3 +444,92 @@ pub(crate) fn read_only_linker(engine: &Engine) -> wasmtime::Result<Linker<State
     log::add_to_linker::<_, HasSelf<State>>(&mut linker, |state| state)?;
     Ok(linker)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::CONTRACT_VERSION;
+    use crate::authority::{Authority, FILES, FUNCTIONS, LOG, level_of};
+
+    /// Every function of a WIT file, as `interface` and `name`, the name as the component model spells it.
+    fn functions(package: &str, text: &str) -> Vec<(String, String)> {
+        let (mut found, mut interface, mut resource) = (Vec::new(), String::new(), None::<String>);
+        for line in text.lines() {
+            let word = |line: &str| line.trim_end_matches([' ', '{', ';']).to_owned();
+            if let Some(name) = line.strip_prefix("interface ") {
+                interface = format!("{package}/{}", word(name));
+            } else if let Some(name) = line.trim_start().strip_prefix("resource ") {
+                let name = word(name);
+                found.push((interface.clone(), format!("[resource-drop]{name}")));
+                resource = line.ends_with('{').then_some(name);
+            } else if line == "  }" {
+                resource = None;
+            } else if let Some((name, _)) = line.split_once(": func(") {
+                let name = name.trim();
+                let name = resource.as_ref().map_or(name.to_owned(), |resource| format!("[method]{resource}.{name}"));
+                found.push((interface.clone(), name));
+            }
+        }
+        found
+    }
+
+    /// Whether the linker has a function of that name: it can be defined only once.
+    fn is_offered(linker: &mut Linker<State>, interface: &str, function: &str) -> bool {
+        let version = if interface.starts_with("wasi:") { WASI_VERSION } else { CONTRACT_VERSION };
+        let mut instance = linker.instance(&format!("{interface}@{version}")).unwrap();
+        let defined = match function.strip_prefix("[resource-drop]") {
+            Some(resource) => instance.resource(resource, ResourceType::host::<u8>(), |_, _| Ok(())),
+            None => instance.func_wrap(function, |_: StoreContextMut<'_, State>, (): ()| Ok(())),
+        };
+        defined.is_err()
+    }
+
+    #[test]
+    fn the_linker_offers_the_functions_of_the_table_and_no_others() {
+        let mut candidates = functions("wasi:filesystem", include_str!("../../../wit/deps/filesystem/filesystem.wit"));
+        candidates.extend(functions("wasi:io", include_str!("../../../wit/deps/io/io.wit")));
+        candidates.extend(functions("wasi:clocks", include_str!("../../../wit/deps/clocks/clocks.wit")));
+        candidates.extend(functions("blockhouse:format", include_str!("../../../wit/files.wit")));
+        candidates.extend(functions("blockhouse:format", include_str!("../../../wit/log.wit")));
+        for (interface, function) in [
+            ("wasi:random/random", "get-random-bytes"),
+            ("wasi:cli/environment", "get-environment"),
+            ("wasi:cli/exit", "exit"),
+            ("wasi:cli/stdout", "get-stdout"),
+            ("wasi:clocks/wall-clock", "now"),
+            ("wasi:clocks/monotonic-clock", "now"),
+            ("wasi:sockets/tcp-create-socket", "create-tcp-socket"),
+            (FILES, "open"),
+            (LOG, "read"),
+        ] {
+            candidates.push((interface.to_owned(), function.to_owned()));
+        }
+
+        // Each once: what is defined below cannot be defined again.
+        let candidates: BTreeSet<_> = candidates.into_iter().collect();
+        let engine = Engine::default();
+        let mut linker = read_only_linker(&engine).unwrap();
+        let offered: BTreeSet<_> = candidates
+            .iter()
+            .filter(|(interface, function)| is_offered(&mut linker, interface, function))
+            .cloned()
+            .collect();
+        let table: BTreeSet<_> = FUNCTIONS
+            .iter()
+            .filter(|function| function.level <= Authority::ReadOnly)
+            .map(|function| (function.interface.to_owned(), function.name.to_owned()))
+            .collect();
+        assert_eq!(offered, table);
+
+        // What can change a file, a name or a directory is known here, and not offered.
+        for name in ["write", "set-size", "link-at", "rename-at", "symlink-at", "unlink-file-at", "create-directory-at"]
+        {
+            let name = format!("[method]descriptor.{name}");
+            assert!(candidates.contains(&(TYPES.to_owned(), name.clone())), "{name} is not in wit/deps");
+            assert!(level_of(TYPES, &name).is_none_or(|level| level == Authority::ReadWrite), "{name}");
+        }
+    }
+}
