@@ -192,7 +192,9 @@ fn a_qcow2_base_that_shrinks_gives_its_bytes_or_zeroes_or_errors() {
     let base = place.path("images/vm/base");
     let arguments = ["convert", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4096"];
     for length in [0u64, 1, 511, 4096, 20_000, 200_000, 600_000] {
-        qemu_img(arguments.iter().map(|argument| std::ffi::OsStr::new(*argument)).chain([raw.as_os_str(), base.as_os_str()]));
+        qemu_img(
+            arguments.iter().map(|argument| std::ffi::OsStr::new(*argument)).chain([raw.as_os_str(), base.as_os_str()]),
+        );
         let image = place.write("images/vm/top", overlay(12, 1 << 20, b"base", Some("qcow2")));
         let opened = library::shared().open("qcow2", &image, &[&place.path("images")]).unwrap();
         assert!(read(&opened.disk, 0, 4096).unwrap() == content[..4096]);

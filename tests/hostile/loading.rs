@@ -162,12 +162,30 @@ fn of_wasi_filesystem_only_the_table_is_offered() {
             }
         }
     }
-    let table = FUNCTIONS.iter().filter(|function| function.interface.starts_with("wasi:") && !function.name.starts_with("[resource"));
+    let table = FUNCTIONS
+        .iter()
+        .filter(|function| function.interface.starts_with("wasi:") && !function.name.starts_with("[resource"));
     assert_eq!(inside, table.count(), "the table has functions that wasi:filesystem has not");
-    for name in ["link-at", "rename-at", "symlink-at", "unlink-file-at", "remove-directory-at", "create-directory-at",
-        "readlink-at", "stat-at", "read-directory", "set-times", "set-times-at", "write-via-stream", "append-via-stream", "read-via-stream"]
-    {
-        assert!(outside.contains(&format!("[method]descriptor.{name}")), "{name} is offered, or is not WASI's: {outside:?}");
+    for name in [
+        "link-at",
+        "rename-at",
+        "symlink-at",
+        "unlink-file-at",
+        "remove-directory-at",
+        "create-directory-at",
+        "readlink-at",
+        "stat-at",
+        "read-directory",
+        "set-times",
+        "set-times-at",
+        "write-via-stream",
+        "append-via-stream",
+        "read-via-stream",
+    ] {
+        assert!(
+            outside.contains(&format!("[method]descriptor.{name}")),
+            "{name} is offered, or is not WASI's: {outside:?}"
+        );
     }
     assert!(FUNCTIONS.iter().all(|function| function.level != Authority::Prober), "a prober imports nothing");
 }
@@ -199,7 +217,10 @@ fn what_is_no_component_is_not_loaded() {
         ("two components".into(), [&good[..], &good[..]].concat()),
         ("and something more".into(), [&good[..], b"more"].concat()),
     ];
-    cases.extend([8, 9, 100, 1000, good.len() / 2, good.len() - 1].map(|length| (format!("{length} bytes"), good[..length].to_vec())));
+    cases.extend(
+        [8, 9, 100, 1000, good.len() / 2, good.len() - 1]
+            .map(|length| (format!("{length} bytes"), good[..length].to_vec())),
+    );
     for (what, bytes) in cases {
         let error = shared().sandbox.load("stranger.wasm", &bytes).map(|plugin| plugin.inspection().clone());
         let error = match error {
@@ -241,7 +262,8 @@ fn damaged_components_do_not_crash_the_host() {
 fn the_program_names_what_a_component_wants() {
     let place = Place::new();
     let image = place.write("images/vm/a.raw", noise(2, 4096));
-    let stranger = place.write("images/stranger.wasm", importing("wasi:sockets/tcp@0.2.6", "[method]tcp-socket.listen"));
+    let stranger =
+        place.write("images/stranger.wasm", importing("wasi:sockets/tcp@0.2.6", "[method]tcp-socket.listen"));
     let plugin = format!("raw={}", stranger.display());
     let attempt = place.open_with("read", "raw", &image, &[], &["--plugin", &plugin]);
     attempt.assert_error(
@@ -258,7 +280,11 @@ fn the_program_names_what_a_component_wants() {
     inspect.args(["plugin", "inspect"]).arg(&stranger);
     let outcome = blockhouse_tests::run(&mut inspect);
     assert_eq!(outcome.status.code(), Some(6), "{}", outcome.stderr);
-    assert!(outcome.text().contains("wasi:sockets/tcp@0.2.6 [method]tcp-socket.listen  OUTSIDE every world"), "{}", outcome.text());
+    assert!(
+        outcome.text().contains("wasi:sockets/tcp@0.2.6 [method]tcp-socket.listen  OUTSIDE every world"),
+        "{}",
+        outcome.text()
+    );
 
     // Larger than any component, and no component at all.
     let huge = place.path("images/huge.wasm");

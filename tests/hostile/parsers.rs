@@ -101,8 +101,13 @@ fn fields_of_a_qcow2_header() {
             ("version", 4, &[0, 0, 0, 1], Error(5, "qcow version 1")),
             ("version", 4, &[0, 0, 0, 4], Error(5, "qcow version 4")),
             ("backing_file_offset", 8, ONES, Error(4, "backing_file_offset")),
-            ("backing_file_offset and size", 8, &[0, 0, 0, 0, 0, 0, 1, 0, 255, 255, 255, 255], Error(4, "backing_file_size")),
-            ("backing_file_size", 8, &[0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 4, 0], Error(4, "backing_file_size is 1024")),
+            (
+                "backing_file_offset and size",
+                8,
+                &[0, 0, 0, 0, 0, 0, 4, 0, 255, 255, 255, 255],
+                Error(4, "backing_file_size"),
+            ),
+            ("backing_file_size", 8, &[0, 0, 0, 0, 0, 0, 4, 0, 0, 0, 4, 0], Error(4, "backing_file_size is 1024")),
             ("cluster_bits", 20, &[0, 0, 0, 0], Error(4, "cluster_bits is 0")),
             ("cluster_bits", 20, &[0, 0, 0, 8], Error(4, "cluster_bits is 8")),
             ("cluster_bits", 20, &[0, 0, 0, 22], Error(4, "cluster_bits is 22")),
@@ -217,7 +222,9 @@ fn tables_that_point_anywhere() {
     let entry = |offset: usize| (offset as u64 | COPIED).to_be_bytes();
 
     // Reading metadata as data gives those bytes, no more and no less.
-    for (name, target) in [("L1", l1), ("L2", l2), ("refcount table", refcounts), ("the same data", at(l2) & 0xff_ffff_ffff)] {
+    for (name, target) in
+        [("L1", l1), ("L2", l2), ("refcount table", refcounts), ("the same data", at(l2) & 0xff_ffff_ffff)]
+    {
         let mut bytes = good.clone();
         poke(&mut bytes, l2 + 8, &entry(target));
         let image = place.write("images/vm/image", &bytes);
@@ -259,7 +266,18 @@ fn damaged_compressed_clusters() {
         let raw = place.write("images/raw", raw);
         let image = place.path("images/vm/image");
         let (raw, path) = (raw.to_str().unwrap(), image.to_str().unwrap());
-        qemu_img(["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &format!("compression_type={compression}"), raw, path]);
+        qemu_img([
+            "convert",
+            "-c",
+            "-f",
+            "raw",
+            "-O",
+            "qcow2",
+            "-o",
+            &format!("compression_type={compression}"),
+            raw,
+            path,
+        ]);
         let good = std::fs::read(&image).unwrap();
         for (number, at) in (5 * 65536..good.len()).step_by(good.len() / 16).enumerate() {
             let mut bytes = good.clone();
@@ -280,7 +298,16 @@ fn small_files_that_are_large_disks() {
     // CVE-2015-5162, CVE-2018-10908; and the largest L1 table, 32 MiB for 128 GiB.
     for (size, bytes, cluster) in [("64P", 64u64 << 50, "2M"), ("127G", 127 << 30, "512")] {
         let image = place.path("images/vm/big");
-        qemu_img(["create", "-q", "-f", "qcow2", "-o", &format!("cluster_size={cluster}"), image.to_str().unwrap(), size]);
+        qemu_img([
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-o",
+            &format!("cluster_size={cluster}"),
+            image.to_str().unwrap(),
+            size,
+        ]);
         place.open("info", "qcow2", &image).succeeded();
         let last = (bytes - 512).to_string();
         let attempt = place.open_with("read", "qcow2", &image, &[], &["--offset", &last]).succeeded();
@@ -304,9 +331,8 @@ fn a_gibibyte_of_zeroes_in_a_megabyte() {
     let size = image.metadata().unwrap().len();
     assert!(size < 16 << 20, "no bomb: {size} bytes");
     for offset in ["0", "500M", "960M"] {
-        let attempt = place
-            .open_with("read", "qcow2", &image, &[], &["--offset", offset, "--length", "64M"])
-            .succeeded();
+        let attempt =
+            place.open_with("read", "qcow2", &image, &[], &["--offset", offset, "--length", "64M"]).succeeded();
         assert_eq!(attempt.outcome.stdout.len(), 64 << 20);
         assert!(attempt.outcome.stdout.iter().all(|byte| *byte == 0));
     }
@@ -317,7 +343,8 @@ fn a_gibibyte_of_zeroes_in_a_megabyte() {
 #[test]
 fn truncated_images() {
     let place = Place::new();
-    let lengths = [0, 1, 3, 4, 8, 71, 72, 103, 104, 111, 112, 120, 511, 512, 4096, 65535, 65536, 131072, 196608, 262144];
+    let lengths =
+        [0, 1, 3, 4, 8, 71, 72, 103, 104, 111, 112, 120, 511, 512, 4096, 65535, 65536, 131072, 196608, 262144];
     for (format, arguments) in [
         ("qcow2", &["-o", "compat=1.1"][..]),
         ("vmdk", &["-o", "subformat=monolithicSparse"]),

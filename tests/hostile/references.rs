@@ -126,8 +126,7 @@ fn a_nul_byte_in_a_name_is_refused_before_anything_is_opened() {
     let canary = place.text("secret/canary");
     let names = [format!("{canary}\0"), format!("{canary}\0.qcow2"), "\0".to_owned(), format!("a\0/../{canary}")];
     for (number, name) in names.iter().enumerate() {
-        let image =
-            place.write(&format!("images/vm/{number}.qcow2"), overlay(12, SIZE, name.as_bytes(), Some("raw")));
+        let image = place.write(&format!("images/vm/{number}.qcow2"), overlay(12, SIZE, name.as_bytes(), Some("raw")));
         let attempt = place.open("read", "qcow2", &image);
         attempt.assert_denied(&format!(
             "blockhouse: $ROOT/images/vm/{number}.qcow2: the reference {:?} has a NUL byte",

@@ -13,7 +13,7 @@ pub(crate) fn image_refused() {
     count(&IMAGES_REFUSED);
 }
 
-/// An image was served with the right bytes: a twin that is granted, or damage that does not matter.
+/// An image was served: a twin that is granted, or damage that is no reason to refuse it.
 pub(crate) fn image_served() {
     count(&IMAGES_SERVED);
 }
@@ -47,7 +47,7 @@ extern "C" fn print() {
     let (stopped, not_loaded) = (now(&COMPONENTS_STOPPED), now(&COMPONENTS_NOT_LOADED));
     let _ = writeln!(
         std::io::stderr(),
-        "hostile: {} images tried, {refused} refused as expected, {served} served with the right bytes; \
+        "hostile: {} images tried, {refused} refused as expected, {served} served; \
          {} components tried, {stopped} stopped, {not_loaded} not loaded\n",
         refused + served,
         stopped + not_loaded

@@ -53,9 +53,7 @@ fn a_later_part_is_judged_like_the_first() {
     place.write("images/vm/good", &content);
     for (name, kind) in [("flat", "FLAT"), ("sparse", "SPARSE"), ("vmfs", "VMFS")] {
         let offset = if kind == "SPARSE" { "" } else { " 0" };
-        let parts = format!(
-            "RW 128 FLAT \"good\" 0\nRW 128 ZERO\nRW 128 {kind} \"../../secret/canary\"{offset}\n"
-        );
+        let parts = format!("RW 128 FLAT \"good\" 0\nRW 128 ZERO\nRW 128 {kind} \"../../secret/canary\"{offset}\n");
         let image = image(&place, name, &parts);
         let attempt = place.open("read", "vmdk", &image);
         attempt.assert_denied(&not_granted(name, "../../secret/canary", "$ROOT/secret/canary"));
@@ -148,7 +146,10 @@ fn an_embedded_descriptor_is_judged_like_any_other() {
         put(56, &21u64.to_le_bytes());
         put(64, &64u64.to_le_bytes());
         put(73, b"\n \r\n");
-        put(512, descriptor("RW 64 FLAT \"../../secret/canary\" 0\nRW 64 FLAT \"../../secret/canary\" 64\n").as_bytes());
+        put(
+            512,
+            descriptor("RW 64 FLAT \"../../secret/canary\" 0\nRW 64 FLAT \"../../secret/canary\" 64\n").as_bytes(),
+        );
         let image = place.write(&format!("images/vm/embedded-{capacity}.vmdk"), &bytes);
         let attempt = place.open("read", "vmdk", &image);
         assert!([3, 4, 5].contains(&attempt.code()), "{:?}", attempt.outcome);
