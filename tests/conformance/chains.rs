@@ -110,6 +110,30 @@ pub(crate) fn chains() -> Vec<Case> {
             overlay(lab, "a.qcow2", "", "middle.qcow2", "qcow2", 4 * MIB, 64 * KIB);
             Subject::new("a.qcow2", "qcow2").allow(&["."])
         }),
+        Case::new("chain of 4: absolute and relative names in turn", |lab| {
+            lab.directory("x/y");
+            let size = 2 * MIB;
+            base(lab, "base.qcow2", "", size, 4 * KIB);
+            overlay(lab, "x/1.qcow2", "", &lab.absolute("base.qcow2"), "qcow2", size, 64 * KIB);
+            overlay(lab, "x/y/2.qcow2", "", "../1.qcow2", "qcow2", size, 64 * KIB);
+            overlay(lab, "3.qcow2", "", &lab.absolute("x/y/2.qcow2"), "qcow2", size, 512);
+            Subject::new("3.qcow2", "qcow2").allow(&["x", "base.qcow2"])
+        }),
+        Case::new("chain of 2: clusters of the overlay in a data file", |lab| {
+            base(lab, "base.qcow2", "", 2 * MIB, 64 * KIB);
+            overlay(lab, "a.qcow2", ",data_file=d.bin", "base.qcow2", "qcow2", 3 * MIB, 64 * KIB);
+            Subject::new("a.qcow2", "qcow2").allow(&["base.qcow2", "d.bin"])
+        }),
+        Case::new("chain of 2, rebased and committed", |lab| {
+            let size = 2 * MIB;
+            base(lab, "old.qcow2", "", size, 64 * KIB);
+            base(lab, "new.qcow2", "", size - 512, 4 * KIB);
+            overlay(lab, "a.qcow2", "", "old.qcow2", "qcow2", size, 64 * KIB);
+            overlay(lab, "b.qcow2", "", "a.qcow2", "qcow2", size, 4 * KIB);
+            lab.qemu_img("commit -q -t unsafe -f qcow2 b.qcow2");
+            lab.qemu_img("rebase -q -t unsafe -f qcow2 -b new.qcow2 -F qcow2 a.qcow2");
+            Subject::new("a.qcow2", "qcow2").allow(&["new.qcow2"])
+        }),
         Case::new("chain of 5: versions and cluster sizes mixed, raw at the bottom", |lab| {
             lab.raw("l4.raw", 2 * MIB + 512, &[(512, 600_000), (1_500_160, 500_000)]);
             overlay(lab, "l3.qcow2", ",compat=0.10", "l4.raw", "raw", 2 * MIB + 512, 512);

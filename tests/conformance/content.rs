@@ -4,6 +4,9 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+
 const PIECE: usize = 1 << 20;
 
 /// A file whose bytes past its end are zero.
@@ -25,6 +28,14 @@ impl Content {
 
     /// Fills `buffer` from `offset` on.
     pub(crate) fn read(&self, offset: u64, buffer: &mut [u8]) {
+        // Reading a hole makes the kernel allocate memory for it: seconds, on disks of gigabytes.
+        let end = offset.saturating_add(u64::try_from(buffer.len()).unwrap());
+        match seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(data) if data >= end => return buffer.fill(0),
+            // No data from there on.
+            Err(Errno::NXIO) => return buffer.fill(0),
+            _ => {}
+        }
         let mut filled = 0;
         while filled < buffer.len() {
             let at = offset + u64::try_from(filled).unwrap();

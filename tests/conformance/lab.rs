@@ -128,8 +128,10 @@ impl<'l> Pen<'l> {
 
     /// Notes that a range is in use. False if a part of it was before.
     fn touch(&mut self, offset: u64, length: u64) -> bool {
-        let clusters = offset / self.cluster..(offset + length).div_ceil(self.cluster);
-        clusters.fold(true, |free, cluster| self.touched.insert(cluster) && free)
+        let clusters: BTreeSet<u64> = (offset / self.cluster..(offset + length).div_ceil(self.cluster)).collect();
+        let free = self.touched.is_disjoint(&clusters);
+        self.touched.extend(clusters);
+        free
     }
 
     fn material(&mut self, bytes: &[u8]) -> String {

@@ -107,5 +107,5 @@ fn the_catalogue_is_as_large_as_promised() {
     let names: Vec<String> = topics.iter().flat_map(|(_, cases)| cases()).map(|case| case.name).collect();
     let distinct: BTreeSet<&String> = names.iter().collect();
     assert_eq!(distinct.len(), names.len(), "two images have one name");
-    assert!(names.len() >= 120, "{} images", names.len());
+    assert!(names.len() >= 150, "{} images", names.len());
 }

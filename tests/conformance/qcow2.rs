@@ -105,6 +105,13 @@ pub(crate) fn layout() -> Vec<Case> {
     cases.push(single("refcount_bits=64", SHAPES[1], PACKED, &[]));
     cases.push(single("refcount_bits=8,lazy_refcounts=on", SHAPES[1], EVERYTHING, &[]));
     cases.push(single("lazy_refcounts=on", SHAPES[2], PACKED, &[]));
+    cases.push(Case::new("qcow2 with bitmaps", |lab| {
+        lab.qemu_img("create -q -f qcow2 -o cluster_size=4k a.qcow2 1M");
+        lab.qemu_img("bitmap --add a.qcow2 one");
+        Pen::new(lab, "qcow2", "a.qcow2", MIB, 4 * KIB).everything_packed().done();
+        lab.qemu_img("bitmap --add --disable a.qcow2 two");
+        Subject::new("a.qcow2", "qcow2")
+    }));
     cases
 }
 
