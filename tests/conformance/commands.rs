@@ -86,6 +86,21 @@ fn ranges_past_the_end() {
     assert!(!lab.path("out").exists());
 }
 
+/// A reader that has seen enough is no error.
+#[test]
+fn a_pipe_that_closes_early() {
+    use std::io::Read as _;
+    let lab = Lab::new();
+    lab.raw("a.raw", 64 << 20, &[(0, 512)]);
+    let mut command = Subject::new("a.raw", "raw").command(&lab, "read");
+    let mut child = command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let mut first = [0; 512];
+    child.stdout.take().unwrap().read_exact(&mut first).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    assert_eq!(first.as_slice(), std::fs::read(lab.path("a.raw")).unwrap()[..512].to_vec());
+}
+
 #[test]
 fn existing_files_are_not_overwritten_by_accident() {
     let lab = Lab::new();

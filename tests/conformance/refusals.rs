@@ -104,6 +104,26 @@ fn dirty_and_corrupt_images() {
     }
 }
 
+/// A snapshot is named by id or by a name that only it has; else the choice is shown.
+#[test]
+fn snapshots_that_are_not_there() {
+    if !have_qemu() {
+        return;
+    }
+    let lab = Lab::new();
+    image(&lab);
+    for name in ["first", "twice", "twice"] {
+        lab.qemu_img(&format!("snapshot -q -c {name} a.qcow2"));
+    }
+    let snapshot = |key: &str| run(&mut subject().snapshot(key, "").command(&lab, "read"));
+    let choice = "\"1\": \"first\", \"2\": \"twice\", \"3\": \"twice\"";
+    for key in ["none", "", "4", "0", "firs"] {
+        ended(&snapshot(key), 1, &["there is no snapshot", choice]);
+    }
+    ended(&snapshot("twice"), 1, &["2 snapshots have the name", choice]);
+    assert_eq!(snapshot("2").succeeded().stdout.len(), 1 << 20);
+}
+
 /// What VMDK images may be and QEMU does not make.
 #[test]
 fn vmdk_kinds_that_are_not_read() {
