@@ -286,6 +286,5 @@ fn a_link_that_flips_during_the_open_never_leads_outside() {
         }
     });
     assert!(opened > 0 && refused > 0, "no race: {opened} opened, {refused} refused");
-    place.canary.assert_not_in(format!("{opened} {refused}").as_bytes());
     tally::image_refused();
 }

@@ -1,5 +1,5 @@
 //! Images that break parsers: fields out of range, tables that point anywhere, bombs, truncations and
-//! polyglots. Each ends in bytes or in an error that names the image, within 10 seconds and 512 MiB.
+//! polyglots. Each ends in bytes or in an error that names the image, within 10 seconds and 256 MiB.
 
 use std::path::{Path, PathBuf};
 
@@ -503,13 +503,13 @@ fn fields_of_a_vmdk_header() {
     }
 }
 
-/// The images of this file stay where they are: nothing is left for others.
+/// Nothing that reads repairs: what a writer would change in the header stays as it is.
 #[test]
 fn no_image_makes_the_program_write() {
     let place = Place::new();
     let good = image_of(&place, "qcow2", &["-o", "compat=1.1,lazy_refcounts=on"]);
     let mut bytes = good.clone();
-    // Dirty, corrupt, unknown autoclear features: what a writer would change.
+    // Dirty, corrupt, unknown autoclear features.
     poke(&mut bytes, 72, &3u64.to_be_bytes());
     poke(&mut bytes, 88, &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xfc]);
     let image: PathBuf = place.write("images/vm/image", &bytes);

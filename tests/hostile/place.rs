@@ -25,7 +25,7 @@ pub(crate) const TIME_LIMIT: Duration = Duration::from_secs(10);
 
 /// Private memory that the program may have, in KiB: RLIMIT_DATA. It is not the address space, of
 /// which a WebAssembly memory reserves 4 GiB without using them.
-const MEMORY_LIMIT_KIB: u32 = 512 << 10;
+const MEMORY_LIMIT_KIB: u32 = 256 << 10;
 
 /// The scene of an attack. See the picture above.
 pub(crate) struct Place {

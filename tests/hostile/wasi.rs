@@ -142,7 +142,6 @@ fn no_path_leads_out_of_a_preopened_directory() {
         "///../secret/canary",
         canary.as_str(),
     ];
-    // What is left of the paths that stay inside is a file: opened by the twin below, not here.
     let flags = ["read", "read,follow", "none,follow"];
     // A report has 4 KiB at most, so a few paths at a time.
     for (flags, paths) in flags.into_iter().flat_map(|flags| paths.chunks(12).map(move |paths| (flags, paths))) {
