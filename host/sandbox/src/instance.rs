@@ -11,6 +11,7 @@ use wasmtime::{Store, Trap};
 
 use crate::bindings::reader::blockhouse::format::types::Error as WitError;
 use crate::bindings::reader::{ReadOnlyFormat, ReadOnlyFormatPre};
+use crate::clock::Clock;
 use crate::host::State;
 use crate::limits::TICK;
 use crate::sandbox::Sandbox;
@@ -32,6 +33,7 @@ pub(crate) struct Instance {
     health: Mutex<Health>,
     /// How messages name the image.
     image: String,
+    clock: Arc<Clock>,
 }
 
 /// What a call works with.
@@ -45,15 +47,18 @@ impl Instance {
     pub(crate) fn start(sandbox: &Sandbox, plugin: &ReadOnlyFormatPre<State>, state: State) -> Result<Self> {
         let image = state.identity.image.clone();
         let mut store = new_store(sandbox, state);
+        let clock = sandbox.clock();
+        let time = clock.running();
         set_deadline(&mut store);
         let started = plugin.instance_pre().instantiate(&mut store).and_then(|instance| {
             let format = ReadOnlyFormat::new(&mut store, &instance)?;
             Ok((instance, format))
         });
+        drop(time);
         match started {
             Ok((instance, format)) => {
                 let running = Box::new(Running { store, format, instance });
-                Ok(Self { health: Mutex::new(Health::Running(running)), image })
+                Ok(Self { health: Mutex::new(Health::Running(running)), image, clock })
             }
             Err(error) => {
                 let (kind, why) = diagnose(&error, store.data());
@@ -75,9 +80,11 @@ impl Instance {
             Health::Running(running) => running,
             Health::Dead { kind, why } => return Err(Error::new(*kind, why.clone()).on_image(&*self.image)),
         };
+        let time = self.clock.running();
         set_deadline(&mut running.store);
         running.store.data_mut().begin_call();
         let result = call(Call { store: &mut running.store, format: &running.format, instance: &running.instance });
+        drop(time);
         match result {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => {

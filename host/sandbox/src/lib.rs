@@ -16,7 +16,7 @@
 //! | `grants.rs` | what was granted |
 //! | `policy.rs` | what may be opened: the host's own wall in front of wasmtime-wasi |
 //! | `host.rs` | the functions behind the table |
-//! | `instance.rs` | calling a component, and throwing it away |
+//! | `instance.rs`, `clock.rs` | calling a component within its time, and throwing it away |
 //! | `chain.rs` | from an image to a disk |
 //! | `inspect.rs`, `probe.rs` | looking at a component; guessing a format |
 //!
@@ -41,6 +41,7 @@ mod audit;
 pub mod authority;
 mod bindings;
 mod chain;
+mod clock;
 mod grants;
 mod host;
 mod inspect;

@@ -43,6 +43,8 @@ impl Sandbox {
         let limits = self.shared_limits();
         let state = State::new(identity, Arc::clone(&limits), Grants::new(), Audit::new());
         let mut store = new_store(self, state);
+        let clock = self.clock();
+        let _time = clock.running();
         set_deadline(&mut store);
         let guesses = pre
             .instantiate(&mut store)

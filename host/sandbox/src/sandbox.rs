@@ -14,17 +14,19 @@ use wasmtime::{Config, Engine, OptLevel, WasmBacktraceDetails};
 use crate::authority::Authority;
 use crate::bindings::prober::ProberOnlyPre;
 use crate::bindings::reader::ReadOnlyFormatPre;
+use crate::clock::Clock;
 use crate::host::{State, read_only_linker};
 use crate::inspect::{Inspection, inspect};
-use crate::limits::{Limits, TICK};
+use crate::limits::Limits;
 
 /// Runs components under one set of [`Limits`]. A clone is the same sandbox.
 ///
-/// One thread of the process ticks while a sandbox lives, so that calls have a time limit.
+/// A thread keeps the time while a component runs, so that calls have a time limit; it sleeps otherwise.
 #[derive(Clone)]
 pub struct Sandbox {
     engine: Engine,
     limits: Arc<Limits>,
+    clock: Arc<Clock>,
 }
 
 impl fmt::Debug for Sandbox {
@@ -53,18 +55,9 @@ impl Sandbox {
         let engine = Engine::new(&config).map_err(|error| {
             Error::new(ErrorKind::Component, "cannot start the WebAssembly engine").with_source(error)
         })?;
-        let ticking = engine.weak();
-        std::thread::Builder::new()
-            .name("blockhouse-tick".to_owned())
-            .spawn(move || {
-                while let Some(engine) = ticking.upgrade() {
-                    engine.increment_epoch();
-                    drop(engine);
-                    std::thread::sleep(TICK);
-                }
-            })
+        let clock = Clock::start(&engine)
             .map_err(|error| Error::new(ErrorKind::Storage, "cannot start the clock thread").with_source(error))?;
-        Ok(Self { engine, limits: Arc::new(limits) })
+        Ok(Self { engine, limits: Arc::new(limits), clock: Arc::new(clock) })
     }
 
     /// The limits in force.
@@ -182,6 +175,10 @@ impl Sandbox {
         let digest = hex(&Sha256::digest(bytes));
         let inspection = inspect(&self.engine, &component, digest, bytes.len());
         Ok((component, inspection))
+    }
+
+    pub(crate) fn clock(&self) -> Arc<Clock> {
+        Arc::clone(&self.clock)
     }
 
     pub(crate) fn engine(&self) -> &Engine {
