@@ -27,6 +27,11 @@ impl Library {
         let grants = grants.iter().fold(Grants::new(), |grants, path| grants.allow(path).unwrap());
         Opener::new(&self.sandbox, self.formats.clone()).grants(grants).open(&OpenRequest::new(image, format))
     }
+
+    /// What `blockhouse info` does: the error that it ends with, if any.
+    pub(crate) fn describe(&self, format: &str, image: &Path) -> Option<Error> {
+        Opener::new(&self.sandbox, self.formats.clone()).describe(&OpenRequest::new(image, format)).1
+    }
 }
 
 /// With the default limits; components are compiled once for all tests.
