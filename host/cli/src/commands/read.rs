@@ -61,7 +61,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             let file = create(path, args.force, &files_in_use(&opened.report))?;
             let bar = progress(length);
             let mut at = 0;
-            copy(&opened.disk, args.offset, length, |bytes| {
+            let written = copy(&opened.disk, args.offset, length, |bytes| {
                 // The file is new, so what is not written reads as zero.
                 if bytes.iter().any(|byte| *byte != 0) {
                     file.write_all_at(bytes, at).with_context(|| format!("cannot write {}", path.display()))?;
@@ -69,8 +69,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
                 at += bytes.len() as u64;
                 bar.set_position(at);
                 Ok(())
-            })?;
-            file.set_len(length).with_context(|| format!("cannot set the size of {}", path.display()))?;
+            });
+            let written = written.and_then(|()| {
+                file.set_len(length).with_context(|| format!("cannot set the size of {}", path.display()))
+            });
+            if written.is_err() && !args.force {
+                // Half a disk must not be taken for a whole one. What --force emptied is not ours to remove.
+                let _ = std::fs::remove_file(path);
+            }
+            written?;
             bar.finish_and_clear();
         }
         None => {
