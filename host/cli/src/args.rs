@@ -9,6 +9,8 @@ use blockhouse_formats::FORMATS;
 use blockhouse_sandbox::{Audit, AuditFile, Formats, Grants, Limits, OpenRequest, Opener, Sandbox};
 use clap::Args;
 
+use crate::output::parse_size;
+
 /// Components and the record of what they open.
 #[derive(Clone, Debug, Default, Args)]
 pub(crate) struct HostArgs {
@@ -94,6 +96,18 @@ impl ImageArgs {
             ..OpenRequest::new(&self.image, &self.format)
         }
     }
+}
+
+/// A part of a disk.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RangeArgs {
+    /// Start at byte N of the disk; K, M, G, T multiply
+    #[arg(long, value_name = "N", default_value = "0", value_parser = parse_size)]
+    pub(crate) offset: u64,
+
+    /// Stop after N bytes; at the end of the disk if left out
+    #[arg(long, value_name = "N", value_parser = parse_size)]
+    pub(crate) length: Option<u64>,
 }
 
 /// The grants of `--allow` or `allow=`.

@@ -1,6 +1,6 @@
-//! What each level of authority is offered, function by function. The linker is built from this
-//! table, `blockhouse plugin inspect` judges by it, and the table in `wit/README.md` is printed from
-//! it: a function that is not here does not exist for a component.
+//! What each level of authority is offered, function by function: a function that is not here does not
+//! exist for a component. `blockhouse plugin inspect` judges by this table, the one in `wit/README.md`
+//! is printed from it, and a test in `host.rs` holds the linker equal to it.
 
 use std::fmt;
 

@@ -10,12 +10,11 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock, PoisonError};
 
 use blockhouse_block::{Access, Disk, DiskOptions, Error, ErrorKind, Layer, LayerInfo, Result};
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use serde::Serialize;
 
 use crate::audit::{Audit, OpenEvent, Outcome};
@@ -26,6 +25,7 @@ use crate::grants::{Grants, absolute_name};
 use crate::host::{Identity, State};
 use crate::instance::Instance;
 use crate::layer::ComponentLayer;
+use crate::regular;
 use crate::sandbox::{Plugin, PluginKind, Sandbox};
 use crate::text::clean;
 
@@ -416,22 +416,11 @@ impl Opener {
 
 /// Opens the image that the operator named. It may lie anywhere, and must be a regular file.
 fn open_image(request: &OpenRequest) -> Result<File> {
-    let fail = |error: std::io::Error| {
-        Error::new(ErrorKind::Storage, format!("cannot open the image: {error}")).with_source(error)
-    };
-    let file = File::options()
-        .read(true)
-        .write(request.access == Access::ReadWrite)
-        // A FIFO must not make the host wait.
-        .custom_flags(i32::try_from((OFlags::NONBLOCK | OFlags::NOCTTY).bits()).unwrap_or(0))
-        .open(&request.path)
-        .map_err(fail)?;
-    if !file.metadata().map_err(fail)?.is_file() {
-        return Err(Error::new(ErrorKind::Invalid, "cannot open the image: it is not a regular file"));
+    match regular::open(&request.path, request.access == Access::ReadWrite) {
+        Ok(Some(file)) => Ok(file),
+        Ok(None) => Err(Error::new(ErrorKind::Invalid, "cannot open the image: it is not a regular file")),
+        Err(error) => Err(Error::new(ErrorKind::Storage, format!("cannot open the image: {error}")).with_source(error)),
     }
-    let flags = fcntl_getfl(&file).map_err(|error| fail(error.into()))?;
-    fcntl_setfl(&file, flags & !OFlags::NONBLOCK).map_err(|error| fail(error.into()))?;
-    Ok(file)
 }
 
 /// Checks what `open` reported against `wit/reader.wit`.

@@ -9,8 +9,9 @@ use std::path::{Component as PathComponent, Path, PathBuf};
 use std::sync::Arc;
 
 use blockhouse_block::{Access, Error, ErrorKind, Result};
-use rustix::fs::OFlags;
 use wasmtime_wasi::filesystem::{Dir, FsPerms, OpenMode};
+
+use crate::regular;
 
 /// A set of grants. A clone shares the open files.
 ///
@@ -63,18 +64,14 @@ impl Grants {
         let fail = |error: io::Error| {
             Error::new(ErrorKind::Storage, format!("cannot grant {}: {error}", path.display())).with_source(error)
         };
-        // Without O_NONBLOCK, opening a FIFO would wait for a writer.
-        let file = File::options()
-            .read(true)
-            .custom_flags(i32::try_from((OFlags::NONBLOCK | OFlags::NOCTTY).bits()).unwrap_or(0))
-            .open(path)
-            .map_err(fail)?;
+        let file = File::options().read(true).custom_flags(regular::careful()).open(path).map_err(fail)?;
         let kind = file.metadata().map_err(fail)?.file_type();
         let mut tree = Arc::unwrap_or_clone(self.0);
         if kind.is_dir() {
             let directory = Dir::new(file, FsPerms::ReadOnly, OpenMode::READ, true);
             tree.directory(&name).whole = Some((directory, Access::ReadOnly));
         } else if kind.is_file() {
+            regular::usual_mode(&file).map_err(fail)?;
             let (parent, leaf) = name.rsplit_once('/').unwrap_or(("", &name));
             let parent = if parent.is_empty() { "/" } else { parent };
             tree.directory(parent).files.insert(leaf.to_owned(), (Arc::new(file), Access::ReadOnly));

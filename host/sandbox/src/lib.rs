@@ -50,6 +50,7 @@ mod layer;
 mod limits;
 mod policy;
 mod probe;
+mod regular;
 mod sandbox;
 mod text;
 

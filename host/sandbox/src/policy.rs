@@ -12,11 +12,11 @@ use std::path::Path;
 
 use blockhouse_block::Access;
 use cap_primitives::fs::{OpenOptions, OpenOptionsExt};
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use wasmtime_wasi::p2::bindings::filesystem::types::{DescriptorFlags, ErrorCode, OpenFlags};
 
 use crate::grants::{GrantTree, join};
 use crate::limits::Limits;
+use crate::regular;
 
 /// A request to open, as the component made it.
 pub(crate) struct Request<'a> {
@@ -145,8 +145,7 @@ fn normalize(path: &str) -> Option<String> {
 fn open_regular(directory: &File, path: &Path, access: Access) -> Result<File, (ErrorCode, String)> {
     let mut options = OpenOptions::new();
     options.read(true).write(access == Access::ReadWrite);
-    // A FIFO must not make the host wait, and a terminal must not become its controlling one.
-    options.custom_flags(i32::try_from((OFlags::NONBLOCK | OFlags::NOCTTY).bits()).unwrap_or(0));
+    options.custom_flags(regular::careful());
     let file = cap_primitives::fs::open(directory, path, &options).map_err(|error| {
         let code = match error.kind() {
             io::ErrorKind::NotFound => ErrorCode::NoEntry,
@@ -170,9 +169,7 @@ fn open_regular(directory: &File, path: &Path, access: Access) -> Result<File, (
         );
         return Err((ErrorCode::NotPermitted, reason));
     }
-    // The flag has done its work; left on, asynchronous reads of this file would fail with EAGAIN.
-    let flags = fcntl_getfl(&file).map_err(|error| failed(error.into()))?;
-    fcntl_setfl(&file, flags & !OFlags::NONBLOCK).map_err(|error| failed(error.into()))?;
+    regular::usual_mode(&file).map_err(failed)?;
     Ok(file)
 }
 
@@ -253,7 +250,7 @@ mod tests {
     fn opened_files_are_left_in_blocking_mode() {
         let place = Place::new();
         let opened = place.open("base.raw").unwrap();
-        assert!(!fcntl_getfl(&opened.file).unwrap().contains(OFlags::NONBLOCK));
+        assert!(!rustix::fs::fcntl_getfl(&opened.file).unwrap().contains(rustix::fs::OFlags::NONBLOCK));
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! The engine that runs components, and loading them.
 
 use std::fmt;
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 use std::sync::Arc;
@@ -18,6 +17,7 @@ use crate::clock::Clock;
 use crate::host::{State, read_only_linker};
 use crate::inspect::{Inspection, inspect};
 use crate::limits::Limits;
+use crate::regular;
 
 /// Runs components under one set of [`Limits`]. A clone is the same sandbox.
 ///
@@ -157,9 +157,12 @@ impl Sandbox {
                 .with_source(error)
                 .on_image(name.as_str())
         };
+        let file = regular::open(path, false).map_err(fail)?.ok_or_else(|| {
+            Error::new(ErrorKind::Invalid, "cannot read the component: it is not a regular file")
+                .on_image(name.as_str())
+        })?;
         let mut bytes = Vec::new();
-        let limit = self.limits.component_bytes.saturating_add(1);
-        File::open(path).map_err(fail)?.take(limit).read_to_end(&mut bytes).map_err(fail)?;
+        file.take(self.limits.component_bytes.saturating_add(1)).read_to_end(&mut bytes).map_err(fail)?;
         Ok(bytes)
     }
 

@@ -6,8 +6,7 @@ use std::process::ExitCode;
 use blockhouse_block::{BlockBackend, Run, RunKind};
 use serde::Serialize;
 
-use crate::args::ImageArgs;
-use crate::output::parse_size;
+use crate::args::{ImageArgs, RangeArgs};
 
 /// Show where the bytes of a disk live, range by range.
 ///
@@ -17,13 +16,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     image: ImageArgs,
 
-    /// Start at byte N of the disk; K, M, G, T multiply
-    #[arg(long, value_name = "N", default_value = "0", value_parser = parse_size)]
-    offset: u64,
-
-    /// Show N bytes; to the end of the disk if left out
-    #[arg(long, value_name = "N", value_parser = parse_size)]
-    length: Option<u64>,
+    #[command(flatten)]
+    range: RangeArgs,
 
     /// Print JSON
     #[arg(long)]
@@ -68,8 +62,8 @@ impl<'a> Row<'a> {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let opened = args.image.opener()?.open(&args.image.request())?;
-    let end = match args.length {
-        Some(length) => args.offset.saturating_add(length).min(opened.disk.capacity()),
+    let end = match args.range.length {
+        Some(length) => args.range.offset.saturating_add(length).min(opened.disk.capacity()),
         None => opened.disk.capacity(),
     };
     let mut out = BufWriter::new(io::stdout().lock());
@@ -80,7 +74,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     for run in opened.disk.runs() {
         let run = run?;
         // The part of the run that was asked for.
-        let start = run.start.max(args.offset);
+        let start = run.start.max(args.range.offset);
         let stop = run.start.saturating_add(run.length).min(end);
         if run.start >= end {
             break;

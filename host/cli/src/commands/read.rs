@@ -11,8 +11,7 @@ use blockhouse_block::{BlockBackend, VolatileSlice};
 use blockhouse_sandbox::{ChainReport, Outcome};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::args::ImageArgs;
-use crate::output::parse_size;
+use crate::args::{ImageArgs, RangeArgs};
 
 /// Bytes that are read at a time.
 const CHUNK: usize = 2 << 20;
@@ -26,13 +25,8 @@ pub(crate) struct Args {
     #[command(flatten)]
     image: ImageArgs,
 
-    /// Start at byte N of the disk; K, M, G, T multiply
-    #[arg(long, value_name = "N", default_value = "0", value_parser = parse_size)]
-    offset: u64,
-
-    /// Write N bytes; to the end of the disk if left out
-    #[arg(long, value_name = "N", value_parser = parse_size)]
-    length: Option<u64>,
+    #[command(flatten)]
+    range: RangeArgs,
 
     /// Write to FILE instead of standard output
     #[arg(short, long, value_name = "FILE")]
@@ -46,14 +40,14 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let opened = args.image.opener()?.open(&args.image.request())?;
     let capacity = opened.disk.capacity();
-    let left = capacity.checked_sub(args.offset).with_context(|| {
-        format!("--offset {} lies past the end of the disk, which has {capacity} bytes", args.offset)
+    let left = capacity.checked_sub(args.range.offset).with_context(|| {
+        format!("--offset {} lies past the end of the disk, which has {capacity} bytes", args.range.offset)
     })?;
-    let length = args.length.unwrap_or(left);
+    let length = args.range.length.unwrap_or(left);
     if length > left {
         bail!(
             "--offset {} with --length {length} goes past the end of the disk, which has {capacity} bytes",
-            args.offset
+            args.range.offset
         );
     }
     match &args.output {
@@ -61,7 +55,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             let file = create(path, args.force, &files_in_use(&opened.report))?;
             let bar = progress(length);
             let mut at = 0;
-            let written = copy(&opened.disk, args.offset, length, |bytes| {
+            let written = copy(&opened.disk, args.range.offset, length, |bytes| {
                 // The file is new, so what is not written reads as zero.
                 if bytes.iter().any(|byte| *byte != 0) {
                     file.write_all_at(bytes, at).with_context(|| format!("cannot write {}", path.display()))?;
@@ -85,7 +79,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             if out.is_terminal() {
                 bail!("standard output is a terminal; use --output FILE, or a pipe");
             }
-            copy(&opened.disk, args.offset, length, |bytes| Ok(out.write_all(bytes)?))?;
+            copy(&opened.disk, args.range.offset, length, |bytes| Ok(out.write_all(bytes)?))?;
             out.flush()?;
         }
     }
