@@ -261,8 +261,11 @@ fn files_that_are_no_components() {
     lab.write("empty.wasm", b"");
     // The magic number and version of a core module without sections.
     lab.write("core.wasm", b"\0asm\x01\0\0\0");
+    // Without a writer at its other end, a FIFO would keep the program waiting for ever.
+    let (fifo, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR);
+    rustix::fs::mknodat(rustix::fs::CWD, lab.root().join("fifo.wasm"), fifo, mode, 0).unwrap();
     lab.write("a.raw", &[0; 512]);
-    for file in ["text.wasm", "empty.wasm", "core.wasm"] {
+    for file in ["text.wasm", "empty.wasm", "core.wasm", "fifo.wasm"] {
         let inspect = run(blockhouse().current_dir(lab.root()).args(["plugin", "inspect", file])).refused();
         assert!(inspect.stderr.contains(file), "{}", inspect.stderr);
         let plugin = format!("raw={file}");

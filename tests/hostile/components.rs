@@ -380,7 +380,7 @@ fn the_default_limits_stop_it_as_well() {
         ("get-directories-at-open", format!("it held more than {} handles", limits.handles)),
         // Of the two limits that concern it, the lower one.
         ("open-many-at-connect", "more than ".to_owned()),
-        ("huge-error-at-locate", "memory".to_owned()),
+        ("huge-error-at-locate", format!("it sent more than {} bytes to the host in one call", limits.transfer_bytes)),
         ("lie-wrap", "wrong answer".to_owned()),
         ("lie-facts", "the component ".to_owned()),
     ] {

@@ -91,6 +91,7 @@ fn main() -> ExitCode {
         .without_time()
         .init();
 
+    raise_file_limit();
     let result = match cli.command {
         Command::Info(args) => commands::info::run(&args),
         Command::Map(args) => commands::map::run(&args),
@@ -102,5 +103,14 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => output::fail(&error),
+    }
+}
+
+/// Raises the limit of open files to what the system allows, as `Limits::handles` asks for.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
     }
 }

@@ -153,6 +153,10 @@ pub(crate) fn diagnose(error: &wasmtime::Error, state: &State) -> (ErrorKind, St
         Some(Trap::Interrupt) => format!("no answer within {:?}", state.limits.call_time),
         Some(Trap::StackOverflow) => format!("it used more than {} bytes of stack", state.limits.stack_bytes),
         Some(trap) => format!("{trap}"),
+        // The engine has no public type for this one.
+        None if error.root_cause().to_string().contains("fuel allocated for hostcalls") => {
+            format!("it sent more than {} bytes to the host in one call", state.limits.transfer_bytes)
+        }
         None => clean(&error.root_cause().to_string(), state.limits.text_bytes),
     };
     match &state.last_words {

@@ -17,17 +17,20 @@ pub struct Limits {
     pub core_instances: usize,
     /// Bytes of stack for WebAssembly frames. Default 512 KiB.
     pub stack_bytes: usize,
-    /// Handles (open files and directories) that one instance may hold at a time: a vmdk disk of 8 TiB
-    /// split into files of 2 GiB has 4,096 of them. Default 4,096.
+    /// Handles (open files and directories) that one instance may hold at a time. Default 1,024.
+    ///
+    /// Each is a file descriptor of the process, and each shared file is two more: a process that serves
+    /// strangers' images needs an `RLIMIT_NOFILE` to match, or one image could use up the descriptors of
+    /// all. The `blockhouse` program raises its own to the hard limit.
     pub handles: usize,
     /// Bytes that may cross from the component to the host in one call in either direction of
     /// calling: strings, lists. Default 32 MiB, twice the largest packed unit.
     pub transfer_bytes: usize,
     /// Calls of host functions within one call of the component. Default 1,000,000.
     pub host_calls: u64,
-    /// Attempts to open a file in the life of one instance, allowed or denied. Default 4,096.
+    /// Attempts to open a file in the life of one instance, allowed or denied. Default 2,048.
     pub opens: u32,
-    /// Files that one instance may register for the host's I/O. Default 4,096.
+    /// Files that one instance may register for the host's I/O. Default 1,024.
     pub shared_files: u32,
     /// Length of a path that may be opened, in bytes. Default 4,096.
     pub path_bytes: usize,
@@ -58,11 +61,11 @@ impl Default for Limits {
             table_elements: 20_000,
             core_instances: 16,
             stack_bytes: 512 << 10,
-            handles: 4096,
+            handles: 1024,
             transfer_bytes: 32 << 20,
             host_calls: 1_000_000,
-            opens: 4096,
-            shared_files: 4096,
+            opens: 2048,
+            shared_files: 1024,
             path_bytes: 4096,
             log_messages: 1000,
             text_bytes: 4096,
