@@ -288,6 +288,23 @@ fn a_component_from_a_file_serves_its_format() {
     ended(&read("other"), 5, &["\"other\"", "mine, qcow2, raw, vmdk"]);
 }
 
+/// The component that authors start from, as `plugins/README.md` has them try it.
+#[test]
+fn the_template_is_a_format() {
+    let lab = Lab::new();
+    let mut image = b"template disk 1 1024\n".to_vec();
+    image.resize(512, 0);
+    image.extend_from_slice(b"hello");
+    lab.write("a.disk", &image);
+    let file = component("template");
+    let plugin = format!("template={}", file.display());
+    let subject = Subject::new("a.disk", "template");
+    let content = run(subject.command(&lab, "read").args(["--plugin", &plugin])).succeeded().stdout;
+    assert_eq!((content.len(), &content[..6]), (1024, &b"hello\0"[..]));
+    let inspect = run(blockhouse().args(["plugin", "inspect"]).arg(&file)).succeeded().text();
+    assert!(inspect.contains("world     read-only-format"), "{inspect}");
+}
+
 #[test]
 fn usage() {
     let lab = Lab::new();
@@ -305,8 +322,29 @@ fn usage() {
         ended(&run(&["--format", "raw", "--snapshot", "1", "a.raw"]), 5, &["snapshots", "\"1\""]);
         ended(&run(&["--format", "raw", "--plugin", "raw", "a.raw"]), 1, &["FORMAT=FILE"]);
     }
-    let help = run(blockhouse().arg("--help")).succeeded().text();
-    for command in ["info", "map", "read", "run", "plugin", "probe", "Exit codes"] {
-        assert!(help.contains(command), "{help}");
+}
+
+/// What people read first is reviewed like code. `UPDATE=1` writes the file anew.
+#[test]
+fn help_texts() {
+    let mut text = String::new();
+    let inspect = ["plugin", "inspect", "--help"];
+    for arguments in [
+        &["--help"][..],
+        &["info", "--help"],
+        &["map", "--help"],
+        &["read", "--help"],
+        &["run", "--help"],
+        &inspect,
+        &["probe", "--help"],
+    ] {
+        let help = run(blockhouse().args(arguments)).succeeded().text();
+        text.push_str(&format!("$ blockhouse {}\n{help}\n", arguments.join(" ")));
     }
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/conformance/help.txt");
+    if std::env::var_os("UPDATE").is_some() {
+        std::fs::write(file, &text).unwrap();
+    }
+    let there = std::fs::read_to_string(file).unwrap_or_default();
+    assert!(there == text, "{file} is not what the program prints; with UPDATE=1 this test writes it anew");
 }

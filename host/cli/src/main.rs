@@ -57,20 +57,16 @@ struct Cli {
     verbose: u8,
 }
 
+/// The help of each command stands with its arguments.
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Show an image and its backing chain: sizes, features, what it refers to, what was refused
     Info(commands::info::Args),
-    /// Show where the bytes of a disk live, range by range
     Map(commands::map::Args),
-    /// Write the bytes that a guest would see
     Read(commands::read::Args),
-    /// Run a KVM machine with virtio-blk disks
     Run(commands::run::Args),
     /// Look at format components
     #[command(subcommand)]
     Plugin(commands::plugin::Command),
-    /// Guess the format of a file, open nothing else, and act on nothing
     Probe(commands::probe::Args),
 }
 

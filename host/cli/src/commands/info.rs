@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::args::ImageArgs;
 use crate::output::{self, ErrorReport, exit_code, size};
 
-/// Show an image and its backing chain.
+/// Show an image and its backing chain: sizes, features, what it refers to, what was refused
 ///
 /// Everything that could be opened is shown, and what could not be with the reason. The exit code
 /// says whether the whole chain opens.

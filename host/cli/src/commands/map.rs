@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::args::{ImageArgs, RangeArgs};
 
-/// Show where the bytes of a disk live, range by range.
+/// Show where the bytes of a disk live, range by range
 ///
 /// The JSON is a list as `qemu-img map --output=json` prints it, with the file of each data range.
 #[derive(Debug, clap::Args)]

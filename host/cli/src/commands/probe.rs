@@ -11,9 +11,9 @@ use blockhouse_sandbox::{Limits, PROBE_HEAD, PROBE_TAIL, Sandbox};
 
 use crate::output;
 
-/// Guess the format of a file.
+/// Guess the format of a file, open nothing else, and act on nothing
 ///
-/// Opens FILE and nothing else, shows what it might be, and acts on nothing: no other command ever
+/// Opens FILE, shows what it might be, and acts on nothing: no other command ever
 /// guesses. Do not feed the guess back without looking: an image can look like several formats, and a
 /// raw disk can be made to look like an image by whoever could write to it.
 #[derive(Debug, clap::Args)]

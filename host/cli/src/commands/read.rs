@@ -16,7 +16,7 @@ use crate::args::{ImageArgs, RangeArgs};
 /// Bytes that are read at a time.
 const CHUNK: usize = 2 << 20;
 
-/// Write the bytes that a guest would see.
+/// Write the bytes that a guest would see
 ///
 /// Whole sectors of zeroes are left out of the output file (it becomes sparse). An existing file is
 /// not touched without --force.

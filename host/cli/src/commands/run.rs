@@ -24,7 +24,7 @@ serial=TEXT       what the guest sees as the serial number, up to 20 characters
 snapshot=N        a snapshot inside the image, by id or name (needs readonly=on)
 A comma inside a value is written twice.";
 
-/// Run a KVM machine with virtio-blk disks.
+/// Run a KVM machine with virtio-blk disks
 ///
 /// Without --kernel the built-in guest runs: it reads every disk from its first byte to its last and
 /// prints the SHA-256 of each.
