@@ -18,8 +18,8 @@ const CHUNK: usize = 2 << 20;
 
 /// Write the bytes that a guest would see
 ///
-/// Whole sectors of zeroes are left out of the output file (it becomes sparse). An existing file is
-/// not touched without --force.
+/// Long stretches of zeroes become holes in the output file. An existing file is not touched without
+/// --force, and a file that the disk is read from never is.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
