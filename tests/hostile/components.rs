@@ -21,7 +21,7 @@ fn small() -> &'static Library {
     static SMALL: OnceLock<Library> = OnceLock::new();
     SMALL.get_or_init(|| {
         let mut limits = Limits::default();
-        limits.call_time = Duration::from_millis(300);
+        limits.call_time = Duration::from_secs(1);
         limits.memory_bytes = 8 << 20;
         limits.handles = 64;
         limits.opens = 100;
@@ -68,7 +68,7 @@ fn every_excess_in_every_call_is_stopped() {
     let actions = [
         ("trap", "", "unreachable"),
         ("panic", "", "panicked on command"),
-        ("loop", "", "no answer within 300ms"),
+        ("loop", "", "no answer within 1s"),
         ("call-loop", "", "more than 10000 host calls"),
         ("recurse", "", "bytes of stack"),
         ("grow-memory", "", "more than 8388608 bytes of memory"),
@@ -281,7 +281,8 @@ fn a_disk_outlives_its_component_as_far_as_it_is_known() {
             assert_eq!(again.kind(), ErrorKind::Component);
             assert!(again.to_string().contains("the component failed in `locate`"), "{again}");
         }
-        assert!(started.elapsed() < Duration::from_millis(250), "{line}: it was asked again");
+        // Asked again, the loop alone would take a second each time.
+        assert!(started.elapsed() < Duration::from_secs(2), "{line}: it was asked again");
         // A request over both is an error, not half an answer.
         read(&opened.disk, 0, 256 << 10).expect_err(line);
         tally::component_stopped();
@@ -414,6 +415,6 @@ fn an_endless_loop_ends_after_ten_seconds() {
         "{}",
         outcome.stderr
     );
-    assert!(outcome.elapsed < Duration::from_secs(15), "{:?}", outcome.elapsed);
+    assert!(outcome.elapsed < Duration::from_secs(40), "{:?}", outcome.elapsed);
     tally::component_stopped();
 }
