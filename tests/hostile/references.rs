@@ -481,3 +481,18 @@ fn no_machine_starts_with_a_refused_disk() {
     place.canary.assert_untouched(&attempt.outcome);
     tally::image_refused();
 }
+
+/// A name with terminal escapes in it, of a file that is granted, so that it is named everywhere.
+#[test]
+fn no_name_reaches_the_terminal_raw() {
+    let place = Place::new();
+    place.write("images/vm/b\u{1b}[2J.raw", [1; 4096]);
+    let image = place.write("images/vm/top.qcow2", overlay(12, 4096, "b\u{1b}[2J.raw".as_bytes(), Some("raw")));
+    let broken = place.write("images/vm/broken.qcow2", overlay(12, 4096, b"c\x1b[2J.qcow2", Some("qcow2")));
+    place.write("images/vm/c\u{1b}[2J.qcow2", [1; 4096]);
+    for (command, image) in [("info", &image), ("map", &image), ("info", &broken), ("map", &broken)] {
+        let attempt = place.open(command, "qcow2", image);
+        let text = attempt.outcome.text() + &attempt.outcome.stderr;
+        assert!(text.contains("\\u{1b}[2J") && !text.contains('\u{1b}'), "{command}: {text:?}");
+    }
+}

@@ -18,19 +18,25 @@ pub(crate) fn exit_code(kind: ErrorKind) -> u8 {
     }
 }
 
+/// Text that may come out of an image (a path is), fit for a terminal: control characters are shown
+/// escaped.
+pub(crate) fn printable(text: &str) -> String {
+    blockhouse_sandbox::clean(text, usize::MAX)
+}
+
 /// Prints an error with its causes on standard error, and gives the exit code for it.
 pub(crate) fn fail(error: &anyhow::Error) -> ExitCode {
     // A reader that closed its end of a pipe has what it wanted.
     if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe) {
         return ExitCode::SUCCESS;
     }
-    eprintln!("blockhouse: {error}");
+    eprintln!("blockhouse: {}", printable(&error.to_string()));
     let mut shown = error.to_string();
     for cause in error.chain().skip(1) {
         let cause = cause.to_string();
         // Causes that the message already contains add nothing.
         if !shown.contains(&cause) && cause.len() < 2000 && !cause.contains('\n') {
-            eprintln!("  because: {cause}");
+            eprintln!("  because: {}", printable(&cause));
         }
         shown = cause;
     }

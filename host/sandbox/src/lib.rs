@@ -66,3 +66,4 @@ pub use inspect::{ImportedFunction, Inspection};
 pub use limits::{Limits, TICK};
 pub use probe::{Guess, PROBE_HEAD, PROBE_TAIL};
 pub use sandbox::{Plugin, Sandbox};
+pub use text::clean;

@@ -2,7 +2,7 @@
 
 /// `text` cut to `limit` bytes, with control characters (line ends and terminal escapes among them)
 /// shown escaped.
-pub(crate) fn clean(text: &str, limit: usize) -> String {
+pub fn clean(text: &str, limit: usize) -> String {
     let mut clean = String::new();
     for character in text.chars() {
         if clean.len() >= limit {

@@ -8,7 +8,7 @@ use blockhouse_sandbox::{ChainReport, LayerReport, Outcome};
 use serde::Serialize;
 
 use crate::args::ImageArgs;
-use crate::output::{self, ErrorReport, exit_code, size};
+use crate::output::{self, ErrorReport, exit_code, printable, size};
 
 /// Show an image and its backing chain: sizes, features, what it refers to, what was refused
 ///
@@ -52,16 +52,16 @@ fn render(chain: &ChainReport) -> String {
         render_layer(&mut text, depth, layer);
     }
     if !chain.layers.is_empty() {
-        let grants = if chain.grants.is_empty() { "nothing".to_owned() } else { chain.grants.join(", ") };
+        let grants = if chain.grants.is_empty() { "nothing".to_owned() } else { printable(&chain.grants.join(", ")) };
         let _ = writeln!(text, "granted: {grants}");
     }
     text
 }
 
 fn render_layer(text: &mut String, depth: usize, layer: &LayerReport) {
-    let _ = writeln!(text, "layer {depth}: {}", layer.image);
+    let _ = writeln!(text, "layer {depth}: {}", printable(&layer.image));
     let mut line = |name: &str, value: &str| {
-        let _ = writeln!(text, "  {name:<15} {value}");
+        let _ = writeln!(text, "  {:<15} {}", printable(name), printable(value));
     };
     let digest: String = layer.component_sha256.chars().take(12).collect();
     line("format", &format!("{} ({}, sha256 {digest}…)", layer.format, layer.component));

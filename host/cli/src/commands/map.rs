@@ -7,6 +7,7 @@ use blockhouse_block::{BlockBackend, Run, RunKind};
 use serde::Serialize;
 
 use crate::args::{ImageArgs, RangeArgs};
+use crate::output::printable;
 
 /// Show where the bytes of a disk live, range by range
 ///
@@ -94,7 +95,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             first = false;
         } else {
             let what = match &run.kind {
-                RunKind::Data { file, offset } => format!("data at {offset:#x} of {}", file.name()),
+                RunKind::Data { file, offset } => format!("data at {offset:#x} of {}", printable(file.name())),
                 RunKind::Zero => "zero".to_owned(),
                 RunKind::Unallocated => "zero (in no layer)".to_owned(),
                 RunKind::Packed => "compressed".to_owned(),

@@ -38,7 +38,10 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
             if *json {
                 output::json(&inspection)?;
             } else {
-                print!("{}", render(&inspection));
+                // The names in it come out of the component; the line ends are ours.
+                for line in render(&inspection).lines() {
+                    println!("{}", output::printable(line));
+                }
             }
             let loadable = matches!(inspection.world, Some(Authority::Prober | Authority::ReadOnly));
             Ok(if loadable { ExitCode::SUCCESS } else { ExitCode::from(6) })
