@@ -52,4 +52,20 @@ pub trait BlockBackend: Send + Sync {
     /// # Errors
     /// [`Storage`](crate::ErrorKind::Storage) if it cannot be promised.
     fn flush(&self) -> Result<()>;
+
+    /// Makes a range read as zero. Durable only after a [`flush`](Self::flush).
+    ///
+    /// With `may_unmap` the space may be given back; without, it stays allocated where the format can
+    /// keep it.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    fn write_zeroes(&self, offset: u64, length: u64, may_unmap: bool) -> Result<()>;
+
+    /// Says that the content of a range is not needed any more. Afterwards each byte of it reads as
+    /// before or as zero, and always the same until it is written again.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    fn discard(&self, offset: u64, length: u64) -> Result<()>;
 }

@@ -98,4 +98,82 @@ pub trait Layer: Send + Sync {
 
     /// The file registered as `index`, or `None` if there is no such file.
     fn file(&self, index: FileIndex) -> Option<Arc<ImageFile>>;
+
+    /// The ability to write with allocation, if the layer has it and was opened for writing.
+    fn writer(&self) -> Option<&dyn LayerWriter>;
+}
+
+/// One run of space that a layer reserved. Checked before use, as every answer is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allocation {
+    /// Byte offset in the layer at which it starts: a multiple of the cluster size.
+    pub start: u64,
+    /// Length in bytes: a multiple of the cluster size, or up to the end of the layer.
+    pub length: u64,
+    /// The file that takes the bytes.
+    pub file: FileIndex,
+    /// Byte offset in that file.
+    pub offset: u64,
+    /// The space reads as zero now, so that zeroes need not be written.
+    pub zeroed: bool,
+    /// Names the run in `commit` and `abandon`.
+    pub ticket: u64,
+}
+
+/// A range of a file that nothing refers to any more, durably.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Freed {
+    /// The file.
+    pub file: FileIndex,
+    /// Byte offset in that file.
+    pub offset: u64,
+    /// Length in bytes.
+    pub length: u64,
+}
+
+/// Writing with allocation, in two phases; the host's view of `wit/writer.wit`, which is the normative
+/// text of each function. `begin` was called when the layer was opened.
+pub trait LayerWriter: Send + Sync {
+    /// Reserves space for a range, or for a prefix of it. What is `overwrite` already is left out.
+    ///
+    /// # Errors
+    /// As [`Layer::locate`]; [`Corrupt`](crate::ErrorKind::Corrupt) if writing would damage the image.
+    fn prepare(&self, offset: u64, length: u64, max_allocations: u32) -> Result<Vec<Allocation>>;
+
+    /// Publishes reservations whose bytes have been written.
+    ///
+    /// # Errors
+    /// As [`Layer::locate`]. Then nothing of it was published.
+    fn commit(&self, tickets: &[u64]) -> Result<()>;
+
+    /// Gives reservations back.
+    ///
+    /// # Errors
+    /// As [`Layer::locate`].
+    fn abandon(&self, tickets: &[u64]) -> Result<()>;
+
+    /// Makes a range of whole clusters read as zero.
+    ///
+    /// # Errors
+    /// [`Unsupported`](crate::ErrorKind::Unsupported): nothing changed, write zeroes instead.
+    fn zero(&self, offset: u64, length: u64, keep: bool) -> Result<()>;
+
+    /// Drops the content of a range of whole clusters: it reads as zero afterwards.
+    ///
+    /// # Errors
+    /// [`Unsupported`](crate::ErrorKind::Unsupported): nothing changed, the content stays.
+    fn discard(&self, offset: u64, length: u64) -> Result<()>;
+
+    /// Makes all that was committed durable, after the host has made the data durable. Returns what
+    /// became free.
+    ///
+    /// # Errors
+    /// [`Storage`](crate::ErrorKind::Storage) if it cannot be promised.
+    fn flush(&self) -> Result<Vec<Freed>>;
+
+    /// Flushes and marks the image as cleanly closed. The last call.
+    ///
+    /// # Errors
+    /// As [`flush`](Self::flush).
+    fn finish(&self) -> Result<()>;
 }

@@ -54,7 +54,7 @@ pub use disk::{Disk, DiskOptions};
 pub use error::{Error, ErrorKind, Result};
 pub use file::{Access, FileIdentity, ImageFile, MAX_FILE_OFFSET};
 pub use files::MAX_FILES;
-pub use layer::{Extent, FileIndex, Layer, LayerInfo, Located, Placement};
+pub use layer::{Allocation, Extent, FileIndex, Freed, Layer, LayerInfo, LayerWriter, Located, Placement};
 pub use map::{EXTENT_BYTES, MapStats};
 pub use runs::{Run, RunKind, Runs};
 /// A buffer that somebody else may change while it is used, such as guest memory.

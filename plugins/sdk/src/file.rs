@@ -1,6 +1,7 @@
 //! An open file: the image, or something it refers to.
 
 use alloc::format;
+use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
 
@@ -62,6 +63,41 @@ impl File {
         }
         let mut buffer = vec![0; usize::try_from(length).map_err(|_| early())?];
         if self.read_at(offset, &mut buffer)? == buffer.len() { Ok(buffer) } else { Err(early()) }
+    }
+
+    /// Writes all of `bytes` at byte `offset`. The file grows as necessary.
+    ///
+    /// # Errors
+    /// [`Storage`](Error::Storage) if writing fails, perhaps after a part of it; always for a file that
+    /// was opened read-only.
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let mut done = 0;
+        while let Some(rest) = bytes.get(done..).filter(|rest| !rest.is_empty()) {
+            let failed = |why: String| Error::Storage(format!("cannot write {} bytes at {offset}: {why}", bytes.len()));
+            let at = offset.checked_add(done as u64).ok_or_else(|| failed("past the largest file offset".into()))?;
+            let written = self.0.write_at(at, rest).map_err(|why| failed(why.to_string()))?;
+            if written == 0 || written > rest.len() {
+                return Err(failed("nothing was written".into()));
+            }
+            done = done.saturating_add(written);
+        }
+        Ok(())
+    }
+
+    /// Makes the file `size` bytes long; what is added reads as zero.
+    ///
+    /// # Errors
+    /// [`Storage`](Error::Storage) if it cannot be done.
+    pub fn set_size(&self, size: u64) -> Result<()> {
+        self.0.set_size(size).map_err(|why| Error::Storage(format!("cannot make the file {size} bytes long: {why}")))
+    }
+
+    /// Makes all that was written to the file, by anybody, and its size durable.
+    ///
+    /// # Errors
+    /// [`Storage`](Error::Storage) if it cannot be promised; nor can it after that.
+    pub fn sync_data(&self) -> Result<()> {
+        self.0.sync_data().map_err(|why| Error::Storage(format!("cannot make what was written durable: {why}")))
     }
 
     /// The descriptor itself, for test components that call the host in ways that this type does not.

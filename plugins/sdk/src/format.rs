@@ -226,3 +226,86 @@ pub trait Snapshots: Format {
     /// No such snapshot, or several of that name.
     fn select_snapshot(&mut self, id: &str) -> Result<u64>;
 }
+
+/// One run of reserved space; see `allocation` in `wit/writer.wit`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allocation {
+    /// Byte offset in the disk: a multiple of the cluster size.
+    pub start: u64,
+    /// Length in bytes: a multiple of the cluster size, or up to the end of the disk.
+    pub length: u64,
+    /// The shared file that takes the bytes.
+    pub file: FileIndex,
+    /// Byte offset in that file.
+    pub offset: u64,
+    /// The space reads as zero now.
+    pub zeroed: bool,
+    /// Names the run in `commit` and `abandon`.
+    pub ticket: u64,
+}
+
+/// A range of a shared file that nothing refers to any more, durably.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Freed {
+    /// The shared file.
+    pub file: FileIndex,
+    /// Byte offset in that file.
+    pub offset: u64,
+    /// Length in bytes.
+    pub length: u64,
+}
+
+/// The ability to write with allocation; exported with `export!(MyFormat: writer)`. The normative text
+/// of each function, and the rule of order that all of them keep, is `wit/writer.wit`.
+///
+/// After an error of any function the image is as safe as before it, and the call may be made again.
+pub trait Writer: Format {
+    /// Prepares the image for writing. Called once, after `connect`, for images opened read-write.
+    ///
+    /// # Errors
+    /// Images that cannot be written safely.
+    fn begin(&mut self) -> Result<()>;
+
+    /// Reserves space so that the range, or a prefix of it, can be written. What is `overwrite` already
+    /// is left out. Nothing that a reader can see changes.
+    ///
+    /// # Errors
+    /// Corrupt metadata, and failures of the storage.
+    fn prepare(&mut self, offset: u64, length: u64, max_allocations: u32) -> Result<Vec<Allocation>>;
+
+    /// Publishes reservations whose bytes the host has written: all of them, or none and an error.
+    ///
+    /// # Errors
+    /// As [`prepare`](Self::prepare), and unknown tickets.
+    fn commit(&mut self, tickets: &[u64]) -> Result<()>;
+
+    /// Gives reservations back.
+    ///
+    /// # Errors
+    /// Unknown tickets.
+    fn abandon(&mut self, tickets: &[u64]) -> Result<()>;
+
+    /// Makes whole clusters read as zero; keeps their space if `keep` is set and the format can.
+    ///
+    /// # Errors
+    /// [`Unsupported`](crate::Error::Unsupported): nothing changed, the host writes zeroes instead.
+    fn zero(&mut self, offset: u64, length: u64, keep: bool) -> Result<()>;
+
+    /// Drops the content of whole clusters, which read as zero afterwards, and frees their space.
+    ///
+    /// # Errors
+    /// [`Unsupported`](crate::Error::Unsupported): nothing changed.
+    fn discard(&mut self, offset: u64, length: u64) -> Result<()>;
+
+    /// Makes all that was committed durable, and returns what became free.
+    ///
+    /// # Errors
+    /// [`Storage`](crate::Error::Storage) if it cannot be promised.
+    fn flush(&mut self) -> Result<Vec<Freed>>;
+
+    /// Flushes and marks the image as cleanly closed. The last call.
+    ///
+    /// # Errors
+    /// As [`flush`](Self::flush).
+    fn finish(&mut self) -> Result<()>;
+}

@@ -37,8 +37,8 @@ pub use context::Context;
 pub use error::{Error, Result};
 pub use file::File;
 pub use format::{
-    Access, BackingReference, Extent, ExtentList, Fact, FileIndex, Format, ImageInfo, Located, Placement, Snapshot,
-    Snapshots,
+    Access, Allocation, BackingReference, Extent, ExtentList, Fact, FileIndex, Format, Freed, ImageInfo, Located,
+    Placement, Snapshot, Snapshots, Writer,
 };
 
 /// How much a log message matters. See `wit/log.wit`.

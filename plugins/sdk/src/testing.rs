@@ -106,6 +106,34 @@ impl OpenFile {
         Ok(length)
     }
 
+    pub(crate) fn write_at(&self, offset: u64, from: &[u8]) -> Result<usize, String> {
+        self.check_writable()?;
+        let mut bytes = self.bytes.borrow_mut();
+        let end = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(from.len()));
+        let end = end.ok_or("past the largest file offset")?;
+        if bytes.len() < end {
+            bytes.resize(end, 0);
+        }
+        let start = end - from.len();
+        bytes[start..end].copy_from_slice(from);
+        Ok(from.len())
+    }
+
+    pub(crate) fn set_size(&self, size: u64) -> Result<(), String> {
+        self.check_writable()?;
+        let size = usize::try_from(size).map_err(|_| "too large")?;
+        self.bytes.borrow_mut().resize(size, 0);
+        Ok(())
+    }
+
+    pub(crate) fn sync_data(&self) -> Result<(), String> {
+        self.check_writable()
+    }
+
+    fn check_writable(&self) -> Result<(), String> {
+        if self.access == Access::ReadWrite { Ok(()) } else { Err("it was opened read-only".to_string()) }
+    }
+
     pub(crate) fn share(&self, access: Access) -> Result<FileIndex, String> {
         if access == Access::ReadWrite && self.access == Access::ReadOnly {
             return Err("it was opened read-only".to_string());

@@ -56,6 +56,9 @@ pub(crate) fn log(level: Level, message: &str) {
     host_log::write(level, message);
 }
 
+/// Bytes that one call of `descriptor.write` is given at most.
+const WRITE_PIECE: usize = 1 << 20;
+
 /// A file behind a `wasi:filesystem` descriptor.
 #[derive(Debug)]
 pub struct OpenFile(fs::Descriptor);
@@ -74,6 +77,21 @@ impl OpenFile {
         let to = buffer.get_mut(..bytes.len()).ok_or("more bytes than asked for")?;
         to.copy_from_slice(&bytes);
         Ok(bytes.len())
+    }
+
+    pub(crate) fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<usize, &'static str> {
+        // A piece at a time: what crosses into the host in one call is limited.
+        let piece = bytes.get(..WRITE_PIECE).unwrap_or(bytes);
+        let written = self.0.write(piece, offset).map_err(error_name)?;
+        usize::try_from(written).map_err(|_| "more bytes than were given")
+    }
+
+    pub(crate) fn set_size(&self, size: u64) -> Result<(), &'static str> {
+        self.0.set_size(size).map_err(error_name)
+    }
+
+    pub(crate) fn sync_data(&self) -> Result<(), &'static str> {
+        self.0.sync_data().map_err(error_name)
     }
 
     pub(crate) fn share(&self, access: Access) -> Result<FileIndex, &'static str> {
