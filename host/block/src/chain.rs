@@ -101,6 +101,11 @@ impl Chain {
         self.links.len()
     }
 
+    /// Whether the top layer can write with allocation.
+    pub(crate) fn has_writer(&self) -> bool {
+        self.links.first().is_some_and(|top| top.layer.writer().is_some())
+    }
+
     pub(crate) fn infos(&self) -> impl Iterator<Item = &LayerInfo> {
         self.links.iter().map(|link| link.layer.info())
     }

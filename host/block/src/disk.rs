@@ -29,7 +29,7 @@ const UNPACK_LOCKS: usize = 16;
 /// How a disk is used, and how much memory it may take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskOptions {
-    /// Whether writes are accepted. The top layer must be `overwritable`. Default: no.
+    /// Whether writes are accepted. The top layer must be `overwritable` or have a writer. Default: no.
     pub writable: bool,
     /// Memory for the extent map in bytes: [`EXTENT_BYTES`](crate::EXTENT_BYTES) for each run of bytes
     /// that lie together. Default: 16 MiB.
@@ -46,15 +46,15 @@ impl Default for DiskOptions {
 
 /// A chain of layers as one disk. See [`BlockBackend`] for what can be done with it.
 pub struct Disk {
-    chain: Chain,
-    map: ExtentMap,
+    pub(crate) chain: Chain,
+    pub(crate) map: ExtentMap,
     units: UnitCache,
     /// One for each stripe of the map, held while layers are asked, so that threads which miss the same
     /// range ask once.
     asking: Box<[Mutex<()>]>,
     unpacking: Box<[Mutex<()>]>,
-    capacity: u64,
-    writable: bool,
+    pub(crate) capacity: u64,
+    pub(crate) writable: bool,
     topology: Topology,
 }
 
@@ -69,7 +69,7 @@ impl Disk {
         let chain = Chain::new(layers)?;
         let top =
             chain.infos().next().ok_or_else(|| Error::new(ErrorKind::Invalid, "a disk needs at least one layer"))?;
-        if options.writable && !top.overwritable {
+        if options.writable && !top.overwritable && !chain.has_writer() {
             return Err(Error::new(
                 ErrorKind::Invalid,
                 format!("a {} image opened this way cannot be written: open the disk read-only", top.format),
@@ -132,7 +132,12 @@ impl Disk {
 
     /// Calls `action` for the extents of `start..end`, in order; neighbours that continue each other are
     /// one.
-    fn for_each_extent(&self, start: u64, end: u64, mut action: impl FnMut(&Flat) -> Result<()>) -> Result<()> {
+    pub(crate) fn for_each_extent(
+        &self,
+        start: u64,
+        end: u64,
+        mut action: impl FnMut(&Flat) -> Result<()>,
+    ) -> Result<()> {
         let mut questions = Questions::for_request(end.saturating_sub(start), self.chain.depth());
         let mut pending: Option<Flat> = None;
         let mut push = |flat: Flat| {
@@ -200,7 +205,7 @@ impl Disk {
         Ok(flats)
     }
 
-    fn file(&self, id: FileId) -> Result<&Arc<ImageFile>> {
+    pub(crate) fn file(&self, id: FileId) -> Result<&Arc<ImageFile>> {
         self.chain
             .files
             .get(id)
@@ -271,30 +276,19 @@ impl BlockBackend for Disk {
             return Err(Error::new(ErrorKind::Invalid, "the disk is read-only: open it writable to write"));
         }
         let end = self.request_end(buffers, offset)?;
-        // All of the request is looked up before any of it is written: a refusal changes nothing.
-        let mut extents = Vec::new();
-        self.for_each_extent(offset, end, |flat| match flat.target {
-            Target::Data { file, offset, overwrite: true } => {
-                extents.push((file, offset, flat.length));
-                Ok(())
-            }
-            _ => Err(Error::new(
-                ErrorKind::Invalid,
-                format!(
-                    "the bytes at {} cannot be overwritten in place: put an image that can grow on top",
-                    flat.start
-                ),
-            )),
-        })?;
-        let mut buffers = Buffers::new(buffers);
-        for (file, offset, length) in extents {
-            self.file(file)?.write(&buffers.take(length), offset)?;
-        }
-        Ok(())
+        self.overwrite(buffers, offset, end)
     }
 
     fn flush(&self) -> Result<()> {
         self.chain.files.iter().try_for_each(|file| file.sync_data())
+    }
+
+    fn write_zeroes(&self, offset: u64, length: u64, may_unmap: bool) -> Result<()> {
+        self.change_end(offset, length).and_then(|end| self.zero_in_place(offset, end, may_unmap))
+    }
+
+    fn discard(&self, offset: u64, length: u64) -> Result<()> {
+        self.change_end(offset, length).and_then(|end| self.punch(offset, end))
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  VolatileSlice … ──▶ ImageFile ── rights, range, IOV_MAX ──▶ imago File ── alignment, bounce ──▶ preadv/pwritev
-//!                          └────── own descriptor ──▶ fstat, fdatasync (and an engine of its own, by `AsFd`)
+//!                          └────── own descriptor ──▶ fstat, fdatasync, fallocate (and an engine of its own, by `AsFd`)
 //! ```
 //!
 //! The rights are enforced here, whatever a layer claimed about the file (`host/ARCHITECTURE.md`, invariant 5).
@@ -21,7 +21,8 @@ use std::thread::{self, Thread};
 use imago::StorageOpenOptions;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::storage::ext::StorageExt;
-use rustix::fs::OFlags;
+use rustix::fs::{FallocateFlags, OFlags};
+use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -180,10 +181,7 @@ impl ImageFile {
     /// [`Invalid`](ErrorKind::Invalid) if the file was granted read-only or the range ends past
     /// [`MAX_FILE_OFFSET`]; [`Storage`](ErrorKind::Storage) if the host could not write all of it.
     pub fn write(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
-        if !self.access.is_writable() {
-            return Err(Error::new(ErrorKind::Invalid, "a write was refused: the file was granted read-only")
-                .on_image(self.name.clone()));
-        }
+        self.refuse_read_only("a write")?;
         let result = self.for_each_batch(buffers, offset, |batch, position| {
             let (vector, _guard) = IoVector::from_volatile_slice(batch);
             block_on(self.storage.writev(vector, position))
@@ -192,6 +190,55 @@ impl ImageFile {
         // After the write: a sync that starts in between owes nothing to it and clears the mark.
         self.unsynced.store(true, Ordering::Release);
         result
+    }
+
+    /// Makes a range read as zero and gives its space back. The size stays as it is: what lies past the
+    /// end of the file is left alone, where it reads as zero anyway. `false` if the file or the range
+    /// cannot be treated like this; then nothing has changed.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn punch_hole(&self, offset: u64, length: u64) -> Result<bool> {
+        self.fallocate("punching a hole", FallocateFlags::PUNCH_HOLE, offset, length)
+    }
+
+    /// Makes a range read as zero and keeps its space allocated. Otherwise as
+    /// [`punch_hole`](Self::punch_hole).
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub fn zero_range(&self, offset: u64, length: u64) -> Result<bool> {
+        self.fallocate("zeroing a range", FallocateFlags::ZERO_RANGE, offset, length)
+    }
+
+    fn fallocate(&self, what: &str, mode: FallocateFlags, offset: u64, length: u64) -> Result<bool> {
+        self.refuse_read_only(what)?;
+        let end = offset.checked_add(length).filter(|end| *end <= MAX_FILE_OFFSET).ok_or_else(|| {
+            Error::new(ErrorKind::Invalid, format!("a range at {offset} ends past the largest file offset"))
+                .on_image(self.name.clone())
+        })?;
+        let length = end.min(self.size()?).saturating_sub(offset);
+        if length == 0 {
+            return Ok(true);
+        }
+        let result = rustix::io::retry_on_intr(|| {
+            rustix::fs::fallocate(&self.descriptor, mode | FallocateFlags::KEEP_SIZE, offset, length)
+        });
+        self.unsynced.store(true, Ordering::Release);
+        match result {
+            Ok(()) => Ok(true),
+            // Not by this file system, or (of a block device) not in this alignment.
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NODEV) => Ok(false),
+            Err(error) => Err(self.failed(&format!("{what} at {offset} failed"), error.into())),
+        }
+    }
+
+    fn refuse_read_only(&self, what: &str) -> Result<()> {
+        if self.access.is_writable() {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Invalid, format!("{what} was refused: the file was granted read-only"))
+            .on_image(self.name.clone()))
     }
 
     /// Makes every write that was completed before this call durable. Costs nothing if there was none.

@@ -46,6 +46,7 @@ mod layer;
 mod map;
 mod runs;
 mod units;
+mod write;
 
 pub use answer::MAX_PACKED_UNIT;
 pub use backend::{BlockBackend, SECTOR_SIZE, Topology};

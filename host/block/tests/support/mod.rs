@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use blockhouse_block::{
-    Access, BlockBackend, Disk, Extent, FileIndex, ImageFile, Layer, LayerInfo, Located, Placement, Result,
+    Access, BlockBackend, Disk, Extent, FileIndex, ImageFile, Layer, LayerInfo, LayerWriter, Located, Placement, Result,
 };
 use vm_memory::VolatileSlice;
 
@@ -116,6 +116,9 @@ impl Layer for Script {
     }
     fn file(&self, index: FileIndex) -> Option<Arc<ImageFile>> {
         self.files.get(index.0 as usize).cloned()
+    }
+    fn writer(&self) -> Option<&dyn LayerWriter> {
+        None
     }
 }
 
