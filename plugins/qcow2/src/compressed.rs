@@ -75,6 +75,12 @@ impl Descriptor {
         self.bits & ((1 << self.offset_bits()) - 1)
     }
 
+    /// The clusters of the file in which the data is: each counts one reference to it.
+    pub(crate) fn clusters(self) -> core::ops::RangeInclusive<u64> {
+        let last = self.offset().saturating_add(self.length().saturating_sub(1));
+        (self.offset() >> self.cluster_bits)..=(last >> self.cluster_bits)
+    }
+
     /// How many bytes the data has at most: up to the end of its last sector. Below two clusters and a sector.
     fn length(self) -> u64 {
         let sectors = (self.bits >> self.offset_bits()) + 1;

@@ -18,6 +18,13 @@ use alloc::vec::Vec;
 use blockhouse_plugin::bytes::{be_u32, be_u64};
 use blockhouse_plugin::{Access, BackingReference, Error, Fact, File, Result};
 
+/// Where refcount_table_offset and refcount_table_clusters are.
+pub(crate) const REFCOUNT_TABLE_AT: u64 = 48;
+/// Where incompatible_features is (version 3).
+const INCOMPATIBLE_AT: u64 = 72;
+/// Where autoclear_features is (version 3).
+const AUTOCLEAR_AT: u64 = 88;
+
 /// `QFI\xfb`.
 const MAGIC: u32 = 0x5146_49fb;
 /// The header of version 2, and the part that both versions share.
@@ -29,7 +36,7 @@ const CLUSTER_BITS: core::ops::RangeInclusive<u32> = 9..=21;
 /// QEMU's limit of an L1 table, in bytes.
 const MAX_L1_BYTES: u64 = 32 << 20;
 /// QEMU's limit of the refcount table, in bytes.
-const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
+pub(crate) const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 /// QEMU's limit of snapshots in an image.
 const MAX_SNAPSHOTS: u32 = 65536;
 /// The longest backing file name, in bytes.
@@ -124,7 +131,9 @@ pub(crate) struct Header {
     incompatible: u64,
     compatible: u64,
     autoclear: u64,
-    refcount_bits: u32,
+    /// Reference counts have 1 << refcount_order bits.
+    pub(crate) refcount_order: u32,
+    pub(crate) refcount_table: Table,
     bitmaps: u32,
     feature_names: FeatureNames,
 }
@@ -230,7 +239,8 @@ impl Header {
             incompatible,
             compatible,
             autoclear,
-            refcount_bits: 1 << refcount_order,
+            refcount_order,
+            refcount_table: Table { offset: long(48), entries: u64::from(word(56)).saturating_mul(cluster_size / 8) },
             bitmaps: extensions.bitmaps,
             feature_names: extensions.feature_names,
         })
@@ -242,6 +252,28 @@ impl Header {
 
     pub(crate) fn has(&self, incompatible_feature: u64) -> bool {
         self.incompatible & incompatible_feature != 0
+    }
+
+    /// Clears the autoclear bits before the first write: whatever they promise is not kept up. Consistent
+    /// bitmaps are among them, and are ignored by everybody from then on. Durable when it returns.
+    pub(crate) fn clear_autoclear(&mut self, image: &File) -> Result<()> {
+        if self.version >= 3 && self.autoclear != 0 {
+            image.write_at(AUTOCLEAR_AT, &0u64.to_be_bytes())?;
+            image.sync_data()?;
+            self.autoclear = 0;
+        }
+        Ok(())
+    }
+
+    /// Marks the image corrupt, so that nobody writes to it before it is repaired. Durable when it
+    /// returns. Version 2 has no such mark.
+    pub(crate) fn mark_corrupt(&mut self, image: &File) -> Result<()> {
+        if self.version >= 3 {
+            self.incompatible |= CORRUPT;
+            image.write_at(INCOMPATIBLE_AT, &self.incompatible.to_be_bytes())?;
+            image.sync_data()?;
+        }
+        Ok(())
     }
 
     /// What `info` prints.
@@ -256,7 +288,7 @@ impl Header {
             Fact::new("compression", compression),
             Fact::new("extended-l2", yes_no(self.has(EXTENDED_L2))),
             Fact::new("lazy-refcounts", yes_no(self.compatible & LAZY_REFCOUNTS != 0)),
-            Fact::new("refcount-bits", self.refcount_bits.to_string()),
+            Fact::new("refcount-bits", (1u32 << self.refcount_order).to_string()),
         ];
         if let Some(name) = &self.data_file {
             facts.push(Fact::new("data-file", name.clone()));

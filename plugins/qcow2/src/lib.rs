@@ -29,20 +29,26 @@
 
 extern crate alloc;
 
+mod areas;
+mod cache;
 mod compressed;
 mod header;
+mod refcounts;
 mod snapshots;
 mod tables;
+mod writer;
 
 use alloc::vec::Vec;
 
 use blockhouse_plugin::{
-    Access, Context, Error, File, FileIndex, Format, ImageInfo, Level, Located, Result, Snapshot, Snapshots, log,
+    Access, Allocation, Context, Error, File, FileIndex, Format, Freed, ImageInfo, Level, Located, Result, Snapshot,
+    Snapshots, Writer, log,
 };
 
 use crate::compressed::Descriptor;
 use crate::header::Header;
 use crate::tables::Map;
+use crate::writer::{Parts, Writing};
 
 /// An opened qcow2 image.
 #[derive(Debug)]
@@ -56,6 +62,21 @@ pub struct Qcow2 {
     data: Option<FileIndex>,
     /// Kept open as long as the image is.
     data_file: Option<File>,
+    access: Access,
+    virtual_size: u64,
+    /// Once writing has begun.
+    writing: Option<Writing>,
+}
+
+impl Qcow2 {
+    /// Calls `call` with what writing needs.
+    fn write<T>(&mut self, call: impl FnOnce(&mut Writing, &mut Parts<'_>) -> Result<T>) -> Result<T> {
+        let none = || Error::Other("writing was not begun".into());
+        let data = self.data.ok_or_else(none)?;
+        let virtual_size = self.virtual_size;
+        let Self { image, header, map, writing, .. } = self;
+        call(writing.as_mut().ok_or_else(none)?, &mut Parts { image, header, map, data, virtual_size })
+    }
 }
 
 impl Format for Qcow2 {
@@ -75,7 +96,20 @@ impl Format for Qcow2 {
             facts: header.facts(),
         };
         let map = Map::new(&header, image_size);
-        Ok((Self { image, image_size, context, header, map, data: None, data_file: None }, info))
+        let virtual_size = header.virtual_size;
+        let opened = Self {
+            image,
+            image_size,
+            context,
+            header,
+            map,
+            data: None,
+            data_file: None,
+            access,
+            virtual_size,
+            writing: None,
+        };
+        Ok((opened, info))
     }
 
     fn connect(&mut self) -> Result<Option<File>> {
@@ -83,7 +117,10 @@ impl Format for Qcow2 {
             Some(name) => Some(self.context.open(name, Access::ReadOnly)?),
             None => None,
         };
-        self.data = Some(data_file.as_ref().unwrap_or(&self.image).share(Access::ReadOnly)?);
+        self.data = Some(match &data_file {
+            Some(file) => file.share(Access::ReadOnly)?,
+            None => self.image.share(self.access)?,
+        });
         self.data_file = data_file;
         match &self.header.backing {
             Some(backing) => Ok(Some(self.context.open(&backing.name, Access::ReadOnly)?)),
@@ -93,7 +130,9 @@ impl Format for Qcow2 {
 
     fn locate(&mut self, offset: u64, length: u64, max_extents: u32) -> Result<Located> {
         let data = self.data.ok_or_else(|| Error::Other("locate was called before connect".into()))?;
-        self.map.locate(&self.image, data, offset, length, max_extents)
+        let cluster_size = u64::from(self.header.cluster_size());
+        let mut owners = self.writing.as_mut().and_then(|writing| writing.owners(cluster_size));
+        self.map.locate(&self.image, data, (offset, length), max_extents, owners.as_mut())
     }
 
     fn unpack(&mut self, token: u64, length: u64) -> Result<Vec<u8>> {
@@ -111,8 +150,51 @@ impl Snapshots for Qcow2 {
     fn select_snapshot(&mut self, id: &str) -> Result<u64> {
         let entry = snapshots::find(snapshots::read(&self.image, &self.header)?, id)?;
         let virtual_size = entry.snapshot.virtual_size;
+        self.virtual_size = virtual_size;
         self.map.select(entry.l1(&self.header, self.image_size)?, virtual_size);
         Ok(virtual_size)
+    }
+}
+
+impl Writer for Qcow2 {
+    fn begin(&mut self) -> Result<()> {
+        let none = || Error::Other("begin was called before connect".into());
+        let data = self.data.ok_or_else(none)?;
+        if self.access != Access::ReadWrite || self.writing.is_some() {
+            return Err(Error::Other("the image was not opened for writing, or writing has begun".into()));
+        }
+        let Self { image, header, map, virtual_size, .. } = self;
+        let mut parts = Parts { image, header, map, data, virtual_size: *virtual_size };
+        self.writing = Some(Writing::begin(&mut parts, self.image_size)?);
+        Ok(())
+    }
+
+    fn prepare(&mut self, offset: u64, length: u64, max_allocations: u32) -> Result<Vec<Allocation>> {
+        self.write(|writing, parts| writing.prepare(parts, offset, length, max_allocations))
+    }
+
+    fn commit(&mut self, tickets: &[u64]) -> Result<()> {
+        self.write(|writing, parts| writing.commit(parts, tickets))
+    }
+
+    fn abandon(&mut self, tickets: &[u64]) -> Result<()> {
+        self.write(|writing, _| writing.abandon(tickets))
+    }
+
+    fn zero(&mut self, offset: u64, length: u64, keep: bool) -> Result<()> {
+        self.write(|writing, parts| writing.zero(parts, offset, length, keep))
+    }
+
+    fn discard(&mut self, offset: u64, length: u64) -> Result<()> {
+        self.write(|writing, parts| writing.zero(parts, offset, length, false))
+    }
+
+    fn flush(&mut self) -> Result<Vec<Freed>> {
+        self.write(Writing::flush)
+    }
+
+    fn finish(&mut self) -> Result<()> {
+        self.write(Writing::finish)
     }
 }
 

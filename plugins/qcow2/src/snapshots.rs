@@ -46,6 +46,11 @@ impl Entry {
 
 /// All entries, in the order of the image.
 pub(crate) fn read(image: &File, header: &Header) -> Result<Vec<Entry>> {
+    read_all(image, header).map(|(entries, _)| entries)
+}
+
+/// All entries, and the length of the table in bytes.
+pub(crate) fn read_all(image: &File, header: &Header) -> Result<(Vec<Entry>, u64)> {
     let start = header.snapshots_offset;
     let mut entries = Vec::new();
     let mut text = 0usize;
@@ -64,7 +69,7 @@ pub(crate) fn read(image: &File, header: &Header) -> Result<Vec<Entry>> {
         }
         entries.push(entry);
     }
-    Ok(entries)
+    Ok((entries, at - start))
 }
 
 /// The entry at `at`, and its length without padding.

@@ -18,18 +18,16 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec;
 use alloc::vec::Vec;
-use core::fmt;
 
 use blockhouse_plugin::bytes::be_u64;
 use blockhouse_plugin::{Error, ExtentList, File, FileIndex, Located, Placement, Result};
 
+use crate::areas::Areas;
+use crate::cache::{Cache, PIECE};
 use crate::compressed::Descriptor;
 use crate::header::{EXTENDED_L2, EXTERNAL_DATA, Header, Table};
+use crate::refcounts::Refcounts;
 
-/// A table is read in pieces of this size, in bytes, or less where it is smaller.
-const PIECE: u64 = 64 << 10;
-/// So many pieces are kept: 2 MiB at most.
-const KEPT_PIECES: usize = 32;
 /// An answer stops after reading this much of tables, in bytes, where each step counts as
 /// [`STEP`] at least. It bounds the time of a call.
 const WORK: u64 = 1 << 20;
@@ -38,18 +36,19 @@ const STEP: u64 = 4 << 10;
 /// Bits 9-55 of an entry of either table: an offset in the file.
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// The reference count is exactly one. Nothing that a reader needs.
-const COPIED: u64 = 1 << 63;
+pub(crate) const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 /// Reads as zero (version 3, without extended L2).
-const ZERO: u64 = 1;
+pub(crate) const ZERO: u64 = 1;
 /// With extended L2, a cluster has so many subclusters.
 const SUBCLUSTERS: u32 = 32;
 
 /// What one L2 entry says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Cluster {
+pub(crate) enum Cluster {
     Unallocated,
-    Zero,
+    /// With the offset of a cluster that is kept for it, or 0.
+    Zero(u64),
     Data(u64),
     Packed(Descriptor),
     /// Extended L2: bit n of each map is about subcluster n; where neither is set, it is unallocated.
@@ -62,15 +61,15 @@ enum Cluster {
 
 /// The shape of the tables of an image.
 #[derive(Clone, Copy, Debug)]
-struct Shape {
-    version: u32,
+pub(crate) struct Shape {
+    pub(crate) version: u32,
     cluster_bits: u32,
-    extended: bool,
+    pub(crate) extended: bool,
     external_data: bool,
 }
 
 impl Shape {
-    fn cluster_size(self) -> u64 {
+    pub(crate) fn cluster_size(self) -> u64 {
         1 << self.cluster_bits
     }
 
@@ -79,12 +78,12 @@ impl Shape {
     }
 
     /// Bytes of the disk that one L2 table describes.
-    fn table_span(self) -> u64 {
+    pub(crate) fn table_span(self) -> u64 {
         self.cluster_size() / self.entry_bytes() * self.cluster_size()
     }
 
     /// Bytes of one piece of an L2 table.
-    fn piece_bytes(self) -> u64 {
+    pub(crate) fn piece_bytes(self) -> u64 {
         self.cluster_size().min(PIECE)
     }
 
@@ -99,7 +98,7 @@ impl Shape {
     }
 
     /// What the L2 entry for the cluster at disk offset `guest` says, or why it cannot be right.
-    fn decode(self, entry: u64, bitmap: u64, guest: u64) -> Result<Cluster, &'static str> {
+    pub(crate) fn decode(self, entry: u64, bitmap: u64, guest: u64) -> Result<Cluster, &'static str> {
         if entry & COMPRESSED != 0 {
             if self.external_data {
                 return Err("compressed, in an image with an external data file");
@@ -130,7 +129,7 @@ impl Shape {
         }
         if !self.extended {
             return Ok(match (zero, allocated) {
-                (true, _) => Cluster::Zero,
+                (true, _) => Cluster::Zero(offset),
                 (false, true) => Cluster::Data(offset),
                 (false, false) => Cluster::Unallocated,
             });
@@ -144,7 +143,7 @@ impl Shape {
         }
         Ok(match (data, zeroes) {
             (u32::MAX, _) => Cluster::Data(offset),
-            (_, u32::MAX) => Cluster::Zero,
+            (_, u32::MAX) => Cluster::Zero(offset),
             (0, 0) => Cluster::Unallocated,
             _ => Cluster::Subclusters { offset, data, zero: zeroes },
         })
@@ -152,17 +151,22 @@ impl Shape {
 
     /// Appends what `cluster` says, from the end of `list`, which is inside the cluster at disk offset
     /// `guest`, to `end`. Returns false if the budget of the list is used up.
-    fn push(self, list: &mut ExtentList, cluster: Cluster, file: FileIndex, guest: u64, end: u64) -> bool {
+    fn push(
+        self,
+        list: &mut ExtentList,
+        cluster: Cluster,
+        overwrite: bool,
+        file: FileIndex,
+        guest: u64,
+        end: u64,
+    ) -> bool {
         let within = list.end().saturating_sub(guest);
         let length = end.saturating_sub(list.end());
-        let data = |offset: u64, within: u64| Placement::Data {
-            file,
-            offset: offset.saturating_add(within),
-            overwrite: false,
-        };
+        let data =
+            |offset: u64, within: u64| Placement::Data { file, offset: offset.saturating_add(within), overwrite };
         match cluster {
             Cluster::Unallocated => list.push(length, Placement::Unallocated),
-            Cluster::Zero => list.push(length, Placement::Zero),
+            Cluster::Zero(_) => list.push(length, Placement::Zero),
             Cluster::Data(offset) => list.push(length, data(offset, within)),
             // A packed extent is whole: an answer that has to start inside a cluster is about subclusters.
             Cluster::Packed(descriptor) => {
@@ -203,7 +207,7 @@ enum L1 {
 /// The way from the disk to the file, for the current state or for one snapshot.
 #[derive(Debug)]
 pub(crate) struct Map {
-    shape: Shape,
+    pub(crate) shape: Shape,
     l1: Table,
     virtual_size: u64,
     image_size: u64,
@@ -240,9 +244,9 @@ impl Map {
         &mut self,
         image: &File,
         data: FileIndex,
-        offset: u64,
-        length: u64,
+        (offset, length): (u64, u64),
         max_extents: u32,
+        mut owners: Option<&mut Owners<'_>>,
     ) -> Result<Located> {
         if offset >= self.virtual_size {
             return Err(Error::Other(format!("offset {offset} is past the end of the disk, {}", self.virtual_size)));
@@ -253,7 +257,7 @@ impl Map {
         // From the start of the piece, if the budget allows; else from the cluster or subcluster itself.
         for start in [floor(self.shape.piece_span()), floor(self.shape.cluster_size()), floor(self.shape.unit())] {
             let mut list = ExtentList::new(start, max_extents);
-            let outcome = self.walk(image, data, goal, &mut list);
+            let outcome = self.walk(image, data, goal, &mut list, owners.as_deref_mut());
             if list.end() > offset {
                 return Ok(list.finish());
             }
@@ -263,7 +267,14 @@ impl Map {
     }
 
     /// Appends to `list` until it reaches `goal`, its budget is used up, or the work is enough.
-    fn walk(&mut self, image: &File, data: FileIndex, goal: u64, list: &mut ExtentList) -> Result<()> {
+    fn walk(
+        &mut self,
+        image: &File,
+        data: FileIndex,
+        goal: u64,
+        list: &mut ExtentList,
+        mut owners: Option<&mut Owners<'_>>,
+    ) -> Result<()> {
         let shape = self.shape;
         let mut work = WORK;
         while list.end() < goal && work > 0 {
@@ -277,7 +288,7 @@ impl Map {
                 }
                 L1::Table(table) => {
                     work = work.saturating_sub(shape.piece_bytes().max(STEP));
-                    self.l2_piece(image, data, index, table, list)?
+                    self.l2_piece(image, data, (index, table), list, owners.as_deref_mut())?
                 }
             };
             if !done {
@@ -325,9 +336,9 @@ impl Map {
         &mut self,
         image: &File,
         file: FileIndex,
-        l1_index: u64,
-        table: u64,
+        (l1_index, table): (u64, u64),
         list: &mut ExtentList,
+        mut owners: Option<&mut Owners<'_>>,
     ) -> Result<bool> {
         let shape = self.shape;
         let in_piece = list.end() % shape.piece_span();
@@ -364,47 +375,120 @@ impl Map {
                 ))
             })?;
             let end = guest.saturating_add(shape.cluster_size()).min(self.virtual_size);
-            if !shape.push(list, cluster, file, guest, end) {
+            let overwrite = match (cluster, owners.as_deref_mut()) {
+                (Cluster::Data(offset), Some(owners)) if entry & COPIED != 0 => owners.owns(image, offset),
+                _ => false,
+            };
+            if !shape.push(list, cluster, overwrite, file, guest, end) {
                 return Ok(false);
             }
         }
         Ok(true)
     }
-}
 
-/// The pieces of tables that were used last.
-#[derive(Debug, Default)]
-struct Cache {
-    /// The most recently used one is the last.
-    pieces: Vec<Piece>,
-}
+    /// The size of the image file, which grows.
+    pub(crate) fn grow_image(&mut self, size: u64) {
+        self.image_size = self.image_size.max(size);
+    }
 
-#[derive(Debug)]
-struct Piece {
-    offset: u64,
-    bytes: Vec<u8>,
-}
+    /// Entries of the L1 table.
+    pub(crate) fn l1(&self) -> Table {
+        self.l1
+    }
 
-impl Cache {
-    /// The `length` bytes at `offset` of the image; `what` they are is for the message.
-    fn piece(&mut self, image: &File, offset: u64, length: u64, what: fmt::Arguments<'_>) -> Result<&[u8]> {
-        let is_it = |piece: &Piece| piece.offset == offset && piece.bytes.len() as u64 == length;
-        let piece = match self.pieces.iter().rposition(is_it) {
-            Some(found) => self.pieces.remove(found),
-            None => {
-                let mut bytes = vec![0; usize::try_from(length).unwrap_or_default()];
-                let read = image.read_at(offset, &mut bytes)?;
-                if read < bytes.len() {
-                    let end = offset.saturating_add(read as u64);
-                    return Err(Error::ends_early(&format!("{what}"), offset, length, end));
+    /// The piece of the L1 table with entry `index`: offset, length, and the byte of the entry in it.
+    fn l1_place(&self, index: u64) -> (u64, u64, usize) {
+        let first = index - index % (PIECE / 8);
+        let entries = self.l1.entries.saturating_sub(first).min(PIECE / 8);
+        let at = usize::try_from((index - first) * 8).unwrap_or(usize::MAX);
+        (self.l1.offset.saturating_add(first.saturating_mul(8)), entries.saturating_mul(8), at)
+    }
+
+    /// The L1 entry of a disk offset as it stands: the index, where the L2 table is, and whether the
+    /// entry says that nothing else refers to it. `None` if there is no table.
+    pub(crate) fn table_of(&mut self, image: &File, guest: u64) -> Result<(u64, Option<(u64, bool)>)> {
+        let index = guest / self.shape.table_span();
+        let L1::Table(table) = self.l1_entry(image, index)? else { return Ok((index, None)) };
+        let (offset, length, at) = self.l1_place(index);
+        let piece = self.cache.piece(image, offset, length, format_args!("the L1 table"))?;
+        let copied = be_u64(piece, at).unwrap_or_default() & COPIED != 0;
+        Ok((index, Some((table, copied))))
+    }
+
+    /// Makes an L1 entry name a table that nothing else refers to.
+    pub(crate) fn set_table(&mut self, image: &File, index: u64, table: u64) -> Result<()> {
+        let (offset, length, at) = self.l1_place(index);
+        self.cache.change(image, offset, length, at, &(table | COPIED).to_be_bytes(), format_args!("the L1 table"))
+    }
+
+    /// Makes the cluster at `table` an L2 table that is not in the file yet: empty, or a copy of another.
+    pub(crate) fn create_table(&mut self, image: &File, table: u64, copy_of: Option<u64>) -> Result<()> {
+        let length = self.shape.piece_bytes();
+        for number in 0..self.shape.cluster_size() / length {
+            let bytes = match copy_of {
+                None => vec![0; usize::try_from(length).unwrap_or_default()],
+                Some(old) => {
+                    let at = old.saturating_add(number * length);
+                    self.cache.piece(image, at, length, format_args!("an L2 table"))?.to_vec()
                 }
-                if self.pieces.len() >= KEPT_PIECES {
-                    self.pieces.remove(0);
-                }
-                Piece { offset, bytes }
-            }
+            };
+            self.cache.create(table.saturating_add(number * length), bytes);
+        }
+        Ok(())
+    }
+
+    /// The piece of the L2 table at `table` with the entry of a disk offset, and the byte in it.
+    fn l2_place(&self, table: u64, guest: u64) -> (u64, u64, usize) {
+        let length = self.shape.piece_bytes();
+        let at = guest % self.shape.table_span() / self.shape.cluster_size() * self.shape.entry_bytes();
+        let within = at % length;
+        (table.saturating_add(at - within), length, usize::try_from(within).unwrap_or(usize::MAX))
+    }
+
+    /// The L2 entry of a disk offset in the table at `table`, with its bitmap, and what they say.
+    pub(crate) fn entry(&mut self, image: &File, table: u64, guest: u64) -> Result<(u64, Cluster)> {
+        let (offset, length, at) = self.l2_place(table, guest);
+        let shape = self.shape;
+        let piece = self.cache.piece(image, offset, length, format_args!("the L2 table at {table:#x}"))?;
+        let entry = be_u64(piece, at).unwrap_or_default();
+        let bitmap = if shape.extended { be_u64(piece, at.saturating_add(8)).unwrap_or_default() } else { 0 };
+        let cluster = shape
+            .decode(entry, bitmap, guest - guest % shape.cluster_size())
+            .map_err(|why| Error::corrupt(format!("the L2 entry of disk offset {guest:#x} is {entry:#018x}: {why}")))?;
+        Ok((entry, cluster))
+    }
+
+    /// Changes an L2 entry in a table that nothing else refers to. With `None` the entry stays as it is,
+    /// and is in memory when it returns.
+    pub(crate) fn set_entry(&mut self, image: &File, table: u64, guest: u64, new: Option<(u64, u64)>) -> Result<()> {
+        let (offset, length, at) = self.l2_place(table, guest);
+        let bytes = match new {
+            None => Vec::new(),
+            Some((entry, bitmap)) if self.shape.extended => [entry.to_be_bytes(), bitmap.to_be_bytes()].concat(),
+            Some((entry, _)) => entry.to_be_bytes().to_vec(),
         };
-        self.pieces.push(piece);
-        Ok(self.pieces.last().map(|piece| piece.bytes.as_slice()).unwrap_or_default())
+        self.cache.change(image, offset, length, at, &bytes, format_args!("the L2 table at {table:#x}"))
+    }
+
+    /// The tables in memory.
+    pub(crate) fn cache(&mut self) -> &mut Cache {
+        &mut self.cache
+    }
+}
+
+/// What tells whether a data cluster belongs to this disk alone and holds no metadata, so that it may be
+/// overwritten in place.
+#[derive(Debug)]
+pub(crate) struct Owners<'a> {
+    pub(crate) refcounts: &'a mut Refcounts,
+    pub(crate) areas: &'a Areas,
+    pub(crate) cluster_size: u64,
+}
+
+impl Owners<'_> {
+    /// Whether it does. Where the count cannot be read the answer is no, and a write will say why.
+    pub(crate) fn owns(&mut self, image: &File, offset: u64) -> bool {
+        self.areas.find(offset, self.cluster_size).is_none()
+            && self.refcounts.get(image, offset / self.cluster_size).is_ok_and(|count| count == 1)
     }
 }
