@@ -251,7 +251,8 @@ impl Writing {
         let cluster_size = parts.map.shape.cluster_size();
         let limit = usize::try_from(max_allocations).unwrap_or(usize::MAX);
         let mut guest = start;
-        while guest < end && answer.len() < limit && guest - start < MAX_PREPARED.saturating_mul(cluster_size) {
+        let most = MAX_PREPARED.saturating_mul(cluster_size);
+        while guest < end && answer.len() < limit && (answer.is_empty() || guest - start < most) {
             let table = self.own_table(parts, guest)?;
             let table_end = (guest - guest % parts.map.shape.table_span()).saturating_add(parts.map.shape.table_span());
             match self.need(parts, table, guest)? {
@@ -288,35 +289,37 @@ impl Writing {
         }
         let cluster_size = parts.map.shape.cluster_size();
         let (entry, cluster) = parts.map.entry(parts.image, table, guest)?;
-        let (offset, whole) = match cluster {
-            Cluster::Unallocated | Cluster::Packed(_) | Cluster::Zero(0) => return Ok(Need::Space),
-            Cluster::Zero(offset) => (offset, None),
-            Cluster::Data(offset) => (offset, Some(true)),
-            Cluster::Subclusters { offset, data, .. } => {
-                if offset == 0 {
-                    return Ok(Need::Space);
-                }
-                (offset, if data == 0 { None } else { Some(false) })
+        let places = match cluster {
+            Cluster::Unallocated | Cluster::Zero(0) | Cluster::Subclusters { offset: 0, .. } => {
+                return Ok(Need::Space);
             }
+            Cluster::Zero(offset) | Cluster::Data(offset) | Cluster::Subclusters { offset, .. } => {
+                offset / cluster_size..=offset / cluster_size
+            }
+            Cluster::Packed(descriptor) => descriptor.clusters(),
         };
-        if let Some(what) = self.areas.find(offset, cluster_size) {
-            return Err(self.corrupt(
-                parts,
-                format!("the L2 entry of disk offset {guest:#x} is {entry:#018x}, and there is {what}"),
-            ));
+        let mut count = 0;
+        for place in places {
+            let offset = place.saturating_mul(cluster_size);
+            if let Some(what) = self.areas.find(offset, cluster_size) {
+                return Err(self.corrupt(
+                    parts,
+                    format!("the L2 entry of disk offset {guest:#x} is {entry:#018x}, and there is {what}"),
+                ));
+            }
+            count = self.refcounts.get(parts.image, place)?;
+            if count == 0 {
+                return Err(self.corrupt(
+                    parts,
+                    format!("the cluster at {offset:#x}, of disk offset {guest:#x}, has the reference count 0"),
+                ));
+            }
         }
-        let count = self.refcounts.get(parts.image, offset / cluster_size)?;
-        if count == 0 {
-            return Err(self.corrupt(
-                parts,
-                format!("the cluster at {offset:#x}, of disk offset {guest:#x}, has the reference count 0"),
-            ));
-        }
-        Ok(match whole {
+        Ok(match cluster {
             _ if entry & COPIED == 0 || count != 1 => Need::Space,
-            Some(true) => Need::Nothing,
-            None => Need::Kept(offset),
-            Some(false) => Need::Space,
+            Cluster::Data(_) => Need::Nothing,
+            Cluster::Zero(offset) | Cluster::Subclusters { offset, data: 0, .. } => Need::Kept(offset),
+            _ => Need::Space,
         })
     }
 
@@ -447,17 +450,11 @@ impl Writing {
             };
             if change {
                 let table = self.own_table(parts, guest)?;
-                let (entry, cluster) = parts.map.entry(parts.image, table, guest)?;
-                let kept = match cluster {
-                    // Only if it is this cluster's and holds nothing else.
-                    _ if !keep || shape.version < 3 => None,
-                    Cluster::Data(_) | Cluster::Subclusters { .. } => match self.need(parts, table, guest)? {
-                        Need::Space if !matches!(cluster, Cluster::Subclusters { .. }) => None,
-                        _ => offset_of(cluster).filter(|offset| {
-                            entry & COPIED != 0
-                                && self.refcounts.get(parts.image, offset / cluster_size).is_ok_and(|count| count == 1)
-                        }),
-                    },
+                let (_, cluster) = parts.map.entry(parts.image, table, guest)?;
+                // Whatever is given up must be the cluster's own.
+                let need = self.need(parts, table, guest)?;
+                let kept = match (cluster, need) {
+                    (Cluster::Data(offset), Need::Nothing) if keep && shape.version >= 3 => Some(offset),
                     _ => None,
                 };
                 let place = kept.map_or(0, |offset| offset | COPIED);
@@ -542,15 +539,6 @@ enum Need {
     /// The cluster at this offset is kept for it.
     Kept(u64),
     Space,
-}
-
-fn offset_of(cluster: Cluster) -> Option<u64> {
-    match cluster {
-        Cluster::Data(offset) | Cluster::Zero(offset) | Cluster::Subclusters { offset, .. } => {
-            (offset != 0).then_some(offset)
-        }
-        Cluster::Unallocated | Cluster::Packed(_) => None,
-    }
 }
 
 /// The clusters that a range touches, as disk offsets.
