@@ -14,9 +14,12 @@
 //!   ├──────────────┤
 //!   │ snapshots    │ earlier L1 tables                      snapshots.rs
 //!   ├──────────────┤
-//!   │ refcounts    │ which clusters are in use: not needed to read
+//!   │ refcounts    │ which clusters are in use      refcounts.rs: only to write
 //!   └──────────────┘
 //! ```
+//!
+//! `writer.rs` holds the order in which changes reach the file; `cache.rs` holds them until then, and
+//! `areas.rs` keeps data off metadata.
 //!
 //! Everything that QEMU 10 can create is read, versions 2 and 3, except encrypted images. The format is
 //! described in QEMU's docs/interop/qcow2.rst; where that leaves a choice, the answer is QEMU's.
