@@ -354,6 +354,7 @@ impl Writing {
     /// See `commit` in `wit/writer.wit`.
     pub(crate) fn commit(&mut self, parts: &mut Parts<'_>, tickets: &[u64]) -> Result<()> {
         self.check()?;
+        self.make_room(parts)?;
         let cluster_size = parts.map.shape.cluster_size();
         // First everything that can fail: all entries in memory, so that none or all are changed.
         let mut changes = Vec::new();
@@ -379,7 +380,7 @@ impl Writing {
         for ticket in tickets {
             self.take_back(*ticket, cluster_size);
         }
-        self.make_room(parts)
+        Ok(())
     }
 
     /// Drops the reference that `cluster` was, except to `stays`.
