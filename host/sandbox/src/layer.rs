@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use blockhouse_block::{Extent, FileIndex, ImageFile, Layer, LayerInfo, Located, Placement, Result};
+use blockhouse_block::{Extent, FileIndex, ImageFile, Layer, LayerInfo, LayerWriter, Located, Placement, Result};
 
 use crate::bindings::reader::exports::blockhouse::format::reader as wit;
 use crate::host::SharedFiles;
@@ -58,6 +58,10 @@ impl Layer for ComponentLayer {
     fn file(&self, index: FileIndex) -> Option<Arc<ImageFile>> {
         let index = usize::try_from(index.0).ok()?;
         self.shared.lock().unwrap_or_else(PoisonError::into_inner).get(index).cloned()
+    }
+
+    fn writer(&self) -> Option<&dyn LayerWriter> {
+        None
     }
 }
 
