@@ -18,6 +18,17 @@ pub(crate) struct MemoryDisk {
     pub(crate) broken: AtomicBool,
     pub(crate) reads: AtomicUsize,
     pub(crate) flushes: AtomicUsize,
+    /// What was asked of the disk besides reading, in order.
+    pub(crate) calls: Mutex<Vec<Call>>,
+}
+
+/// A change of a [`MemoryDisk`], in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Call {
+    Write { offset: u64 },
+    Zero { offset: u64, len: u64, may_unmap: bool },
+    Discard { offset: u64, len: u64 },
+    Flush,
 }
 
 impl MemoryDisk {
@@ -29,6 +40,7 @@ impl MemoryDisk {
             broken: AtomicBool::new(false),
             reads: AtomicUsize::new(0),
             flushes: AtomicUsize::new(0),
+            calls: Mutex::new(Vec::new()),
         }
     }
 
@@ -38,6 +50,18 @@ impl MemoryDisk {
 
     pub(crate) fn content(&self, from: usize, len: usize) -> Vec<u8> {
         self.bytes.lock().unwrap()[from..from + len].to_vec()
+    }
+
+    /// The changes since the last call of this.
+    pub(crate) fn take_calls(&self) -> Vec<Call> {
+        std::mem::take(&mut self.calls.lock().unwrap())
+    }
+
+    fn change(&self, call: Call) -> Result<()> {
+        self.check()?;
+        assert!(self.writable, "the device wrote to a read-only disk");
+        self.calls.lock().unwrap().push(call);
+        Ok(())
     }
 
     fn check(&self) -> Result<()> {
@@ -74,8 +98,7 @@ impl BlockBackend for MemoryDisk {
     }
 
     fn write(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
-        self.check()?;
-        assert!(self.writable, "the device wrote to a read-only disk");
+        self.change(Call::Write { offset })?;
         let mut bytes = self.bytes.lock().unwrap();
         let mut at = usize::try_from(offset).unwrap();
         for buffer in buffers {
@@ -88,6 +111,21 @@ impl BlockBackend for MemoryDisk {
     fn flush(&self) -> Result<()> {
         self.check()?;
         self.flushes.fetch_add(1, Ordering::Relaxed);
+        self.calls.lock().unwrap().push(Call::Flush);
+        Ok(())
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, may_unmap: bool) -> Result<()> {
+        self.change(Call::Zero { offset, len, may_unmap })?;
+        let from = usize::try_from(offset).unwrap();
+        self.bytes.lock().unwrap()[from..from + usize::try_from(len).unwrap()].fill(0);
+        Ok(())
+    }
+
+    /// What is discarded keeps its bytes, as it may.
+    fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.change(Call::Discard { offset, len })?;
+        assert!(offset + len <= self.capacity(), "the device discarded outside of the disk");
         Ok(())
     }
 }

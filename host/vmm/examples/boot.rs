@@ -24,6 +24,18 @@ struct RawFile {
     writable: bool,
 }
 
+impl RawFile {
+    fn check_change(&self, offset: u64, length: u64) -> Result<()> {
+        if !self.writable {
+            return Err(Error::new(ErrorKind::Invalid, "the file is read-only"));
+        }
+        if offset.checked_add(length).is_none_or(|end| end > self.capacity()) {
+            return Err(Error::new(ErrorKind::Invalid, "the range does not lie inside the disk"));
+        }
+        Ok(())
+    }
+}
+
 impl BlockBackend for RawFile {
     fn capacity(&self) -> u64 {
         self.sectors * SECTOR_SIZE
@@ -69,6 +81,25 @@ impl BlockBackend for RawFile {
         self.file
             .sync_data()
             .map_err(|error| Error::new(ErrorKind::Storage, "the file cannot be flushed").with_source(error))
+    }
+
+    fn write_zeroes(&self, mut offset: u64, length: u64, _may_unmap: bool) -> Result<()> {
+        self.check_change(offset, length)?;
+        let zeroes = vec![0; 1 << 16];
+        let end = offset + length;
+        while offset < end {
+            let part = usize::try_from(end - offset).map_or(zeroes.len(), |rest| rest.min(zeroes.len()));
+            self.file
+                .write_all_at(&zeroes[..part], offset)
+                .map_err(|error| Error::new(ErrorKind::Storage, "the file cannot be written").with_source(error))?;
+            offset += part as u64;
+        }
+        Ok(())
+    }
+
+    /// Keeps the bytes, as it may.
+    fn discard(&self, offset: u64, length: u64) -> Result<()> {
+        self.check_change(offset, length)
     }
 }
 

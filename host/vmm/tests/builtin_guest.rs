@@ -41,6 +41,12 @@ impl TestDisk {
     }
 }
 
+/// The built-in guest changes nothing; a disk of these tests that is asked to says no, and the digests
+/// then tell.
+fn refused() -> Error {
+    Error::new(ErrorKind::Invalid, "the built-in guest does not write")
+}
+
 impl BlockBackend for TestDisk {
     fn capacity(&self) -> u64 {
         self.content.len() as u64
@@ -70,11 +76,19 @@ impl BlockBackend for TestDisk {
     }
 
     fn write(&self, _: &[VolatileSlice<'_>], _: u64) -> Result<()> {
-        panic!("the built-in guest does not write");
+        Err(refused())
     }
 
     fn flush(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> Result<()> {
+        Err(refused())
+    }
+
+    fn discard(&self, _: u64, _: u64) -> Result<()> {
+        Err(refused())
     }
 }
 
@@ -254,11 +268,19 @@ impl BlockBackend for Gate {
     }
 
     fn write(&self, _: &[VolatileSlice<'_>], _: u64) -> Result<()> {
-        unreachable!()
+        Err(refused())
     }
 
     fn flush(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> Result<()> {
+        Err(refused())
+    }
+
+    fn discard(&self, _: u64, _: u64) -> Result<()> {
+        Err(refused())
     }
 }
 
@@ -305,11 +327,19 @@ impl BlockBackend for Panics {
     }
 
     fn write(&self, _: &[VolatileSlice<'_>], _: u64) -> Result<()> {
-        unreachable!()
+        Err(refused())
     }
 
     fn flush(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> Result<()> {
+        Err(refused())
+    }
+
+    fn discard(&self, _: u64, _: u64) -> Result<()> {
+        Err(refused())
     }
 }
 

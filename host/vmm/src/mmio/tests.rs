@@ -64,6 +64,14 @@ impl BlockBackend for SlowDisk {
     fn flush(&self) -> DiskResult<()> {
         Ok(())
     }
+
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> DiskResult<()> {
+        Err(DiskError::new(DiskErrorKind::Invalid, "read-only"))
+    }
+
+    fn discard(&self, _: u64, _: u64) -> DiskResult<()> {
+        Err(DiskError::new(DiskErrorKind::Invalid, "read-only"))
+    }
 }
 
 struct Rig {
