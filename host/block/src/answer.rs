@@ -70,9 +70,9 @@ impl fmt::Display for Lie {
 
 /// Why an answer is not used.
 #[derive(Debug)]
-pub(crate) enum Refusal<E> {
+pub(crate) enum Refusal<E, L = Lie> {
     /// The layer lied.
-    Lie(Lie),
+    Lie(L),
     /// `access_of` failed.
     Files(E),
 }

@@ -8,7 +8,7 @@ use vm_memory::VolatileSlice;
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 /// The bytes of `buffers` that have not been taken yet.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Buffers<'s, 'b> {
     rest: &'s [VolatileSlice<'b>],
     /// Bytes of the first buffer that are taken.
@@ -34,6 +34,16 @@ impl<'s, 'b> Buffers<'s, 'b> {
             let part = first.subslice(self.skip, count).ok()?;
             self.skip += count;
             return Some(part);
+        }
+    }
+
+    /// Leaves out the next `length` bytes.
+    pub(crate) fn advance(&mut self, length: u64) {
+        let mut left = usize::try_from(length).unwrap_or(usize::MAX);
+        while left > 0
+            && let Some(part) = self.next_part(left)
+        {
+            left -= part.len();
         }
     }
 

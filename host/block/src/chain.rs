@@ -16,9 +16,11 @@ use std::sync::{Arc, OnceLock};
 
 use crate::answer::{self, Question, Refusal};
 use crate::error::{Error, ErrorKind, Result};
+use crate::file::Access;
 use crate::files::{FileId, FileTable, MAX_FILES};
 use crate::flat::{Flat, Target};
-use crate::layer::{Extent, FileIndex, Layer, LayerInfo, Located, Placement};
+use crate::layer::{Extent, FileIndex, Layer, LayerInfo, LayerWriter, Located, Placement};
+use crate::space::{self, Asked, SpaceLie};
 
 /// The most layers in one disk.
 pub const MAX_CHAIN_DEPTH: usize = 1024;
@@ -29,6 +31,9 @@ pub(crate) const MAX_EXTENTS: u32 = 1024;
 
 /// How far ahead a layer is asked, in bytes. It may answer for more.
 const ASK_AHEAD: u64 = 64 << 20;
+
+/// Runs of space that a writer may reserve in one answer.
+const MAX_ALLOCATIONS: u32 = 256;
 
 /// How many questions one request may cause.
 ///
@@ -61,6 +66,20 @@ struct Link {
     layer: Arc<dyn Layer>,
     /// Set once it broke its contract.
     failed: OnceLock<String>,
+}
+
+/// Space that the top layer reserved, checked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reserved {
+    /// Where it starts and ends in the disk, in bytes.
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) file: FileId,
+    /// Byte offset in that file.
+    pub(crate) offset: u64,
+    /// It reads as zero now.
+    pub(crate) zeroed: bool,
+    pub(crate) ticket: u64,
 }
 
 /// The layers of a disk, top first.
@@ -153,6 +172,79 @@ impl Chain {
             return Err(link.lie(format!("the component gave {given} bytes for a packed unit of {length}")));
         }
         Ok(bytes)
+    }
+
+    /// Calls the writer of the top layer.
+    pub(crate) fn writer<T>(&self, call: impl FnOnce(&dyn LayerWriter) -> Result<T>) -> Result<T> {
+        let link = self.link(0)?;
+        let writer = link.layer.writer().ok_or_else(|| Error::new(ErrorKind::Invalid, "the image on top cannot grow"));
+        writer.and_then(call).map_err(|error| link.note(error))
+    }
+
+    /// Reserves space for `start..end`, which lies inside the disk, or for a prefix of it. The first run
+    /// contains `start`.
+    pub(crate) fn prepare(&self, start: u64, end: u64) -> Result<Vec<Reserved>> {
+        let answer = self.writer(|writer| writer.prepare(start, end.saturating_sub(start), MAX_ALLOCATIONS))?;
+        let link = self.link(0)?;
+        let asked = Asked {
+            start,
+            end,
+            max: usize::try_from(MAX_ALLOCATIONS).unwrap_or(usize::MAX),
+            cluster: u64::from(link.layer.info().cluster_size).max(1),
+            virtual_size: link.layer.info().virtual_size,
+        };
+        let checked = space::check_allocations(asked, &answer, |index| self.access(index));
+        Self::judge(link, checked).inspect_err(|error| {
+            // A liar is not asked any more; if there were too many files, the space goes back.
+            if error.kind() != ErrorKind::Component {
+                self.abandon(&answer.iter().map(|allocation| allocation.ticket).collect::<Vec<_>>());
+            }
+        })?;
+        let reserved = answer.iter().map(|allocation| {
+            Ok(Reserved {
+                start: allocation.start,
+                end: allocation.start.saturating_add(allocation.length),
+                file: self.writable_file(allocation.file)?,
+                offset: allocation.offset,
+                zeroed: allocation.zeroed,
+                ticket: allocation.ticket,
+            })
+        });
+        reserved.collect()
+    }
+
+    /// Gives space back after a failure, which is what the caller reports, whatever becomes of this.
+    pub(crate) fn abandon(&self, tickets: &[u64]) {
+        if let Err(error) = self.writer(|writer| writer.abandon(tickets)) {
+            tracing::warn!("reserved space could not be given back: {error}");
+        }
+    }
+
+    /// Makes the metadata of the top layer durable, and returns the space that this freed.
+    pub(crate) fn flush(&self) -> Result<Vec<(FileId, u64, u64)>> {
+        let answer = self.writer(|writer| writer.flush())?;
+        let link = self.link(0)?;
+        Self::judge(link, space::check_freed(&answer, |index| self.access(index)))?;
+        answer.iter().map(|freed| Ok((self.writable_file(freed.file)?, freed.offset, freed.length))).collect()
+    }
+
+    /// A file of the top layer that was checked before.
+    fn writable_file(&self, index: FileIndex) -> Result<FileId> {
+        self.file(0, index)?
+            .ok_or_else(|| Error::new(ErrorKind::Component, format!("file {} is not registered any more", index.0)))
+    }
+
+    /// The right to a file of the top layer.
+    fn access(&self, index: FileIndex) -> Result<Option<Access>> {
+        Ok(self.file(0, index)?.and_then(|id| self.files.get(id)).map(|file| file.access()))
+    }
+
+    /// Turns the outcome of a check into the error of the request.
+    fn judge(link: &Link, checked: Result<(), Refusal<Error, SpaceLie>>) -> Result<()> {
+        checked.map_err(|refusal| match refusal {
+            Refusal::Files(error) => error,
+            Refusal::Lie(lie) => link.lie(format!("the component gave a wrong answer: {lie}")),
+        })
     }
 
     fn file(&self, depth: u16, index: FileIndex) -> Result<Option<FileId>> {

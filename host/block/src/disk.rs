@@ -1,6 +1,7 @@
 //! A disk: a chain of layers, the map of what is known about it, and the native movement of its bytes.
 
 use std::fmt;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::VolatileSlice;
@@ -12,10 +13,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::file::ImageFile;
 use crate::files::FileId;
 use crate::flat::{Flat, Target};
+use crate::inflight::InFlight;
 use crate::layer::{Layer, LayerInfo};
 use crate::map::{ExtentMap, MapStats};
 use crate::runs::Runs;
 use crate::units::UnitCache;
+use crate::write::Source;
 
 /// The block size that guests are told at least: the page of the host, below which a write costs a read.
 const MIN_PHYSICAL_BLOCK: u32 = 4096;
@@ -53,8 +56,16 @@ pub struct Disk {
     /// range ask once.
     asking: Box<[Mutex<()>]>,
     unpacking: Box<[Mutex<()>]>,
-    pub(crate) capacity: u64,
+    capacity: u64,
     pub(crate) writable: bool,
+    /// Whether the top layer is written through its writer.
+    pub(crate) allocates: bool,
+    /// Which parts a request is using. A disk that is not writable needs none of it.
+    pub(crate) inflight: InFlight,
+    /// Held during every call of the writer; see [`flush`](BlockBackend::flush).
+    pub(crate) space: Mutex<()>,
+    /// Set once, while nothing is in flight.
+    pub(crate) closed: AtomicBool,
     topology: Topology,
 }
 
@@ -76,6 +87,13 @@ impl Disk {
             )
             .on_image(top.name.clone()));
         }
+        let allocates = options.writable && chain.has_writer();
+        if allocates && top.cluster_size == 0 {
+            return Err(
+                Error::new(ErrorKind::Component, "it can grow but has no cluster size").on_image(top.name.clone())
+            );
+        }
+        let inflight = InFlight::new(top.cluster_size);
         let capacity = top.virtual_size;
         let physical_block_size = MIN_PHYSICAL_BLOCK;
         let optimal_io_size = top.cluster_size.clamp(MIN_PHYSICAL_BLOCK, MAX_OPTIMAL_IO);
@@ -89,6 +107,10 @@ impl Disk {
             unpacking: (0..UNPACK_LOCKS).map(|_| Mutex::default()).collect(),
             capacity,
             writable: options.writable,
+            allocates,
+            inflight,
+            space: Mutex::default(),
+            closed: AtomicBool::new(false),
             topology: Topology { physical_block_size, optimal_io_size },
         })
     }
@@ -119,7 +141,7 @@ impl Disk {
     }
 
     /// The end of a request that starts at `offset`.
-    fn request_end(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<u64> {
+    pub(crate) fn request_end(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<u64> {
         buffers
             .iter()
             .try_fold(offset, |end, buffer| end.checked_add(buffer.len() as u64))
@@ -136,9 +158,9 @@ impl Disk {
         &self,
         start: u64,
         end: u64,
+        questions: &mut Questions,
         mut action: impl FnMut(&Flat) -> Result<()>,
     ) -> Result<()> {
-        let mut questions = Questions::for_request(end.saturating_sub(start), self.chain.depth());
         let mut pending: Option<Flat> = None;
         let mut push = |flat: Flat| {
             let flat = flat.head(end);
@@ -154,7 +176,7 @@ impl Disk {
                 push(flat)?;
                 continue;
             }
-            for flat in self.resolve(position, end, &mut questions)? {
+            for flat in self.resolve(position, end, questions)? {
                 if position >= end {
                     break;
                 }
@@ -205,6 +227,11 @@ impl Disk {
         Ok(flats)
     }
 
+    /// The limit for a request.
+    pub(crate) fn questions(&self, start: u64, end: u64) -> Questions {
+        Questions::for_request(end.saturating_sub(start), self.chain.depth())
+    }
+
     pub(crate) fn file(&self, id: FileId) -> Result<&Arc<ImageFile>> {
         self.chain
             .files
@@ -230,7 +257,7 @@ impl Disk {
         Ok(bytes)
     }
 
-    fn read_extent(&self, flat: &Flat, buffers: &mut Buffers<'_, '_>) -> Result<()> {
+    pub(crate) fn read_extent(&self, flat: &Flat, buffers: &mut Buffers<'_, '_>) -> Result<()> {
         match flat.target {
             Target::Data { file, offset, .. } => self.file(file)?.read(&buffers.take(flat.length), offset),
             Target::Zero | Target::Unallocated => {
@@ -267,28 +294,39 @@ impl BlockBackend for Disk {
 
     fn read(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
         let end = self.request_end(buffers, offset)?;
+        // Where bytes live cannot change on a disk that is not written: no lock.
+        let _in_flight = if self.writable { Some(self.share(offset, end)?) } else { None };
+        let mut questions = self.questions(offset, end);
         let mut buffers = Buffers::new(buffers);
-        self.for_each_extent(offset, end, |flat| self.read_extent(flat, &mut buffers))
+        self.for_each_extent(offset, end, &mut questions, |flat| self.read_extent(flat, &mut buffers))
     }
 
     fn write(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
-        if !self.writable {
-            return Err(Error::new(ErrorKind::Invalid, "the disk is read-only: open it writable to write"));
-        }
+        self.refuse_read_only()?;
         let end = self.request_end(buffers, offset)?;
-        self.overwrite(buffers, offset, end)
+        self.write_range(&Source::new(buffers, offset), offset, end)
     }
 
+    /// Data first, then the metadata that refers to it, then the space that nothing refers to any more.
     fn flush(&self) -> Result<()> {
-        self.chain.files.iter().try_for_each(|file| file.sync_data())
+        // Most of the work without the lock; what is written from here on is little.
+        self.sync_files()?;
+        if !self.allocates {
+            return Ok(());
+        }
+        let space = self.lock_space();
+        self.refuse_closed()?;
+        self.publish(&space)
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, may_unmap: bool) -> Result<()> {
-        self.change_end(offset, length).and_then(|end| self.zero_in_place(offset, end, may_unmap))
+        let end = self.change_end(offset, length)?;
+        self.zero_range(offset, end, may_unmap)
     }
 
     fn discard(&self, offset: u64, length: u64) -> Result<()> {
-        self.change_end(offset, length).and_then(|end| self.punch(offset, end))
+        let end = self.change_end(offset, length)?;
+        self.discard_range(offset, end)
     }
 }
 

@@ -42,6 +42,11 @@ impl Flat {
         self.start.saturating_add(self.length)
     }
 
+    /// Whether all of it is zero without a look at any file.
+    pub(crate) fn reads_as_zero(&self) -> bool {
+        matches!(self.target, Target::Zero | Target::Unallocated)
+    }
+
     /// The part from `position` on, which lies inside.
     pub(crate) fn tail(mut self, position: u64) -> Self {
         let cut = position.saturating_sub(self.start);

@@ -5,6 +5,8 @@
 //!   device ──▶ BlockBackend        backend.rs   what a device may ask
 //!                  │
 //!                 Disk             disk.rs      splits a request into extents, moves their bytes
+//!                  │               write.rs     in place where it may; else reserve, fill, publish ──▶ LayerWriter
+//!             in-flight table      inflight.rs  a look-up and its I/O are one step     answers checked: space.rs
 //!        ┌─────────┼──────────────────┐
 //!    hit │         │ miss             │ packed
 //!        ▼         ▼                  ▼
@@ -20,14 +22,16 @@
 //! |---|---|
 //! | `backend.rs` | [`BlockBackend`]: a disk as devices see it |
 //! | `disk.rs` | [`Disk`] and [`DiskOptions`]: requests over any mix of extents |
+//! | `write.rs` | what changes a disk: writes, zeroes, discards, flush, close |
+//! | `inflight.rs` | the in-flight table: who uses which clusters now |
 //! | `chain.rs` | the layers, the limit on questions, and the walk that flattens their answers |
-//! | `answer.rs` | the check of each answer; what a lie is |
+//! | `answer.rs`, `space.rs` | the check of each answer, of a reader and of a writer; what a lie is |
 //! | `flat.rs`, `map.rs` | a flattened extent, and the bounded map of them |
 //! | `units.rs` | the cache of unpacked units |
 //! | `files.rs`, `file.rs` | the files of a disk by number; [`ImageFile`], a granted file with its rights |
 //! | `runs.rs` | [`Runs`]: the whole disk as a list, for `blockhouse map` |
 //! | `buffers.rs` | the buffers of a request as one run of bytes |
-//! | `layer.rs`, `error.rs` | [`Layer`], the trait below a disk; [`Error`], one for the whole data path |
+//! | `layer.rs`, `error.rs` | [`Layer`] and [`LayerWriter`], the traits below a disk; [`Error`], one for the whole data path |
 //!
 //! The crate knows neither WebAssembly nor KVM, and opens no file: what it reads and writes was opened
 //! by somebody who checked the grant.
@@ -42,9 +46,11 @@ mod error;
 mod file;
 mod files;
 mod flat;
+mod inflight;
 mod layer;
 mod map;
 mod runs;
+mod space;
 mod units;
 mod write;
 

@@ -1,89 +1,462 @@
-//! What changes a disk.
+//! What changes a disk: writes, zeroes, discards, flush and the clean end.
+//!
+//! ```text
+//!   request ─▶ shared hold ─▶ all of it may be overwritten? ──yes──▶ write in place, done
+//!                                  │ no
+//!                                  ▼
+//!              exclusive hold of the clusters, a piece at a time
+//!                prepare ─▶ fill: [ kept bytes ][ request ][ kept bytes ] ─▶ commit ─▶ forget the old extents
+//!                                  └── failed ──▶ abandon
+//! ```
+//!
+//! Two rules keep freed space out of reach of requests that came too late:
+//!
+//! * Who unmaps has the clusters alone (`inflight.rs`): a request that found the old place has ended, and the
+//!   next one looks it up anew.
+//! * All calls of the writer, and the sync and the holes around its `flush`, happen under one lock. Otherwise
+//!   (a) a commit between the sync of the data and the flush of the metadata would make a mapping durable
+//!   whose bytes are not, and (b) space that a flush set free would be reserved again, for data or for a
+//!   table, before the hole is punched in it.
+//!
+//! The order of locks: a hold, then that lock, then whatever the layer locks inside.
+
+use std::sync::atomic::Ordering;
+use std::sync::{MutexGuard, PoisonError};
 
 use vm_memory::VolatileSlice;
 
+use crate::backend::BlockBackend;
 use crate::buffers::Buffers;
+use crate::chain::{Questions, Reserved};
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::ImageFile;
-use crate::files::FileId;
-use crate::flat::Target;
+use crate::flat::{Flat, Target};
+use crate::inflight::{Exclusive, Shared};
+use crate::layer::LayerWriter;
 
-/// Zeroes are written from one buffer, this many bytes at a time.
-const ZEROES: usize = 1 << 20;
+/// The largest buffer that is allocated, for zeroes and for kept bytes.
+const MAX_BUFFER: u64 = 1 << 20;
 
-impl Disk {
-    /// The end of a range to be changed.
-    pub(crate) fn change_end(&self, offset: u64, length: u64) -> Result<u64> {
-        if !self.writable {
-            return Err(Error::new(ErrorKind::Invalid, "the disk is read-only: open it writable to write"));
-        }
-        offset.checked_add(length).filter(|end| *end <= self.capacity).ok_or_else(|| {
-            let capacity = self.capacity;
-            Error::new(ErrorKind::Invalid, format!("a request at {offset} ends past the disk of {capacity} bytes"))
-        })
+/// How much an allocating write takes hold of at a time.
+const WRITE_PIECE: u64 = 1 << 20;
+
+/// How much zeroes and discards take hold of at a time: one call of the writer each.
+const UNMAP_PIECE: u64 = 64 << 20;
+
+/// Below this, zeroes are written: a system call for the range costs more than it saves.
+const MIN_RANGE_CALL: u64 = 64 << 10;
+
+/// What is to be written.
+#[derive(Debug)]
+pub(crate) enum Source<'s, 'b> {
+    /// Bytes, the first of which belongs at `start` in the disk.
+    Bytes {
+        buffers: Buffers<'s, 'b>,
+        start: u64,
+    },
+    Zeroes,
+}
+
+impl<'s, 'b> Source<'s, 'b> {
+    pub(crate) fn new(buffers: &'s [VolatileSlice<'b>], start: u64) -> Self {
+        Self::Bytes { buffers: Buffers::new(buffers), start }
     }
 
-    /// Writes where all of the range may be overwritten. All of it is looked up before any of it is
-    /// written: a refusal changes nothing.
-    pub(crate) fn overwrite(&self, buffers: &[VolatileSlice<'_>], start: u64, end: u64) -> Result<()> {
-        let extents = self.overwritable(start, end)?;
-        let mut buffers = Buffers::new(buffers);
-        for (file, offset, length) in extents {
-            self.file(file)?.write(&buffers.take(length), offset)?;
+    /// Whether what is there may stay as it is.
+    fn is_satisfied_by(&self, flat: &Flat) -> bool {
+        matches!(self, Self::Zeroes) && flat.reads_as_zero()
+    }
+
+    /// Writes the bytes of `position..position + length` at `offset` in a file.
+    fn write(&self, file: &ImageFile, offset: u64, position: u64, length: u64) -> Result<()> {
+        match *self {
+            Self::Bytes { mut buffers, start } => {
+                buffers.advance(position.saturating_sub(start));
+                file.write(&buffers.take(length), offset)
+            }
+            Self::Zeroes => write_zeroes(file, offset, length),
+        }
+    }
+}
+
+impl Disk {
+    /// Makes all writes durable, ends the use of the image and marks it as cleanly closed. Waits for
+    /// requests in flight. Afterwards every request to a disk that was writable fails, and so does a second
+    /// call; a disk that is read-only has nothing to close.
+    ///
+    /// # Errors
+    /// [`Storage`](ErrorKind::Storage) if it cannot be promised that all is durable; then the image is not
+    /// marked, which is what its next user needs to know.
+    pub fn close(&self) -> Result<()> {
+        if !self.writable {
+            return Ok(());
+        }
+        let _nothing_in_flight = self.inflight.all();
+        let space = self.lock_space();
+        self.refuse_closed()?;
+        self.closed.store(true, Ordering::Release);
+        self.sync_files()?;
+        if self.allocates {
+            self.publish(&space)?;
+            self.chain.writer(|writer| writer.finish())?;
         }
         Ok(())
     }
 
-    fn overwritable(&self, start: u64, end: u64) -> Result<Vec<(FileId, u64, u64)>> {
+    pub(crate) fn refuse_read_only(&self) -> Result<()> {
+        if self.writable {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Invalid, "the disk is read-only: open it writable to write"))
+    }
+
+    pub(crate) fn refuse_closed(&self) -> Result<()> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Error::new(ErrorKind::Invalid, "the disk was closed: open it again"));
+        }
+        Ok(())
+    }
+
+    /// The end of a range that is to be changed.
+    pub(crate) fn change_end(&self, offset: u64, length: u64) -> Result<u64> {
+        self.refuse_read_only()?;
+        offset.checked_add(length).filter(|end| *end <= self.capacity()).ok_or_else(|| {
+            let capacity = self.capacity();
+            Error::new(ErrorKind::Invalid, format!("a range at {offset} ends past the disk of {capacity} bytes"))
+        })
+    }
+
+    /// A hold for reading and for overwriting in place. None is given once the disk is closed.
+    pub(crate) fn share(&self, start: u64, end: u64) -> Result<Shared<'_>> {
+        let hold = self.inflight.shared(start, end);
+        self.refuse_closed()?;
+        Ok(hold)
+    }
+
+    fn take(&self, start: u64, end: u64) -> Result<Exclusive<'_>> {
+        let hold = self.inflight.exclusive(start, end);
+        self.refuse_closed()?;
+        Ok(hold)
+    }
+
+    pub(crate) fn lock_space(&self) -> MutexGuard<'_, ()> {
+        self.space.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn sync_files(&self) -> Result<()> {
+        self.chain.files.iter().try_for_each(|file| file.sync_data())
+    }
+
+    /// Makes durable what was committed, and gives freed space back to the file system. The caller has
+    /// `space` locked until all of it is done.
+    pub(crate) fn publish(&self, _space: &MutexGuard<'_, ()>) -> Result<()> {
+        self.sync_files()?;
+        for (file, offset, length) in self.chain.flush()? {
+            // A hole that cannot be made wastes space and nothing else.
+            match self.file(file)?.punch_hole(offset, length) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error) => {
+                    tracing::warn!("freed space could not be given back to the file system: {error}");
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The end of the piece of `start..end` that begins at `start`. Pieces end between clusters.
+    fn piece_end(&self, start: u64, end: u64, piece: u64) -> u64 {
+        let piece = piece.max(self.cluster());
+        (start / piece).saturating_add(1).saturating_mul(piece).min(end)
+    }
+
+    /// The size of a cluster of the top layer, a power of two.
+    fn cluster(&self) -> u64 {
+        self.layers().next().map_or(1, |top| u64::from(top.cluster_size).max(1))
+    }
+
+    pub(crate) fn write_range(&self, source: &Source<'_, '_>, start: u64, end: u64) -> Result<()> {
+        if self.overwrite(source, start, end)? {
+            return Ok(());
+        }
+        let mut position = start;
+        while position < end {
+            let stop = self.piece_end(position, end, WRITE_PIECE);
+            let _alone = self.take(position, stop)?;
+            self.write_alone(source, position, stop)?;
+            position = stop;
+        }
+        Ok(())
+    }
+
+    /// Writes in place if all of the range allows it. All of it is looked up before any of it is written: a
+    /// refusal changes nothing.
+    fn overwrite(&self, source: &Source<'_, '_>, start: u64, end: u64) -> Result<bool> {
+        let _in_flight = self.share(start, end)?;
+        let mut questions = self.questions(start, end);
         let mut extents = Vec::new();
-        self.for_each_extent(start, end, |flat| match flat.target {
+        let mut refused = None;
+        self.for_each_extent(start, end, &mut questions, |flat| {
+            match flat.target {
+                Target::Data { file, offset, overwrite: true } => extents.push((file, offset, *flat)),
+                _ if source.is_satisfied_by(flat) => {}
+                _ => refused = refused.or(Some(flat.start)),
+            }
+            Ok(())
+        })?;
+        match refused {
+            Some(_) if self.allocates => Ok(false),
+            Some(position) => Err(Error::new(
+                ErrorKind::Invalid,
+                format!("the bytes at {position} cannot be overwritten in place: put an image that can grow on top"),
+            )),
+            None => {
+                for (file, offset, flat) in extents {
+                    source.write(self.file(file)?, offset, flat.start, flat.length)?;
+                }
+                Ok(true)
+            }
+        }
+    }
+
+    /// Writes a range whose clusters the caller has alone.
+    fn write_alone(&self, source: &Source<'_, '_>, start: u64, end: u64) -> Result<()> {
+        // What is written has to be looked up again, and kept bytes around it as well.
+        let around = end.saturating_sub(start).saturating_add(self.cluster().saturating_mul(2));
+        let mut questions = self.questions(0, around.saturating_mul(2));
+        let mut position = start;
+        while position < end {
+            let mut flats: Vec<Flat> = Vec::new();
+            self.for_each_extent(position, end, &mut questions, |flat| {
+                flats.push(*flat);
+                Ok(())
+            })?;
+            position = self.write_up_to_next_allocation(source, &flats, end, &mut questions)?;
+        }
+        Ok(())
+    }
+
+    /// Follows `flats`, the extents up to `end`, and ends after the first allocation, which may change what
+    /// comes after it. Returns up to where all is written.
+    fn write_up_to_next_allocation(
+        &self,
+        source: &Source<'_, '_>,
+        flats: &[Flat],
+        end: u64,
+        questions: &mut Questions,
+    ) -> Result<u64> {
+        let in_place =
+            |flat: &Flat| matches!(flat.target, Target::Data { overwrite: true, .. }) || source.is_satisfied_by(flat);
+        let mut flats = flats.iter();
+        while let Some(flat) = flats.next() {
+            if source.is_satisfied_by(flat) {
+                continue;
+            }
+            if let Target::Data { file, offset, overwrite: true } = flat.target {
+                source.write(self.file(file)?, offset, flat.start, flat.length)?;
+                continue;
+            }
+            let run_end = flats.take_while(|next| !in_place(next)).last().unwrap_or(flat).end();
+            return self.allocate(source, flat.start, run_end, questions);
+        }
+        Ok(end)
+    }
+
+    /// Writes `start..end`, none of which may be overwritten, to space that is reserved for it. Returns up to
+    /// where that reached.
+    fn allocate(&self, source: &Source<'_, '_>, start: u64, end: u64, questions: &mut Questions) -> Result<u64> {
+        let reserved = {
+            let _space = self.lock_space();
+            self.chain.prepare(start, end)?
+        };
+        let tickets: Vec<u64> = reserved.iter().map(|run| run.ticket).collect();
+        let filled = reserved.iter().try_for_each(|run| self.fill(source, start, end, run, questions));
+
+        let space = self.lock_space();
+        if let Err(error) = filled {
+            self.chain.abandon(&tickets);
+            return Err(error);
+        }
+        let committed = self.chain.writer(|writer| writer.commit(&tickets));
+        drop(space);
+        // Whatever was said: after an error nobody knows.
+        let mut reached = start;
+        for run in &reserved {
+            self.map.invalidate(run.start, run.end.saturating_sub(run.start));
+            // What was left out in between may be overwritten by now.
+            if run.start <= reached {
+                reached = run.end;
+            }
+        }
+        committed.map(|()| reached.min(end))
+    }
+
+    /// Fills reserved space: with the source where it reaches, with what the disk holds elsewhere.
+    fn fill(
+        &self,
+        source: &Source<'_, '_>,
+        start: u64,
+        end: u64,
+        run: &Reserved,
+        questions: &mut Questions,
+    ) -> Result<()> {
+        let (from, to) = (start.max(run.start), end.min(run.end));
+        self.keep(run, run.start, from, questions)?;
+        if !(run.zeroed && matches!(source, Source::Zeroes)) {
+            let offset = run.offset.saturating_add(from.saturating_sub(run.start));
+            source.write(self.file(run.file)?, offset, from, to.saturating_sub(from))?;
+        }
+        self.keep(run, to, run.end, questions)
+    }
+
+    /// Copies what the disk holds in `from..to` to reserved space.
+    fn keep(&self, run: &Reserved, from: u64, to: u64, questions: &mut Questions) -> Result<()> {
+        let file = self.file(run.file)?;
+        self.for_each_extent(from, to, questions, |flat| {
+            let offset = run.offset.saturating_add(flat.start.saturating_sub(run.start));
+            if flat.reads_as_zero() {
+                return if run.zeroed { Ok(()) } else { write_zeroes(file, offset, flat.length) };
+            }
+            for_each_part(flat.length, |bytes, done| {
+                let part = flat.tail(flat.start.saturating_add(done));
+                let part = part.head(part.start.saturating_add(bytes.len() as u64));
+                self.read_extent(&part, &mut Buffers::new(&[*bytes]))?;
+                file.write(&[*bytes], offset.saturating_add(done))
+            })
+        })
+    }
+
+    /// The whole clusters inside of `start..end`, as a range; the end of the disk ends a cluster.
+    fn whole_clusters(&self, start: u64, end: u64) -> Option<(u64, u64)> {
+        let mask = self.cluster().saturating_sub(1);
+        let from = start.checked_add(mask)? & !mask;
+        let to = if end == self.capacity() { end } else { end & !mask };
+        (from < to).then_some((from, to))
+    }
+
+    pub(crate) fn zero_range(&self, start: u64, end: u64, may_unmap: bool) -> Result<()> {
+        if !self.allocates {
+            return self.change_in_place(start, end, |file, offset, length| {
+                if (may_unmap && file.punch_hole(offset, length)?) || file.zero_range(offset, length)? {
+                    return Ok(());
+                }
+                write_zeroes(file, offset, length)
+            });
+        }
+        let mut position = start;
+        while position < end {
+            let stop = self.piece_end(position, end, UNMAP_PIECE);
+            let _alone = self.take(position, stop)?;
+            match self.whole_clusters(position, stop) {
+                None => self.zero_alone(position, stop)?,
+                Some((from, to)) => {
+                    self.zero_alone(position, from)?;
+                    if !self.unmap(from, to, |writer| writer.zero(from, to - from, !may_unmap))? {
+                        self.zero_alone(from, to)?;
+                    }
+                    self.zero_alone(to, stop)?;
+                }
+            }
+            position = stop;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn discard_range(&self, start: u64, end: u64) -> Result<()> {
+        if !self.allocates {
+            return self.change_in_place(start, end, |file, offset, length| {
+                file.punch_hole(offset, length).map(|_whether| ())
+            });
+        }
+        let mut position = start;
+        while position < end {
+            let stop = self.piece_end(position, end, UNMAP_PIECE);
+            if let Some((from, to)) = self.whole_clusters(position, stop) {
+                let _alone = self.take(from, to)?;
+                if !self.unmap(from, to, |writer| writer.discard(from, to - from))? {
+                    break;
+                }
+            }
+            position = stop;
+        }
+        Ok(())
+    }
+
+    /// Calls the writer for clusters that the caller has alone, and forgets where they were. `false` if the
+    /// format cannot do it.
+    fn unmap(&self, from: u64, to: u64, call: impl FnOnce(&dyn LayerWriter) -> Result<()>) -> Result<bool> {
+        let result = {
+            let _space = self.lock_space();
+            self.chain.writer(call)
+        };
+        // Whatever was said: after an error nobody knows.
+        self.map.invalidate(from, to.saturating_sub(from));
+        match result {
+            Ok(()) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Writes zeroes where the range does not read as zero, a piece at a time.
+    fn zero_alone(&self, start: u64, end: u64) -> Result<()> {
+        let mut position = start;
+        while position < end {
+            let stop = self.piece_end(position, end, WRITE_PIECE);
+            self.write_alone(&Source::Zeroes, position, stop)?;
+            position = stop;
+        }
+        Ok(())
+    }
+
+    /// Does something to each part of a range that may be overwritten in place, and leaves the rest alone if
+    /// it reads as zero. Refuses, and changes nothing, if there is anything else.
+    fn change_in_place(
+        &self,
+        start: u64,
+        end: u64,
+        mut change: impl FnMut(&ImageFile, u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        let _alone = self.take(start, end)?;
+        let mut questions = self.questions(start, end);
+        let mut extents = Vec::new();
+        self.for_each_extent(start, end, &mut questions, |flat| match flat.target {
             Target::Data { file, offset, overwrite: true } => {
                 extents.push((file, offset, flat.length));
                 Ok(())
             }
+            _ if flat.reads_as_zero() => Ok(()),
             _ => Err(Error::new(
                 ErrorKind::Invalid,
-                format!(
-                    "the bytes at {} cannot be overwritten in place: put an image that can grow on top",
-                    flat.start
-                ),
+                format!("the bytes at {} cannot be changed in place: put an image that can grow on top", flat.start),
             )),
         })?;
-        Ok(extents)
-    }
-
-    pub(crate) fn zero_in_place(&self, start: u64, end: u64, may_unmap: bool) -> Result<()> {
-        for (file, offset, length) in self.overwritable(start, end)? {
-            zero_file(self.file(file)?, offset, length, may_unmap)?;
-        }
-        Ok(())
-    }
-
-    pub(crate) fn punch(&self, start: u64, end: u64) -> Result<()> {
-        for (file, offset, length) in self.overwritable(start, end)? {
-            self.file(file)?.punch_hole(offset, length)?;
-        }
-        Ok(())
+        extents.into_iter().try_for_each(|(file, offset, length)| change(self.file(file)?, offset, length))
     }
 }
 
-/// Makes a range of a file read as zero.
-fn zero_file(file: &ImageFile, offset: u64, length: u64, may_unmap: bool) -> Result<()> {
-    if (may_unmap && file.punch_hole(offset, length)?) || file.zero_range(offset, length)? {
+/// Writes zeroes to a range of a file, or lets the file system do it. The file grows as necessary.
+fn write_zeroes(file: &ImageFile, offset: u64, length: u64) -> Result<()> {
+    if length >= MIN_RANGE_CALL && offset.saturating_add(length) <= file.size()? && file.zero_range(offset, length)? {
         return Ok(());
     }
-    let mut zeroes = vec![0; usize::try_from(length).unwrap_or(ZEROES).min(ZEROES)];
-    let zeroes = VolatileSlice::from(&mut zeroes[..]);
-    let end = offset.saturating_add(length);
-    let mut position = offset;
-    while position < end {
-        let part = usize::try_from(end.saturating_sub(position)).unwrap_or(ZEROES).min(ZEROES);
-        let part = zeroes.subslice(0, part).map_err(|error| {
-            Error::new(ErrorKind::Invalid, "a part of the zeroes is longer than the whole").with_source(error)
-        })?;
-        file.write(&[part], position)?;
-        position = position.saturating_add(part.len() as u64);
+    for_each_part(length, |zeroes, done| file.write(&[*zeroes], offset.saturating_add(done)))
+}
+
+/// Calls `action` with a buffer, of zeroes at first, for each part of `length` bytes, and how many bytes came
+/// before it.
+fn for_each_part(length: u64, mut action: impl FnMut(&VolatileSlice<'_>, u64) -> Result<()>) -> Result<()> {
+    let size = usize::try_from(length.min(MAX_BUFFER)).unwrap_or(0);
+    let mut bytes = vec![0; size];
+    let mut done = 0;
+    while done < length {
+        let part = usize::try_from(length - done).unwrap_or(size).min(size);
+        let Some(part) = bytes.get_mut(..part).filter(|part| !part.is_empty()) else { break };
+        let count = part.len() as u64;
+        action(&VolatileSlice::from(part), done)?;
+        done += count;
     }
     Ok(())
 }

@@ -8,6 +8,8 @@
     clippy::cast_possible_truncation
 )]
 
+pub mod growing;
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
