@@ -63,8 +63,7 @@ fn own_clusters_are_overwritten_and_others_get_space() {
 
 #[test]
 fn a_data_cluster_on_metadata_is_refused_and_ends_writing() {
-    for (place, what) in
-        [(0, "header"), (1, "refcount table"), (2, "refcount block"), (3, "L1 table"), (4, "L2 table")]
+    for (place, what) in [(0, "header"), (1, "refcount table"), (2, "refcount block"), (3, "L1 table"), (4, "L2 table")]
     {
         for operation in ["write", "zero", "discard"] {
             // An offset of 0 with the flag COPIED is no cluster at all: the header is reached by compression.

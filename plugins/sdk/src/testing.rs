@@ -8,19 +8,71 @@
 //! ```
 
 // Part of tests: what breaks the contract panics here.
-#![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
+#![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::cast_possible_truncation)]
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use crate::{Access, BackingReference, Context, Error, File, FileIndex, Format, ImageInfo, Placement, Result};
+use crate::{
+    Access, Allocation, BackingReference, Context, Error, File, FileIndex, Format, ImageInfo, Placement, Result, Writer,
+};
+
+/// Something that reached a file, in the order of time. What a power cut leaves is some of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Bytes were written at an offset.
+    Write(u64, Vec<u8>),
+    /// The file got this size.
+    SetSize(u64),
+    /// Everything before is durable now.
+    Sync,
+}
+
+#[derive(Debug, Default)]
+struct Content {
+    bytes: Vec<u8>,
+    changes: Vec<Change>,
+    /// Changes that succeed before all further ones fail; `None`: all succeed.
+    healthy: Option<usize>,
+}
+
+impl Content {
+    fn change(&mut self, change: Change) -> Result<(), String> {
+        match &mut self.healthy {
+            Some(0) => return Err("no space left on device".to_string()),
+            Some(left) => *left -= 1,
+            None => {}
+        }
+        change.apply(&mut self.bytes);
+        self.changes.push(change);
+        Ok(())
+    }
+}
+
+impl Change {
+    /// Does it to a file.
+    pub fn apply(&self, bytes: &mut Vec<u8>) {
+        match self {
+            Self::Write(offset, new) => {
+                let start = usize::try_from(*offset).expect("a file in memory");
+                let end = start.checked_add(new.len()).expect("a file in memory");
+                if bytes.len() < end {
+                    bytes.resize(end, 0);
+                }
+                bytes[start..end].copy_from_slice(new);
+            }
+            Self::SetSize(size) => bytes.resize(usize::try_from(*size).expect("a file in memory"), 0),
+            Self::Sync => {}
+        }
+    }
+}
 
 #[derive(Debug, Default)]
 struct Shared {
-    files: BTreeMap<String, Rc<RefCell<Vec<u8>>>>,
+    files: BTreeMap<String, Rc<RefCell<Content>>>,
     /// Files by the index that `share` returned, for all images of this storage.
-    shared: Vec<Rc<RefCell<Vec<u8>>>>,
+    shared: Vec<Rc<RefCell<Content>>>,
     opened: Vec<String>,
 }
 
@@ -36,7 +88,31 @@ impl Storage {
 
     /// Adds or replaces a file.
     pub fn insert(&self, path: impl Into<String>, bytes: impl Into<Vec<u8>>) {
-        self.0.borrow_mut().files.insert(path.into(), Rc::new(RefCell::new(bytes.into())));
+        let content = Content { bytes: bytes.into(), ..Content::default() };
+        self.0.borrow_mut().files.insert(path.into(), Rc::new(RefCell::new(content)));
+    }
+
+    fn content(&self, path: &str) -> Rc<RefCell<Content>> {
+        self.0.borrow().files.get(path).cloned().expect("a file that was inserted")
+    }
+
+    /// All bytes of a file.
+    ///
+    /// # Panics
+    /// If there is no such file; so do the other functions that take a path of a file.
+    pub fn bytes(&self, path: &str) -> Vec<u8> {
+        self.content(path).borrow().bytes.clone()
+    }
+
+    /// What reached a file since it was inserted or since the last call, in order, and forgets it.
+    pub fn take_changes(&self, path: &str) -> Vec<Change> {
+        std::mem::take(&mut self.content(path).borrow_mut().changes)
+    }
+
+    /// Lets `changes` more changes of a file succeed, and fails all after that, as a full file system does.
+    /// `None` ends it.
+    pub fn fail_after(&self, path: &str, changes: Option<usize>) {
+        self.content(path).borrow_mut().healthy = changes;
     }
 
     /// The paths that were opened by reference so far, in order. Shows what an image tried.
@@ -47,8 +123,8 @@ impl Storage {
     pub(crate) fn open(&self, path: &str, access: Access) -> Result<File, String> {
         let mut shared = self.0.borrow_mut();
         shared.opened.push(path.to_string());
-        let bytes = shared.files.get(path).cloned().ok_or("no such file")?;
-        Ok(File(OpenFile { bytes, access, storage: self.clone() }))
+        let content = shared.files.get(path).cloned().ok_or("no such file")?;
+        Ok(File(OpenFile { content, access, storage: self.clone() }))
     }
 
     /// Opens the image at `path` as a host would, up to and including `connect`.
@@ -85,19 +161,19 @@ impl Storage {
 /// A file of a [`Storage`].
 #[derive(Debug)]
 pub struct OpenFile {
-    bytes: Rc<RefCell<Vec<u8>>>,
+    content: Rc<RefCell<Content>>,
     access: Access,
     storage: Storage,
 }
 
 impl OpenFile {
     pub(crate) fn size(&self) -> Result<u64, String> {
-        Ok(self.bytes.borrow().len() as u64)
+        Ok(self.content.borrow().bytes.len() as u64)
     }
 
     pub(crate) fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, String> {
-        let bytes = self.bytes.borrow();
-        let rest = usize::try_from(offset).ok().and_then(|offset| bytes.get(offset..)).unwrap_or_default();
+        let content = self.content.borrow();
+        let rest = usize::try_from(offset).ok().and_then(|offset| content.bytes.get(offset..)).unwrap_or_default();
         // As WASI allows: short reads, so that callers have to loop.
         let length = rest.len().min(buffer.len()).min(1 << 20);
         if let (Some(to), Some(from)) = (buffer.get_mut(..length), rest.get(..length)) {
@@ -108,26 +184,18 @@ impl OpenFile {
 
     pub(crate) fn write_at(&self, offset: u64, from: &[u8]) -> Result<usize, String> {
         self.check_writable()?;
-        let mut bytes = self.bytes.borrow_mut();
-        let end = usize::try_from(offset).ok().and_then(|offset| offset.checked_add(from.len()));
-        let end = end.ok_or("past the largest file offset")?;
-        if bytes.len() < end {
-            bytes.resize(end, 0);
-        }
-        let start = end - from.len();
-        bytes[start..end].copy_from_slice(from);
+        self.content.borrow_mut().change(Change::Write(offset, from.to_vec()))?;
         Ok(from.len())
     }
 
     pub(crate) fn set_size(&self, size: u64) -> Result<(), String> {
         self.check_writable()?;
-        let size = usize::try_from(size).map_err(|_| "too large")?;
-        self.bytes.borrow_mut().resize(size, 0);
-        Ok(())
+        self.content.borrow_mut().change(Change::SetSize(size))
     }
 
     pub(crate) fn sync_data(&self) -> Result<(), String> {
-        self.check_writable()
+        self.check_writable()?;
+        self.content.borrow_mut().change(Change::Sync)
     }
 
     fn check_writable(&self) -> Result<(), String> {
@@ -140,7 +208,7 @@ impl OpenFile {
         }
         let mut storage = self.storage.0.borrow_mut();
         let index = u32::try_from(storage.shared.len()).map_err(|_| "too many files")?;
-        storage.shared.push(self.bytes.clone());
+        storage.shared.push(self.content.clone());
         Ok(FileIndex(index))
     }
 }
@@ -164,7 +232,7 @@ impl<F: Format> Disk<F> {
 
     /// All bytes of the opened backing file.
     pub fn backing_bytes(&self) -> Option<Vec<u8>> {
-        self.backing.as_ref().map(|file| file.0.bytes.borrow().clone())
+        self.backing.as_ref().map(|file| file.0.content.borrow().bytes.clone())
     }
 
     /// Reads as the host does, with `below` for what the image leaves to its backing file:
@@ -224,10 +292,10 @@ impl<F: Format> Disk<F> {
             Placement::Unallocated => below(at, to),
             Placement::Data { file, offset, .. } => {
                 let storage = self.storage.0.borrow();
-                let bytes = storage.shared.get(file.0 as usize).expect("a file that was shared").borrow();
+                let content = storage.shared.get(file.0 as usize).expect("a file that was shared").borrow();
                 let from = usize::try_from(offset + skip).unwrap_or(usize::MAX);
                 for (i, byte) in to.iter_mut().enumerate() {
-                    *byte = bytes.get(from.saturating_add(i)).copied().unwrap_or(0);
+                    *byte = content.bytes.get(from.saturating_add(i)).copied().unwrap_or(0);
                 }
             }
             Placement::Packed { token } => {
@@ -248,5 +316,99 @@ impl<F: Format> Disk<F> {
         let mut buffer = vec![0xa5; length];
         self.read_over(self.info.virtual_size, offset, &mut buffer, &mut |_, to| to.fill(0))?;
         Ok(buffer)
+    }
+}
+
+impl<F: Writer> Disk<F> {
+    fn shared(&self, file: FileIndex) -> Rc<RefCell<Content>> {
+        let storage = self.storage.0.borrow();
+        storage.shared.get(file.0 as usize).cloned().expect("a file that was shared")
+    }
+
+    fn put(&self, file: FileIndex, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.shared(file).borrow_mut().change(Change::Write(offset, bytes.to_vec())).map_err(Error::Storage)
+    }
+
+    /// Writes as the host does, with `below` as in [`read_over`](Self::read_over): in place where an extent
+    /// may be overwritten, else through `prepare` and `commit`, or `abandon` if the storage fails. Checks
+    /// that every answer keeps the contract. Call the format's `begin` before.
+    ///
+    /// # Errors
+    /// What the format answers, and failures of the storage.
+    ///
+    /// # Panics
+    /// If an answer breaks the contract.
+    pub fn write_over(&mut self, offset: u64, bytes: &[u8], below: &mut dyn FnMut(u64, &mut [u8])) -> Result<()> {
+        let end = offset + bytes.len() as u64;
+        let mut at = offset;
+        while at < end {
+            let part = |from: u64, to: u64| &bytes[(from - offset) as usize..(to - offset) as usize];
+            let located = self.format.locate(at, end - at, 64)?;
+            let mut start = located.start;
+            let found = located.extents.iter().find_map(|extent| {
+                let from = start;
+                start += extent.length;
+                (from..start).contains(&at).then_some((from, start, extent.placement))
+            });
+            let (from, to, placement) = found.expect("the answer does not contain the offset asked for");
+            if let Placement::Data { file, offset: place, overwrite: true } = placement {
+                let stop = to.min(end);
+                self.put(file, place + (at - from), part(at, stop))?;
+                at = stop;
+                continue;
+            }
+            let allocations = self.format.prepare(at, to.min(end) - at, 16)?;
+            assert!(allocations.first().is_some_and(|first| first.start <= at), "no space for the offset asked for");
+            let tickets: Vec<u64> = allocations.iter().map(|allocation| allocation.ticket).collect();
+            let mut filled = at;
+            for allocation in &allocations {
+                assert!(filled.max(allocation.start) == filled, "a gap in the space");
+                let stop = allocation.start + allocation.length;
+                let write = self.copy_on_write(allocation, (at, end), part, below);
+                if let Err(error) = write {
+                    self.format.abandon(&tickets)?;
+                    return Err(error);
+                }
+                filled = stop.min(end);
+            }
+            if let Err(error) = self.format.commit(&tickets) {
+                self.format.abandon(&tickets)?;
+                return Err(error);
+            }
+            at = filled;
+        }
+        Ok(())
+    }
+
+    fn copy_on_write<'b>(
+        &mut self,
+        allocation: &Allocation,
+        (at, end): (u64, u64),
+        part: impl Fn(u64, u64) -> &'b [u8],
+        below: &mut dyn FnMut(u64, &mut [u8]),
+    ) -> Result<()> {
+        let &Allocation { start, length, file, offset, .. } = allocation;
+        let mut content = vec![0; usize::try_from(length).expect("it fits into memory")];
+        self.read_over(self.info.virtual_size, start, &mut content, below)?;
+        let (from, to) = (start.max(at), (start + length).min(end));
+        content[(from - start) as usize..(to - start) as usize].copy_from_slice(part(from, to));
+        self.put(file, offset, &content)
+    }
+
+    /// Flushes as the host does: the data, then what the format holds back.
+    ///
+    /// # Errors
+    /// What the format answers, and failures of the storage.
+    pub fn flush(&mut self) -> Result<()> {
+        let shared = self.storage.0.borrow().shared.clone();
+        for file in shared {
+            file.borrow_mut().change(Change::Sync).map_err(Error::Storage)?;
+        }
+        // As a host that gives the space back to the file system: it reads as zero.
+        for freed in self.format.flush()? {
+            let zeroes = vec![0; usize::try_from(freed.length).expect("it fits into memory")];
+            self.put(freed.file, freed.offset, &zeroes)?;
+        }
+        Ok(())
     }
 }
