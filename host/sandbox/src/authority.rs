@@ -14,7 +14,7 @@ pub enum Authority {
     Prober,
     /// World `read-only-format`.
     ReadOnly,
-    /// World `read-write-format`. Unstable: described, and not offered by this host yet.
+    /// World `read-write-format`. Unstable.
     ReadWrite,
 }
 

@@ -25,6 +25,16 @@ pub(crate) mod snapshots {
     });
 }
 
+pub(crate) mod writer {
+    #![allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, clippy::restriction)]
+    wasmtime::component::bindgen!({
+        path: "../../wit",
+        world: "blockhouse:format/writer-ability",
+        with: { "blockhouse:format/types@0.1.0": super::reader::blockhouse::format::types },
+        require_store_data_send: true,
+    });
+}
+
 pub(crate) mod prober {
     #![allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, clippy::restriction)]
     wasmtime::component::bindgen!({

@@ -220,6 +220,8 @@ struct Next {
 #[derive(Default)]
 struct Chain {
     layers: Vec<Arc<dyn Layer>>,
+    /// The top layer, if it is to be written by its component.
+    writable: Option<Arc<ComponentLayer>>,
     reports: Vec<LayerReport>,
     /// Identity of each layer's file (device, inode), to find loops.
     seen: HashMap<(u64, u64), String>,
@@ -250,6 +252,10 @@ impl Opener {
     pub fn open(&self, request: &OpenRequest) -> Result<OpenedDisk> {
         let mut chain = Chain::default();
         self.open_chain(request, &mut chain, false)?;
+        // Only now: an image whose chain does not open is not touched.
+        if let Some(layer) = chain.writable {
+            layer.begin()?;
+        }
         let options = DiskOptions { writable: request.access == Access::ReadWrite, ..request.disk.clone() };
         let disk = Disk::new(chain.layers, options)?;
         Ok(OpenedDisk { disk, report: self.report(chain.reports) })
@@ -394,12 +400,23 @@ impl Opener {
                 return Err(instance.condemn("`connect` did not return the backing file that `open` reported"));
             }
         };
-        if image.access == Access::ReadWrite && !info.overwritable {
-            let why =
-                format!("the component for {} cannot write yet; open the image read-only (readonly=on)", image.format);
+        if image.access == Access::ReadWrite && image.snapshot.is_some() {
+            let why = "a snapshot inside an image can only be read; open it read-only (readonly=on)";
             return Err(Error::new(ErrorKind::Unsupported, why));
         }
-        chain.layers.push(Arc::new(ComponentLayer {
+        let mut writer = None;
+        if image.access == Access::ReadWrite && !info.overwritable {
+            if !plugin.inspection().exports_ability("writer") {
+                let why = format!(
+                    "the component for {} cannot write yet; open the image read-only (readonly=on)",
+                    image.format
+                );
+                return Err(Error::new(ErrorKind::Unsupported, why));
+            }
+            writer = Some(instance.writer()?);
+        }
+        let begins = writer.is_some();
+        let layer = Arc::new(ComponentLayer {
             info: LayerInfo {
                 name: image.name,
                 format: image.format,
@@ -409,7 +426,12 @@ impl Opener {
             },
             instance,
             shared,
-        }));
+            writer,
+        });
+        if begins {
+            chain.writable = Some(Arc::clone(&layer));
+        }
+        chain.layers.push(layer);
         Ok(next)
     }
 }
@@ -466,7 +488,7 @@ fn explain_denial(error: Error, events: &[OpenEvent]) -> Error {
 }
 
 fn has_snapshots(plugin: &Plugin) -> bool {
-    plugin.inspection().exports.iter().any(|export| export.starts_with("blockhouse:format/snapshots@"))
+    plugin.inspection().exports_ability("snapshots")
 }
 
 fn list_snapshots(plugin: &Plugin, instance: &Instance, entries: usize, text: usize) -> Result<Vec<SnapshotReport>> {

@@ -143,6 +143,16 @@ impl State {
         }
     }
 
+    /// Whether a component may change what is behind a handle. Checked here, and again by
+    /// wasmtime-wasi, and again by the kernel: a file that may not be written is not open for writing.
+    fn writable(&self, fd: &Resource<Descriptor>) -> Result<(), ErrorCode> {
+        match self.nodes.get(&fd.rep()) {
+            Some(Node::File { access: Access::ReadWrite, .. }) => Ok(()),
+            Some(Node::File { access: Access::ReadOnly, .. }) => Err(ErrorCode::NotPermitted),
+            Some(Node::Directory(_)) | None => Err(ErrorCode::BadDescriptor),
+        }
+    }
+
     /// Takes back a file that the component returned: the open file, its path and its rights.
     pub(crate) fn take_file(&mut self, resource: Resource<Descriptor>) -> Option<(Arc<File>, String, Access)> {
         let node = self.nodes.remove(&resource.rep());
@@ -367,6 +377,12 @@ fn ready<T>(future: impl Future<Output = FsResult<T>>) -> wasmtime::Result<Resul
     }
 }
 
+/// Whether `length` bytes from `offset` on end at or before 2^63 - 1, the end of the largest file.
+fn in_a_file(offset: u64, length: usize) -> bool {
+    let end = u64::try_from(length).ok().and_then(|length| offset.checked_add(length));
+    end.is_some_and(|end| i64::try_from(end).is_ok())
+}
+
 type Caller<'a> = StoreContextMut<'a, State>;
 type Fd = Resource<Descriptor>;
 
@@ -445,6 +461,52 @@ pub(crate) fn read_only_linker(engine: &Engine) -> wasmtime::Result<Linker<State
     Ok(linker)
 }
 
+/// The functions of the level `read-write-format`: those of `read-only-format`, and four that change
+/// or sync an open file. Each is done when it returns.
+pub(crate) fn read_write_linker(engine: &Engine) -> wasmtime::Result<Linker<State>> {
+    let mut linker = read_only_linker(engine)?;
+    let mut fs = linker.instance(&format!("{TYPES}@{WASI_VERSION}"))?;
+    fs.func_wrap("[method]descriptor.write", |mut store: Caller<'_>, (fd, bytes, offset): (Fd, Vec<u8>, u64)| {
+        let state = store.data_mut();
+        state.count()?;
+        if let Err(code) = state.writable(&fd) {
+            return Ok((Err(code),));
+        }
+        if !in_a_file(offset, bytes.len()) {
+            return Ok((Err(ErrorCode::FileTooLarge),));
+        }
+        Ok((ready(HostDescriptor::write(&mut state.view(), fd, bytes, offset))?,))
+    })?;
+    fs.func_wrap("[method]descriptor.set-size", |mut store: Caller<'_>, (fd, size): (Fd, u64)| {
+        let state = store.data_mut();
+        state.count()?;
+        if let Err(code) = state.writable(&fd) {
+            return Ok((Err(code),));
+        }
+        if !in_a_file(size, 0) {
+            return Ok((Err(ErrorCode::FileTooLarge),));
+        }
+        Ok((ready(HostDescriptor::set_size(&mut state.view(), fd, size))?,))
+    })?;
+    fs.func_wrap("[method]descriptor.sync-data", |mut store: Caller<'_>, (fd,): (Fd,)| {
+        let state = store.data_mut();
+        state.count()?;
+        if let Err(code) = state.writable(&fd) {
+            return Ok((Err(code),));
+        }
+        Ok((ready(HostDescriptor::sync_data(&mut state.view(), fd))?,))
+    })?;
+    fs.func_wrap("[method]descriptor.sync", |mut store: Caller<'_>, (fd,): (Fd,)| {
+        let state = store.data_mut();
+        state.count()?;
+        if let Err(code) = state.writable(&fd) {
+            return Ok((Err(code),));
+        }
+        Ok((ready(HostDescriptor::sync(&mut state.view(), fd))?,))
+    })?;
+    Ok(linker)
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -488,7 +550,7 @@ mod tests {
     }
 
     #[test]
-    fn the_linker_offers_the_functions_of_the_table_and_no_others() {
+    fn the_linkers_offer_the_functions_of_the_table_and_no_others() {
         let mut candidates = functions("wasi:filesystem", include_str!("../../../wit/deps/filesystem/filesystem.wit"));
         candidates.extend(functions("wasi:io", include_str!("../../../wit/deps/io/io.wit")));
         candidates.extend(functions("wasi:clocks", include_str!("../../../wit/deps/clocks/clocks.wit")));
@@ -511,25 +573,50 @@ mod tests {
         // Each once: what is defined below cannot be defined again.
         let candidates: BTreeSet<_> = candidates.into_iter().collect();
         let engine = Engine::default();
-        let mut linker = read_only_linker(&engine).unwrap();
-        let offered: BTreeSet<_> = candidates
-            .iter()
-            .filter(|(interface, function)| is_offered(&mut linker, interface, function))
-            .cloned()
-            .collect();
-        let table: BTreeSet<_> = FUNCTIONS
-            .iter()
-            .filter(|function| function.level <= Authority::ReadOnly)
-            .map(|function| (function.interface.to_owned(), function.name.to_owned()))
-            .collect();
-        assert_eq!(offered, table);
+        for (level, linker) in
+            [(Authority::ReadOnly, read_only_linker(&engine)), (Authority::ReadWrite, read_write_linker(&engine))]
+        {
+            let mut linker = linker.unwrap();
+            let offered: BTreeSet<_> = candidates
+                .iter()
+                .filter(|(interface, function)| is_offered(&mut linker, interface, function))
+                .cloned()
+                .collect();
+            let table: BTreeSet<_> = FUNCTIONS
+                .iter()
+                .filter(|function| function.level <= level)
+                .map(|function| (function.interface.to_owned(), function.name.to_owned()))
+                .collect();
+            assert_eq!(offered, table, "{level}");
+        }
 
-        // What can change a file, a name or a directory is known here, and not offered.
+        // What can change a file, a name or a directory is known here, and not offered for reading.
         for name in ["write", "set-size", "link-at", "rename-at", "symlink-at", "unlink-file-at", "create-directory-at"]
         {
             let name = format!("[method]descriptor.{name}");
             assert!(candidates.contains(&(TYPES.to_owned(), name.clone())), "{name} is not in wit/deps");
             assert!(level_of(TYPES, &name).is_none_or(|level| level == Authority::ReadWrite), "{name}");
         }
+    }
+
+    #[test]
+    fn offsets_end_at_the_largest_file() {
+        let largest = u64::try_from(i64::MAX).unwrap();
+        assert!(in_a_file(0, 0) && in_a_file(largest, 0) && in_a_file(largest - 1, 1));
+        assert!(!in_a_file(largest, 1) && !in_a_file(largest + 1, 0) && !in_a_file(u64::MAX, usize::MAX));
+    }
+
+    #[test]
+    fn only_a_file_that_was_handed_over_for_writing_can_be_changed() {
+        let identity = Identity { image: String::new(), format: String::new(), component: String::new() };
+        let mut state = State::new(identity, Arc::new(Limits::default()), Grants::new(), Audit::new());
+        let null = || File::options().read(true).write(true).open("/dev/null").unwrap();
+        let read_only = state.add_file(null(), "/a".to_owned(), Access::ReadOnly).unwrap();
+        let read_write = state.add_file(null(), "/b".to_owned(), Access::ReadWrite).unwrap();
+        let directory = state.get_directories().unwrap().remove(0).0;
+        assert_eq!(state.writable(&read_only).unwrap_err(), ErrorCode::NotPermitted);
+        assert!(state.writable(&read_write).is_ok());
+        assert_eq!(state.writable(&directory).unwrap_err(), ErrorCode::BadDescriptor);
+        assert_eq!(state.writable(&Resource::new_own(12345)).unwrap_err(), ErrorCode::BadDescriptor);
     }
 }

@@ -42,6 +42,18 @@ pub struct Inspection {
     pub outside: Vec<String>,
 }
 
+impl Inspection {
+    /// Whether it exports the interface `name` of `blockhouse:format`: `snapshots`.
+    pub(crate) fn exports_ability(&self, name: &str) -> bool {
+        let ability = |export: &String| {
+            let (interface, version) = split(export);
+            interface.strip_prefix("blockhouse:format/") == Some(name)
+                && version.is_some_and(|version| compatible(CONTRACT_VERSION, version))
+        };
+        self.exports.iter().any(ability)
+    }
+}
+
 /// Splits `wasi:filesystem/types@0.2.6` into name and version.
 fn split(interface: &str) -> (&str, Option<&str>) {
     match interface.split_once('@') {

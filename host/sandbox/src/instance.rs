@@ -11,6 +11,7 @@ use wasmtime::{Store, Trap};
 
 use crate::bindings::reader::blockhouse::format::types::Error as WitError;
 use crate::bindings::reader::{ReadOnlyFormat, ReadOnlyFormatPre};
+use crate::bindings::writer::WriterAbility;
 use crate::clock::Clock;
 use crate::host::State;
 use crate::limits::TICK;
@@ -107,6 +108,11 @@ impl Instance {
                 Err(Error::new(kind, why).with_source(error).on_image(&*self.image))
             }
         }
+    }
+
+    /// The writer exports of the component.
+    pub(crate) fn writer(&self) -> Result<WriterAbility> {
+        self.call("writer", |call| WriterAbility::new(&mut *call.store, call.instance).map(Ok))
     }
 
     /// Looks at the state of a living instance.

@@ -2,10 +2,17 @@
 
 use std::sync::{Arc, PoisonError};
 
-use blockhouse_block::{Extent, FileIndex, ImageFile, Layer, LayerInfo, LayerWriter, Located, Placement, Result};
+use blockhouse_block::{
+    Allocation, Error, ErrorKind, Extent, FileIndex, Freed, ImageFile, Layer, LayerInfo, LayerWriter, Located,
+    Placement, Result,
+};
+use wasmtime::Store;
 
+use crate::bindings::reader::blockhouse::format::types::Error as WitError;
 use crate::bindings::reader::exports::blockhouse::format::reader as wit;
-use crate::host::SharedFiles;
+use crate::bindings::writer::WriterAbility;
+use crate::bindings::writer::exports::blockhouse::format::writer as wit_writer;
+use crate::host::{SharedFiles, State};
 use crate::instance::Instance;
 
 /// One image, served by one component instance.
@@ -13,6 +20,28 @@ pub(crate) struct ComponentLayer {
     pub(crate) info: LayerInfo,
     pub(crate) instance: Instance,
     pub(crate) shared: SharedFiles,
+    /// The writer exports, if the image is written through them.
+    pub(crate) writer: Option<WriterAbility>,
+}
+
+impl ComponentLayer {
+    /// Prepares the image for writing: once, before any other call of the writer.
+    pub(crate) fn begin(&self) -> Result<()> {
+        self.write("begin", |writer, store| writer.call_begin(store))
+    }
+
+    /// Makes one call of a writer export. `what` names it in messages: `prepare`.
+    fn write<T>(
+        &self,
+        what: &str,
+        call: impl FnOnce(&wit_writer::Guest, &mut Store<State>) -> wasmtime::Result<std::result::Result<T, WitError>>,
+    ) -> Result<T> {
+        let Some(writer) = &self.writer else {
+            let why = "the image was not opened for writing by its component";
+            return Err(Error::new(ErrorKind::Unsupported, why).on_image(&*self.info.name));
+        };
+        self.instance.call(what, |from| call(writer.blockhouse_format_writer(), from.store))
+    }
 }
 
 impl Layer for ComponentLayer {
@@ -61,7 +90,58 @@ impl Layer for ComponentLayer {
     }
 
     fn writer(&self) -> Option<&dyn LayerWriter> {
-        None
+        self.writer.as_ref().map(|_| self as &dyn LayerWriter)
+    }
+}
+
+impl LayerWriter for ComponentLayer {
+    fn prepare(&self, offset: u64, length: u64, max_allocations: u32) -> Result<Vec<Allocation>> {
+        let allocations =
+            self.write("prepare", |writer, store| writer.call_prepare(store, offset, length, max_allocations))?;
+        if u32::try_from(allocations.len()).map_or(true, |count| count > max_allocations) {
+            let why = format!("`prepare` gave {} allocations where {max_allocations} were allowed", allocations.len());
+            return Err(self.instance.condemn(&why));
+        }
+        Ok(allocations
+            .into_iter()
+            .map(|allocation| Allocation {
+                start: allocation.start_bytes,
+                length: allocation.length_bytes,
+                file: FileIndex(allocation.file),
+                offset: allocation.offset_bytes,
+                zeroed: allocation.zeroed,
+                ticket: allocation.ticket,
+            })
+            .collect())
+    }
+
+    fn commit(&self, tickets: &[u64]) -> Result<()> {
+        self.write("commit", |writer, store| writer.call_commit(store, tickets))
+    }
+
+    fn abandon(&self, tickets: &[u64]) -> Result<()> {
+        self.write("abandon", |writer, store| writer.call_abandon(store, tickets))
+    }
+
+    fn zero(&self, offset: u64, length: u64, keep: bool) -> Result<()> {
+        self.write("zero", |writer, store| writer.call_zero(store, offset, length, keep))
+    }
+
+    fn discard(&self, offset: u64, length: u64) -> Result<()> {
+        self.write("discard", |writer, store| writer.call_discard(store, offset, length))
+    }
+
+    fn flush(&self) -> Result<Vec<Freed>> {
+        // How many there are is bounded by what may cross into the host in one call.
+        let freed = self.write("flush", |writer, store| writer.call_flush(store))?;
+        Ok(freed
+            .into_iter()
+            .map(|freed| Freed { file: FileIndex(freed.file), offset: freed.offset_bytes, length: freed.length_bytes })
+            .collect())
+    }
+
+    fn finish(&self) -> Result<()> {
+        self.write("finish", |writer, store| writer.call_finish(store))
     }
 }
 

@@ -13,8 +13,9 @@ use wasmtime::{Config, Engine, OptLevel, WasmBacktraceDetails};
 use crate::authority::Authority;
 use crate::bindings::prober::ProberOnlyPre;
 use crate::bindings::reader::ReadOnlyFormatPre;
+use crate::bindings::writer::WriterAbilityPre;
 use crate::clock::Clock;
-use crate::host::{State, read_only_linker};
+use crate::host::{State, read_only_linker, read_write_linker};
 use crate::inspect::{Inspection, inspect};
 use crate::limits::Limits;
 use crate::regular;
@@ -95,9 +96,15 @@ impl Sandbox {
                 .and_then(|linker| linker.instantiate_pre(&component))
                 .and_then(ReadOnlyFormatPre::new)
                 .map(PluginKind::Format),
-            Some(Authority::ReadWrite) => {
-                return refuse("it needs the world read-write-format, which this host does not offer yet".to_owned());
-            }
+            Some(Authority::ReadWrite) => read_write_linker(&self.engine)
+                .and_then(|linker| linker.instantiate_pre(&component))
+                .and_then(|pre| {
+                    if inspection.exports_ability("writer") {
+                        WriterAbilityPre::new(pre.clone())?;
+                    }
+                    ReadOnlyFormatPre::new(pre)
+                })
+                .map(PluginKind::Format),
             None if inspection.outside.is_empty() => {
                 return refuse(format!(
                     "it exports neither blockhouse:format/reader nor blockhouse:format/prober of contract {}; it exports: {}",

@@ -65,7 +65,9 @@ pub fn log(level: Level, message: &str) {
 /// Turns a crate into a component that serves one [`Format`].
 ///
 /// `export!(MyFormat)` exports the `reader` interface; `export!(MyFormat: snapshots)` also exports
-/// `snapshots`, for a type that implements [`Snapshots`]. Natively it does nothing.
+/// `snapshots`, for a type that implements [`Snapshots`]; `export!(MyFormat: writer)` and
+/// `export!(MyFormat: snapshots, writer)` also export `writer`, for a type that implements [`Writer`].
+/// Natively it does nothing.
 #[macro_export]
 macro_rules! export {
     ($format:ident) => {
@@ -77,5 +79,19 @@ macro_rules! export {
         $crate::__export_reader!($format);
         #[cfg(target_family = "wasm")]
         $crate::__export_snapshots!($format);
+    };
+    ($format:ident : writer) => {
+        #[cfg(target_family = "wasm")]
+        $crate::__export_reader!($format);
+        #[cfg(target_family = "wasm")]
+        $crate::__export_writer!($format);
+    };
+    ($format:ident : snapshots, writer) => {
+        #[cfg(target_family = "wasm")]
+        $crate::__export_reader!($format);
+        #[cfg(target_family = "wasm")]
+        $crate::__export_snapshots!($format);
+        #[cfg(target_family = "wasm")]
+        $crate::__export_writer!($format);
     };
 }

@@ -7,7 +7,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::cell::RefCell;
 
-use crate::{Access, Context, Error, File, FileIndex, Format, Level, Placement, Snapshots};
+use crate::{Access, Context, Error, File, FileIndex, Format, Level, Placement, Snapshots, Writer};
 
 /// Bindings of the world `read-only-format`.
 #[allow(missing_docs, unsafe_op_in_unsafe_fn, clippy::all, clippy::pedantic, clippy::restriction, unreachable_pub)]
@@ -35,10 +35,25 @@ pub mod snapshot_bindings {
     });
 }
 
+/// Bindings of the world `writer-ability`.
+#[allow(missing_docs, unsafe_op_in_unsafe_fn, clippy::all, clippy::pedantic, clippy::restriction, unreachable_pub)]
+pub mod writer_bindings {
+    wit_bindgen::generate!({
+        path: "../../wit",
+        world: "blockhouse:format/writer-ability",
+        features: ["writer"],
+        with: { "blockhouse:format/types@0.1.0": super::bindings::blockhouse::format::types },
+        pub_export_macro: true,
+        export_macro_name: "export_writer",
+        default_bindings_module: "blockhouse_plugin::wasm::writer_bindings",
+    });
+}
+
 use bindings::blockhouse::format::{files, log as host_log, types};
 use bindings::exports::blockhouse::format::reader as wit;
 use bindings::wasi::filesystem::types as fs;
 use snapshot_bindings::exports::blockhouse::format::snapshots as wit_snapshots;
+use writer_bindings::exports::blockhouse::format::writer as wit_writer;
 
 #[panic_handler]
 fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
@@ -257,6 +272,66 @@ pub fn snapshots_select<F: Snapshots>(slot: &Slot<F>, id: &str) -> Result<u64, t
 }
 
 #[doc(hidden)]
+pub fn writer_begin<F: Writer>(slot: &Slot<F>) -> Result<(), types::Error> {
+    slot.with(Writer::begin)
+}
+
+#[doc(hidden)]
+pub fn writer_prepare<F: Writer>(
+    slot: &Slot<F>,
+    offset: u64,
+    length: u64,
+    max_allocations: u32,
+) -> Result<Vec<wit_writer::Allocation>, types::Error> {
+    let allocations = slot.with(|format| format.prepare(offset, length, max_allocations))?;
+    Ok(allocations
+        .into_iter()
+        .map(|allocation| wit_writer::Allocation {
+            start_bytes: allocation.start,
+            length_bytes: allocation.length,
+            file: allocation.file.0,
+            offset_bytes: allocation.offset,
+            zeroed: allocation.zeroed,
+            ticket: allocation.ticket,
+        })
+        .collect())
+}
+
+#[doc(hidden)]
+pub fn writer_commit<F: Writer>(slot: &Slot<F>, tickets: &[u64]) -> Result<(), types::Error> {
+    slot.with(|format| format.commit(tickets))
+}
+
+#[doc(hidden)]
+pub fn writer_abandon<F: Writer>(slot: &Slot<F>, tickets: &[u64]) -> Result<(), types::Error> {
+    slot.with(|format| format.abandon(tickets))
+}
+
+#[doc(hidden)]
+pub fn writer_zero<F: Writer>(slot: &Slot<F>, offset: u64, length: u64, keep: bool) -> Result<(), types::Error> {
+    slot.with(|format| format.zero(offset, length, keep))
+}
+
+#[doc(hidden)]
+pub fn writer_discard<F: Writer>(slot: &Slot<F>, offset: u64, length: u64) -> Result<(), types::Error> {
+    slot.with(|format| format.discard(offset, length))
+}
+
+#[doc(hidden)]
+pub fn writer_flush<F: Writer>(slot: &Slot<F>) -> Result<Vec<wit_writer::Freed>, types::Error> {
+    let freed = slot.with(Writer::flush)?;
+    Ok(freed
+        .into_iter()
+        .map(|freed| wit_writer::Freed { file: freed.file.0, offset_bytes: freed.offset, length_bytes: freed.length })
+        .collect())
+}
+
+#[doc(hidden)]
+pub fn writer_finish<F: Writer>(slot: &Slot<F>) -> Result<(), types::Error> {
+    slot.with(Writer::finish)
+}
+
+#[doc(hidden)]
 #[macro_export]
 macro_rules! __export_reader {
     ($format:ident) => {
@@ -309,6 +384,50 @@ macro_rules! __export_snapshots {
                 }
             }
     $crate::wasm::snapshot_bindings::export_snapshots!(Component with_types_in $crate::wasm::snapshot_bindings);
+        };
+    };
+}
+
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __export_writer {
+    ($format:ident) => {
+        const _: () = {
+            use $crate::wasm::bindings::blockhouse::format::types;
+            use $crate::wasm::writer_bindings::exports::blockhouse::format::writer;
+
+            struct Component;
+            impl writer::Guest for Component {
+                fn begin() -> Result<(), types::Error> {
+                    $crate::wasm::writer_begin::<$format>(&BLOCKHOUSE_IMAGE)
+                }
+                fn prepare(
+                    offset: u64,
+                    length: u64,
+                    max_allocations: u32,
+                ) -> Result<::alloc::vec::Vec<writer::Allocation>, types::Error> {
+                    $crate::wasm::writer_prepare::<$format>(&BLOCKHOUSE_IMAGE, offset, length, max_allocations)
+                }
+                fn commit(tickets: ::alloc::vec::Vec<u64>) -> Result<(), types::Error> {
+                    $crate::wasm::writer_commit::<$format>(&BLOCKHOUSE_IMAGE, &tickets)
+                }
+                fn abandon(tickets: ::alloc::vec::Vec<u64>) -> Result<(), types::Error> {
+                    $crate::wasm::writer_abandon::<$format>(&BLOCKHOUSE_IMAGE, &tickets)
+                }
+                fn zero(offset: u64, length: u64, keep: bool) -> Result<(), types::Error> {
+                    $crate::wasm::writer_zero::<$format>(&BLOCKHOUSE_IMAGE, offset, length, keep)
+                }
+                fn discard(offset: u64, length: u64) -> Result<(), types::Error> {
+                    $crate::wasm::writer_discard::<$format>(&BLOCKHOUSE_IMAGE, offset, length)
+                }
+                fn flush() -> Result<::alloc::vec::Vec<writer::Freed>, types::Error> {
+                    $crate::wasm::writer_flush::<$format>(&BLOCKHOUSE_IMAGE)
+                }
+                fn finish() -> Result<(), types::Error> {
+                    $crate::wasm::writer_finish::<$format>(&BLOCKHOUSE_IMAGE)
+                }
+            }
+    $crate::wasm::writer_bindings::export_writer!(Component with_types_in $crate::wasm::writer_bindings);
         };
     };
 }

@@ -83,7 +83,9 @@ fn render(inspection: &Inspection) -> String {
         Some(Authority::ReadOnly) => {
             "read-only-format: it can read its image and what is granted, log, and nothing else"
         }
-        Some(Authority::ReadWrite) => "read-write-format: not offered by this host yet, so it is not loaded",
+        Some(Authority::ReadWrite) => {
+            "read-write-format: as read-only-format, and it can write, resize and sync files opened for writing"
+        }
         None => "none: it is not loaded",
     };
     let _ = writeln!(text, "world     {world}");
