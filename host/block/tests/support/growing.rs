@@ -66,6 +66,8 @@ pub struct Growing {
     pub twist: Option<Twist>,
     /// Called at the end of `flush`, when space is free already but the disk does not know.
     pub after_flush: Option<Box<dyn Fn() + Send + Sync>>,
+    /// Called at the start of `locate`.
+    pub before_locate: Option<Box<dyn Fn() + Send + Sync>>,
     pub fail_commit: AtomicBool,
 }
 
@@ -107,6 +109,7 @@ impl Growing {
             per_answer: usize::MAX,
             twist: None,
             after_flush: None,
+            before_locate: None,
             fail_commit: AtomicBool::new(false),
         }
     }
@@ -201,6 +204,9 @@ impl Layer for Growing {
         &self.info
     }
     fn locate(&self, offset: u64, length: u64, max_extents: u32) -> Result<Located> {
+        if let Some(before) = &self.before_locate {
+            before();
+        }
         let state = self.state.lock().unwrap();
         assert!(!state.finished, "a call after finish");
         let clusters = self.clusters(offset, length);
