@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use blockhouse_vmm::CacheMode;
+
 /// One disk, as the operator describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct DiskArg {
@@ -18,6 +20,10 @@ pub(crate) struct DiskArg {
     pub(crate) serial: Option<String>,
     /// A snapshot inside the image.
     pub(crate) snapshot: Option<String>,
+    /// When a write is durable.
+    pub(crate) cache: CacheMode,
+    /// The guest may discard.
+    pub(crate) discard: bool,
 }
 
 impl FromStr for DiskArg {
@@ -30,6 +36,8 @@ impl FromStr for DiskArg {
         let mut readonly = None;
         let mut serial = None;
         let mut snapshot = None;
+        let mut cache = None;
+        let mut discard = None;
         for field in split_fields(text) {
             let (key, value) =
                 field.split_once('=').ok_or_else(|| format!("{field:?} is not of the form key=value"))?;
@@ -43,13 +51,16 @@ impl FromStr for DiskArg {
                     allow.push(PathBuf::from(value));
                     false
                 }
-                "readonly" => {
-                    let value = match value {
-                        "on" => true,
-                        "off" => false,
-                        other => return Err(format!("readonly={other} is neither on nor off")),
+                "readonly" => readonly.replace(on_or_off(key, value)?).is_some(),
+                "discard" => discard.replace(on_or_off(key, value)?).is_some(),
+                "cache" => {
+                    let mode = match value {
+                        "writeback" => CacheMode::WriteBack,
+                        "writethrough" => CacheMode::WriteThrough,
+                        "unsafe" => CacheMode::Unsafe,
+                        other => return Err(format!("cache={other} is not one of writeback, writethrough, unsafe")),
                     };
-                    readonly.replace(value).is_some()
+                    cache.replace(mode).is_some()
                 }
                 "serial" => {
                     if value.len() > 20 || !value.bytes().all(|byte| byte.is_ascii_graphic()) {
@@ -60,7 +71,8 @@ impl FromStr for DiskArg {
                 "snapshot" => snapshot.replace(value.to_owned()).is_some(),
                 other => {
                     return Err(format!(
-                        "{other:?} is not a key of a disk; there is: file, format, allow, readonly, serial, snapshot"
+                        "{other:?} is not a key of a disk; there is: file, format, allow, readonly, serial, snapshot, \
+                         cache, discard"
                     ));
                 }
             };
@@ -75,11 +87,24 @@ impl FromStr for DiskArg {
             readonly: readonly.unwrap_or(false),
             serial,
             snapshot,
+            cache: cache.unwrap_or_default(),
+            discard: discard.unwrap_or(true),
         };
         if disk.snapshot.is_some() && !disk.readonly {
             return Err("snapshot= needs readonly=on: a snapshot cannot be written".to_owned());
         }
+        if disk.readonly && discard == Some(true) {
+            return Err("discard=on needs readonly=off: a discard changes the disk".to_owned());
+        }
         Ok(disk)
+    }
+}
+
+fn on_or_off(key: &str, value: &str) -> Result<bool, String> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        other => Err(format!("{key}={other} is neither on nor off")),
     }
 }
 
@@ -113,6 +138,20 @@ mod tests {
     }
 
     #[test]
+    fn cache_and_discard() {
+        for (fields, cache, discard) in [
+            ("", CacheMode::WriteBack, true),
+            (",readonly=on", CacheMode::WriteBack, true),
+            (",cache=writeback,discard=on", CacheMode::WriteBack, true),
+            (",cache=writethrough,discard=off", CacheMode::WriteThrough, false),
+            (",cache=unsafe,readonly=on,discard=off", CacheMode::Unsafe, false),
+        ] {
+            let disk: DiskArg = format!("file=/a,format=raw{fields}").parse().unwrap();
+            assert_eq!((disk.cache, disk.discard), (cache, discard), "{fields}");
+        }
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         for (text, why) in [
             ("", "key=value"),
@@ -124,6 +163,11 @@ mod tests {
             ("file=/a,format=raw,readonly=yes", "neither on nor off"),
             ("file=/a,format=raw,serial=123456789012345678901", "20"),
             ("file=/a,format=qcow2,snapshot=1", "readonly=on"),
+            ("file=/a,format=raw,cache=none", "writethrough"),
+            ("file=/a,format=raw,cache=unsafe,cache=unsafe", "twice"),
+            ("file=/a,format=raw,discard=unmap", "discard=unmap is neither on nor off"),
+            ("file=/a,format=raw,discard=on,discard=off", "twice"),
+            ("file=/a,format=raw,discard=on,readonly=on", "readonly=off"),
             ("file=/a,format=raw,", "key=value"),
         ] {
             let error = text.parse::<DiskArg>().unwrap_err();

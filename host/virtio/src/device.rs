@@ -1,16 +1,18 @@
 //! What the device is: the features it offers and the config space it shows (section 5.2).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use blockhouse_block::{BlockBackend, SECTOR_SIZE};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use crate::ranges::{DISCARD, WRITE_ZEROES};
 use crate::report::Report;
 use crate::request::MAX_DESCRIPTORS;
 
@@ -31,8 +33,32 @@ pub const SERIAL_LEN: usize = 20;
 /// builds requests that fit no queue.
 const SEG_MAX: u32 = MAX_DESCRIPTORS as u32 - 2;
 
-/// Bytes of config space with a meaning: up to and including `num_queues` (section 5.2.4).
-const CONFIG_LEN: usize = 36;
+/// The least `discard_sector_alignment`, 4 KiB: a page of the host, and what the Windows driver takes
+/// for the least as well.
+const MIN_DISCARD_ALIGNMENT: u32 = 8;
+
+/// The most, 2 MiB: the largest cluster that a format in use has. It divides the longest discard.
+const MAX_DISCARD_ALIGNMENT: u32 = 4096;
+
+/// Bytes of config space with a meaning: up to `write_zeroes_may_unmap` and what pads it (section 5.2.4).
+const CONFIG_LEN: usize = 60;
+
+/// Where `writeback` is in config space.
+const WRITEBACK: u64 = 32;
+
+/// When a write is durable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheMode {
+    /// After the driver's next flush. A driver that cannot flush, or that sets `writeback` to 0, has
+    /// every request that changes the disk flushed before it is answered (sections 5.2.5 and 5.2.6.2).
+    #[default]
+    WriteBack,
+    /// When it is answered, whatever the driver says.
+    WriteThrough,
+    /// Some time. A flush succeeds at once and does nothing: **a crash of the host, or of this
+    /// process, loses what was written and may destroy the image.** For disks that can be made again.
+    Unsafe,
+}
 
 /// What a user chooses about a device, as opposed to what the disk behind it decides.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,11 +68,18 @@ pub struct BlockDeviceOptions {
     pub serial: String,
     /// The number of queues, held between 1 and [`MAX_QUEUES`].
     pub queues: u16,
+    /// Refuse every change, even if the backend can be written.
+    pub read_only: bool,
+    /// When a write is durable.
+    pub cache: CacheMode,
+    /// Offer discards, and let the disk give back the space of zeroes. Without, zeroes are still
+    /// offered, and their space stays allocated.
+    pub discard: bool,
 }
 
 impl Default for BlockDeviceOptions {
     fn default() -> Self {
-        Self { serial: String::new(), queues: 1 }
+        Self { serial: String::new(), queues: 1, read_only: false, cache: CacheMode::WriteBack, discard: true }
     }
 }
 
@@ -57,20 +90,34 @@ pub struct BlockDevice {
     backend: Arc<dyn BlockBackend>,
     serial: [u8; SERIAL_LEN],
     queues: u16,
+    read_only: bool,
+    cache: CacheMode,
+    discard: bool,
+    /// The features that the driver accepted.
+    accepted: AtomicU64,
+    /// The field of config space with this name, while it can be toggled.
+    writeback: AtomicBool,
     report: Report,
 }
 
 impl BlockDevice {
-    /// A device that serves `backend`. The device offers writing exactly if the backend can write.
+    /// A device that serves `backend`. The device offers writing exactly if the backend can write and
+    /// the options do not forbid it.
     pub fn new(backend: Arc<dyn BlockBackend>, options: &BlockDeviceOptions) -> Self {
         let mut serial = [0; SERIAL_LEN];
         for (to, from) in serial.iter_mut().zip(options.serial.bytes()) {
             *to = from;
         }
+        let read_only = options.read_only || !backend.is_writable();
         Self {
             backend,
             serial,
             queues: options.queues.clamp(1, MAX_QUEUES),
+            read_only,
+            cache: options.cache,
+            discard: options.discard,
+            accepted: AtomicU64::new(0),
+            writeback: AtomicBool::new(true),
             report: Report::new(options.serial.clone()),
         }
     }
@@ -87,8 +134,17 @@ impl BlockDevice {
             VIRTIO_BLK_F_TOPOLOGY,
             VIRTIO_BLK_F_FLUSH,
         ];
-        if !self.backend.is_writable() {
+        if self.read_only {
             bits.push(VIRTIO_BLK_F_RO);
+        } else {
+            bits.push(VIRTIO_BLK_F_WRITE_ZEROES);
+            if self.discard {
+                bits.push(VIRTIO_BLK_F_DISCARD);
+            }
+            // The other modes are the operator's word, which the guest does not change.
+            if self.cache == CacheMode::WriteBack {
+                bits.push(VIRTIO_BLK_F_CONFIG_WCE);
+            }
         }
         if self.queues > 1 {
             bits.push(VIRTIO_BLK_F_MQ);
@@ -99,6 +155,35 @@ impl BlockDevice {
     /// The number of queues, at least one.
     pub fn queues(&self) -> u16 {
         self.queues
+    }
+
+    /// The transport says what the driver accepted, when it did (`FEATURES_OK`, section 3.1.1).
+    pub fn accept_features(&self, features: u64) {
+        self.accepted.store(features, Ordering::Release);
+        // A driver that cannot flush starts with writes that are durable (section 5.2.5.2).
+        self.writeback.store(features & 1 << VIRTIO_BLK_F_FLUSH != 0, Ordering::Release);
+    }
+
+    /// The transport says that the driver reset the device, after the last request was answered.
+    pub fn reset(&self) {
+        self.accepted.store(0, Ordering::Release);
+        self.writeback.store(true, Ordering::Release);
+    }
+
+    /// The guest writes `data` to config space at `offset`. One byte can be written, `writeback`, by a
+    /// driver that accepted `VIRTIO_BLK_F_CONFIG_WCE`, and only with 0 or 1; all else does nothing.
+    pub fn write_config(&self, offset: u64, data: &[u8]) {
+        let value = WRITEBACK
+            .checked_sub(offset)
+            .and_then(|at| usize::try_from(at).ok())
+            .and_then(|at| data.get(at).copied())
+            .filter(|value| *value <= 1);
+        let accepted = self.accepted.load(Ordering::Acquire) & self.features();
+        if let Some(value) = value
+            && accepted & 1 << VIRTIO_BLK_F_CONFIG_WCE != 0
+        {
+            self.writeback.store(value == 1, Ordering::Release);
+        }
     }
 
     /// Fills `data` from config space at `offset` (section 5.2.4). Bytes past its end read as zero.
@@ -133,7 +218,54 @@ impl BlockDevice {
         put(26, &min_io_sectors.to_le_bytes()); // min_io_size
         put(28, &(topology.optimal_io_size / sector).to_le_bytes()); // opt_io_size
         put(34, &self.queues.to_le_bytes()); // num_queues
+        if self.read_only {
+            return config;
+        }
+        if self.cache == CacheMode::WriteBack {
+            put(32, &[self.writeback.load(Ordering::Acquire).into()]); // writeback
+        }
+        if self.discard {
+            put(36, &DISCARD.sectors.to_le_bytes()); // max_discard_sectors
+            put(40, &DISCARD.ranges.to_le_bytes()); // max_discard_seg
+            put(44, &self.discard_alignment().to_le_bytes()); // discard_sector_alignment
+        }
+        put(48, &WRITE_ZEROES.sectors.to_le_bytes()); // max_write_zeroes_sectors
+        put(52, &WRITE_ZEROES.ranges.to_le_bytes()); // max_write_zeroes_seg
+        put(56, &[self.discard.into()]); // write_zeroes_may_unmap
         config
+    }
+
+    /// The unit in which the disk gives space back, in sectors: a power of two. The preferred size of
+    /// a request is that of a cluster where there are clusters.
+    fn discard_alignment(&self) -> u32 {
+        let topology = self.backend.topology();
+        let sector = u32::try_from(SECTOR_SIZE).unwrap_or(u32::MAX);
+        let largest = topology.optimal_io_size.max(topology.physical_block_size) / sector;
+        let clamped = largest.clamp(MIN_DISCARD_ALIGNMENT, MAX_DISCARD_ALIGNMENT);
+        // A hint that is no power of two is rounded down, as that of the block size is.
+        1 << clamped.ilog2()
+    }
+
+    /// Whether a request that changes the disk is flushed before it is answered, for a driver that
+    /// accepted `features`.
+    pub(crate) fn writes_through(&self, features: u64) -> bool {
+        // Without a way to flush no write may stay volatile, whatever `writeback` says.
+        self.cache == CacheMode::WriteThrough
+            || features & 1 << VIRTIO_BLK_F_FLUSH == 0
+            || features & 1 << VIRTIO_BLK_F_CONFIG_WCE != 0 && !self.writeback.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    pub(crate) fn cache_mode(&self) -> CacheMode {
+        self.cache
+    }
+
+    /// Whether space that is not needed is given back to the host.
+    pub(crate) fn gives_back(&self) -> bool {
+        self.discard
     }
 
     pub(crate) fn backend(&self) -> &dyn BlockBackend {
@@ -157,7 +289,10 @@ mod tests {
     use crate::driver::MemoryDisk;
 
     fn device(disk: MemoryDisk, queues: u16) -> BlockDevice {
-        BlockDevice::new(Arc::new(disk), &BlockDeviceOptions { serial: "s".into(), queues })
+        BlockDevice::new(
+            Arc::new(disk),
+            &BlockDeviceOptions { serial: "s".into(), queues, ..BlockDeviceOptions::default() },
+        )
     }
 
     fn config_u32(device: &BlockDevice, offset: u64) -> u32 {
@@ -171,6 +306,88 @@ mod tests {
         let ro = 1 << VIRTIO_BLK_F_RO;
         assert_eq!(device(MemoryDisk::new(512), 1).features() & ro, 0);
         assert_eq!(device(MemoryDisk::read_only(512), 1).features() & ro, ro);
+    }
+
+    #[test]
+    fn a_disk_that_can_be_written_is_read_only_if_the_options_say_so() {
+        let options = BlockDeviceOptions { read_only: true, ..BlockDeviceOptions::default() };
+        let device = BlockDevice::new(Arc::new(MemoryDisk::new(512)), &options);
+        let all = bit(VIRTIO_BLK_F_RO) | CHANGES;
+        assert_eq!(device.features() & all, bit(VIRTIO_BLK_F_RO));
+        let mut config = [0xff; 28];
+        device.read_config(32, &mut config);
+        assert_eq!(config, [0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    }
+
+    const CHANGES: u64 = bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES) | bit(VIRTIO_BLK_F_CONFIG_WCE);
+
+    const fn bit(feature: u32) -> u64 {
+        1 << feature
+    }
+
+    /// Every field of what is offered has a value: a driver for Windows crashes on zeroes here.
+    #[test]
+    fn limits_of_discards_and_zeroes_are_in_config_space() {
+        for (optimal, alignment) in [(0, 8), (512, 8), (4096, 8), (65536, 128), (100_000, 128), (u32::MAX, 4096)] {
+            let mut disk = MemoryDisk::new(512);
+            disk.topology.optimal_io_size = optimal;
+            let device = device(disk, 1);
+            assert_eq!(device.features() & CHANGES, CHANGES);
+            let fields = [36, 40, 44, 48, 52, 56].map(|offset| config_u32(&device, offset));
+            assert_eq!(fields, [524_288, 16, alignment, 65536, 1, 1], "for {optimal}");
+            assert_eq!(fields[0] % alignment, 0);
+        }
+    }
+
+    #[test]
+    fn without_discard_zeroes_stay_and_nothing_is_given_back() {
+        let options = BlockDeviceOptions { discard: false, ..BlockDeviceOptions::default() };
+        let device = BlockDevice::new(Arc::new(MemoryDisk::new(512)), &options);
+        assert_eq!(device.features() & CHANGES, CHANGES & !bit(VIRTIO_BLK_F_DISCARD));
+        let fields = [36, 40, 44, 48, 52, 56].map(|offset| config_u32(&device, offset));
+        assert_eq!(fields, [0, 0, 0, 65536, 1, 0]);
+    }
+
+    fn writeback(device: &BlockDevice) -> u32 {
+        config_u32(device, 32) & 0xff
+    }
+
+    #[test]
+    fn writeback_is_written_by_a_driver_that_accepted_it() {
+        let device = device(MemoryDisk::new(512), 1);
+        let (wce, flush) = (bit(VIRTIO_BLK_F_CONFIG_WCE), bit(VIRTIO_BLK_F_FLUSH));
+        for (features, first, second) in [(0, 0, 0), (flush, 1, 1), (wce, 0, 0), (wce | flush, 1, 0)] {
+            device.reset();
+            assert_eq!(writeback(&device), 1);
+            device.write_config(32, &[0]);
+            assert_eq!(writeback(&device), 1, "nothing was accepted yet");
+            device.accept_features(features);
+            assert_eq!(writeback(&device), first, "{features:#x}");
+            device.write_config(32, &[0]);
+            assert_eq!(writeback(&device), second, "{features:#x}");
+        }
+        device.write_config(30, &[9, 9, 1, 9]);
+        assert_eq!(writeback(&device), 1, "in the middle of a longer write");
+        for (offset, data) in [(33, &[0; 8][..]), (28, &[0; 4]), (32, &[]), (32, &[2]), (u64::MAX, &[0]), (0, &[0])] {
+            device.write_config(offset, data);
+            assert_eq!(writeback(&device), 1, "{data:?} at {offset}");
+        }
+        let before = config_u32(&device, 36);
+        device.write_config(0, &[0; 64]);
+        assert_eq!((writeback(&device), config_u32(&device, 36)), (0, before));
+    }
+
+    #[test]
+    fn the_guest_does_not_change_what_the_operator_fixed() {
+        for cache in [CacheMode::WriteThrough, CacheMode::Unsafe] {
+            let options = BlockDeviceOptions { cache, ..BlockDeviceOptions::default() };
+            let device = BlockDevice::new(Arc::new(MemoryDisk::new(512)), &options);
+            assert_eq!(device.features() & bit(VIRTIO_BLK_F_CONFIG_WCE), 0);
+            assert_ne!(device.features() & bit(VIRTIO_BLK_F_FLUSH), 0);
+            device.accept_features(u64::MAX);
+            device.write_config(32, &[1]);
+            assert_eq!(writeback(&device), 0);
+        }
     }
 
     #[test]
@@ -200,7 +417,7 @@ mod tests {
     #[test]
     fn config_space_ends_in_zeroes_however_far_one_reads() {
         let device = device(MemoryDisk::new(512), 1);
-        for offset in [34, 35, 36, 4096, u64::from(u32::MAX), u64::MAX - 1, u64::MAX] {
+        for offset in [58, 59, 60, 4096, u64::from(u32::MAX), u64::MAX - 1, u64::MAX] {
             let mut bytes = [0xff; 8];
             device.read_config(offset, &mut bytes);
             assert_eq!(bytes[2..], [0; 6], "at {offset}");

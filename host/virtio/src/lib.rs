@@ -11,11 +11,12 @@
 //!  └─────────┬──────────┘        └──────────┬───────────┘
 //!            │                              │ request: header copied,
 //!            ▼                              ▼ data as slices of guest memory
-//!      BlockBackend::{read, write, flush}  (blockhouse-block; the disk)
+//!      BlockBackend::{read, write, write_zeroes, discard, flush}  (blockhouse-block; the disk)
 //! ```
 //!
 //! The crate knows neither a transport nor KVM nor WebAssembly. A transport shows the guest what
-//! [`BlockDevice::features`] and [`BlockDevice::read_config`] say, sets up a
+//! [`BlockDevice::features`] and [`BlockDevice::read_config`] say, tells it what the driver accepted
+//! ([`BlockDevice::accept_features`]) and writes ([`BlockDevice::write_config`]), sets up a
 //! [`Queue`](virtio_queue::Queue) from what the guest writes, wraps it in a [`BlockQueue`], and
 //! calls [`BlockQueue::process`] when the guest notifies. Everything else is here.
 //!
@@ -33,12 +34,13 @@
 mod device;
 mod execute;
 mod queue;
+mod ranges;
 mod report;
 mod request;
 
 #[cfg(test)]
 mod driver;
 
-pub use device::{BlockDevice, BlockDeviceOptions, DEVICE_ID, MAX_QUEUES, QUEUE_SIZE, SERIAL_LEN};
+pub use device::{BlockDevice, BlockDeviceOptions, CacheMode, DEVICE_ID, MAX_QUEUES, QUEUE_SIZE, SERIAL_LEN};
 pub use queue::{BlockQueue, Progress, QueueError};
 pub use request::{MAX_DESCRIPTORS, Malformed};

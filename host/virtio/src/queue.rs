@@ -4,13 +4,12 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, VolatileSlice};
 
 use crate::device::BlockDevice;
-use crate::execute::{Status, WriteCache};
+use crate::execute::Status;
 use crate::report::Fault;
 use crate::request::Request;
 
@@ -39,17 +38,15 @@ pub struct BlockQueue {
     device: Arc<BlockDevice>,
     index: u16,
     queue: Queue,
-    cache: WriteCache,
+    features: u64,
 }
 
 impl BlockQueue {
     /// Queue number `index` of `device`, as the driver set it up: `queue` has its addresses and size
     /// and is ready; `features` are those that the driver accepted.
     pub fn new(device: Arc<BlockDevice>, index: u16, mut queue: Queue, features: u64) -> Self {
-        let accepted = |bit: u32| features & (1 << bit) != 0;
-        queue.set_event_idx(accepted(VIRTIO_RING_F_EVENT_IDX));
-        let cache = if accepted(VIRTIO_BLK_F_FLUSH) { WriteCache::WriteBack } else { WriteCache::WriteThrough };
-        Self { device, index, queue, cache }
+        queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+        Self { device, index, queue, features }
     }
 
     /// Serves up to `budget` requests and calls `interrupt` whenever the driver has to be told of a
@@ -110,7 +107,7 @@ impl BlockQueue {
     {
         match Request::parse(chain, memory) {
             Ok(request) => {
-                let outcome = self.device.execute(&request, self.cache);
+                let outcome = self.device.execute(&request, self.features);
                 write_status(&request.status, outcome.status);
                 // The status follows the data; it counts only if there is no gap before it.
                 let room: usize = request.writable.iter().map(VolatileSlice::len).sum();

@@ -4,13 +4,16 @@
 //!  device-readable bytes           device-writable bytes
 //!  ┌────────────────┬──────────┐  ┌──────────┬────────┐
 //!  │ type  – sector │ data     │  │ data     │ status │
-//!  │ 4     4   8    │ (OUT)    │  │ (IN, ID) │ 1      │
+//!  │ 4     4   8    │ (OUT, …) │  │ (IN, ID) │ 1      │
 //!  └────────────────┴──────────┘  └──────────┴────────┘
 //! ```
 //! How these bytes are cut into descriptors is the driver's choice (section 2.7.4), so the header may
 //! be split, and the status may share a descriptor with data.
 
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
+};
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestMemory, Permissions, VolatileSlice};
@@ -57,6 +60,10 @@ pub(crate) enum Operation {
     Flush,
     /// Write the serial into the device-writable data.
     GetId,
+    /// The ranges in the device-readable data are not needed any more.
+    Discard,
+    /// The ranges in the device-readable data are to read as zero.
+    WriteZeroes,
     /// A type that this device does not know.
     Unknown(u32),
 }
@@ -167,6 +174,8 @@ impl<'m> Parts<'m> {
             VIRTIO_BLK_T_OUT => Operation::Out { sector },
             VIRTIO_BLK_T_FLUSH => Operation::Flush,
             VIRTIO_BLK_T_GET_ID => Operation::GetId,
+            VIRTIO_BLK_T_DISCARD => Operation::Discard,
+            VIRTIO_BLK_T_WRITE_ZEROES => Operation::WriteZeroes,
             other => Operation::Unknown(other),
         };
         Ok(Request { operation, readable: self.readable, writable: self.writable, status })

@@ -63,6 +63,7 @@ mod serial;
 mod vcpu;
 mod worker;
 
+pub use blockhouse_virtio::CacheMode;
 pub use builtin::{DiskReport, DiskResult};
 pub use error::{Error, ErrorKind, Result};
 pub use machine::{ConsoleInput, DiskConfig, Exit, ExitReason, Machine, MachineConfig, Payload, StopHandle};

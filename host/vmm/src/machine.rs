@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use blockhouse_block::BlockBackend;
-use blockhouse_virtio::{BlockDevice, BlockDeviceOptions};
+use blockhouse_virtio::{BlockDevice, BlockDeviceOptions, CacheMode};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -60,24 +60,36 @@ pub enum Payload {
 /// One disk of a machine.
 #[derive(Clone)]
 pub struct DiskConfig {
-    /// The disk. The guest is offered writing exactly if it can be written.
+    /// The disk. The guest is offered writing exactly if it can be written and `read_only` is not set.
     pub backend: Arc<dyn BlockBackend>,
     /// The serial, up to 20 bytes; what is longer is cut off.
     pub serial: String,
     /// The number of queues, each with a thread of its own; 1 is usual.
     pub queues: u16,
+    /// Refuse every change in the device, even if the disk can be written.
+    pub read_only: bool,
+    /// When a write of the guest is durable.
+    pub cache: CacheMode,
+    /// Let the guest discard, and give back the space of zeroes.
+    pub discard: bool,
 }
 
 impl DiskConfig {
-    /// A disk with one queue.
+    /// A disk with one queue, a write-back cache and discards.
     pub fn new(backend: Arc<dyn BlockBackend>, serial: impl Into<String>) -> Self {
-        Self { backend, serial: serial.into(), queues: 1 }
+        Self { backend, serial: serial.into(), queues: 1, read_only: false, cache: CacheMode::WriteBack, discard: true }
     }
 }
 
 impl fmt::Debug for DiskConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DiskConfig").field("serial", &self.serial).field("queues", &self.queues).finish_non_exhaustive()
+        f.debug_struct("DiskConfig")
+            .field("serial", &self.serial)
+            .field("queues", &self.queues)
+            .field("read_only", &self.read_only)
+            .field("cache", &self.cache)
+            .field("discard", &self.discard)
+            .finish_non_exhaustive()
     }
 }
 
@@ -325,7 +337,13 @@ fn irqfd(vm: &VmFd, gsi: u32) -> Result<EventFd> {
 
 /// Makes one disk a device of `vm`.
 fn plug_in(vm: &VmFd, memory: &Memory, slot: DiskSlot, number: usize, disk: &DiskConfig) -> Result<MmioDevice> {
-    let options = BlockDeviceOptions { serial: disk.serial.clone(), queues: disk.queues };
+    let options = BlockDeviceOptions {
+        serial: disk.serial.clone(),
+        queues: disk.queues,
+        read_only: disk.read_only,
+        cache: disk.cache,
+        discard: disk.discard,
+    };
     let device = Arc::new(BlockDevice::new(disk.backend.clone(), &options));
     let kicks = (0..u32::from(device.queues()))
         .map(|queue| {

@@ -150,9 +150,12 @@ impl MmioDevice {
         }
     }
 
-    /// The guest writes at `offset`: 4 aligned bytes, or nothing happens. Nothing in config space can
-    /// be written.
+    /// The guest writes at `offset`: 4 aligned bytes, or nothing happens; to config space as it likes.
     pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some(offset) = offset.checked_sub(u64::from(VIRTIO_MMIO_CONFIG)) {
+            self.device.write_config(offset, data);
+            return;
+        }
         let (Ok(offset), Ok(data)) = (u32::try_from(offset), <[u8; 4]>::try_from(data)) else {
             return;
         };
@@ -247,6 +250,9 @@ impl MmioDevice {
             new &= !VIRTIO_CONFIG_S_DRIVER_OK;
         }
         self.status |= new;
+        if new & VIRTIO_CONFIG_S_FEATURES_OK != 0 {
+            self.device.accept_features(self.driver_features);
+        }
         if new & VIRTIO_CONFIG_S_FAILED != 0 {
             self.stop();
         } else if new & VIRTIO_CONFIG_S_DRIVER_OK != 0
@@ -292,6 +298,7 @@ impl MmioDevice {
         }
         // After the workers: the last one may still have raised it.
         self.interrupt.reset();
+        self.device.reset();
         self.status = 0;
         self.device_features_sel = 0;
         self.driver_features_sel = 0;

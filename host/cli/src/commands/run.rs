@@ -22,6 +22,10 @@ allow=PATH        let the image refer to PATH, a file or a directory (read-only;
 readonly=on|off   default off; formats that cannot be written need on
 serial=TEXT       what the guest sees as the serial number, up to 20 characters
 snapshot=N        a snapshot inside the image, by id or name (needs readonly=on)
+cache=MODE        when a write is durable: writeback (default), once the guest flushes;
+                  writethrough, before the guest hears that it is done; unsafe, some time:
+                  flushes do nothing, a crash of the host loses data and may destroy the image
+discard=on|off    let the guest give back space (default on; off if a guest's driver fails with it)
 A comma inside a value is written twice.";
 
 /// Run a KVM machine with virtio-blk disks
@@ -89,11 +93,12 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         };
         let opened = opener.open(&request).with_context(|| format!("cannot open disk {number}"))?;
         let serial = disk.serial.clone().unwrap_or_else(|| format!("blockhouse-{number}"));
+        let (read_only, cache, discard) = (disk.readonly, disk.cache, disk.discard);
         let disk = Arc::new(opened.disk);
         if disk.is_writable() {
             writable.push((number, Arc::clone(&disk)));
         }
-        disks.push(DiskConfig::new(disk, serial));
+        disks.push(DiskConfig { read_only, cache, discard, ..DiskConfig::new(disk, serial) });
     }
     let payload = match args.kernel {
         Some(kernel) => Payload::Linux { kernel, initramfs: args.initrd, cmdline: args.cmdline },

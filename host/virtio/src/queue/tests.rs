@@ -1,16 +1,19 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
 use blockhouse_block::ErrorKind;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
 use super::*;
-use crate::device::BlockDeviceOptions;
+use crate::device::{BlockDeviceOptions, CacheMode};
 use crate::driver::{
-    DATA, Desc, Driver, END, HEADER, INDIRECT, MemoryDisk, NEXT, REGION_2, SIZE, STATUS, WRITE, readable, writable,
+    Call, DATA, Desc, Driver, END, HEADER, INDIRECT, MemoryDisk, NEXT, REGION_2, SIZE, STATUS, WRITE, readable,
+    writable,
 };
 use crate::request::{MAX_DESCRIPTORS, Malformed};
 
@@ -38,9 +41,14 @@ impl Rig {
     }
 
     fn with(disk: MemoryDisk, features: u64) -> Self {
+        Self::with_options(disk, features, BlockDeviceOptions::default())
+    }
+
+    fn with_options(disk: MemoryDisk, features: u64, options: BlockDeviceOptions) -> Self {
         let disk = Arc::new(disk);
-        let options = BlockDeviceOptions { serial: "golden".into(), queues: 1 };
+        let options = BlockDeviceOptions { serial: "golden".into(), ..options };
         let device = Arc::new(BlockDevice::new(disk.clone(), &options));
+        device.accept_features(features);
         let driver = Driver::new();
         let queue = BlockQueue::new(device.clone(), 0, driver.queue(), features);
         Self { disk, device, queue, driver, interrupts: 0 }
@@ -169,7 +177,7 @@ fn get_id_returns_the_serial_padded_and_never_more_than_there_is_room_for() {
 #[test]
 fn other_types_are_unsupported() {
     let mut rig = Rig::new();
-    for kind in [VIRTIO_BLK_T_DISCARD, 2, 0x1234_5678, u32::MAX] {
+    for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES, 2, 0x1234_5678, u32::MAX] {
         rig.driver.header(kind, 0);
         rig.run(&[readable(HEADER, 16), writable(DATA, 512), writable(STATUS, 1)]);
         assert_eq!(rig.driver.status(), UNSUPP, "type {kind}");
@@ -467,4 +475,251 @@ fn event_idx_survives_the_wrap_of_its_indices() {
         rig.run(&chain);
     }
     assert_eq!(rig.interrupts, 2);
+}
+
+const DISCARD: u64 = 1 << VIRTIO_BLK_F_DISCARD;
+const ZEROES: u64 = 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+const WCE: u64 = 1 << VIRTIO_BLK_F_CONFIG_WCE;
+
+/// Ranges (sector, sectors, flags) as a guest lists them.
+fn ranges(list: &[(u64, u32, u32)]) -> Vec<u8> {
+    let one = |&(sector, sectors, flags): &(u64, u32, u32)| {
+        [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
+    };
+    list.iter().flat_map(one).collect()
+}
+
+impl Rig {
+    fn changing() -> Self {
+        Self::with(MemoryDisk::new(64 * 512), FLUSH | DISCARD | ZEROES)
+    }
+
+    /// Sends `data` with a request of type `kind` and returns the status.
+    fn send(&mut self, kind: u32, data: &[u8]) -> u8 {
+        // The sector of the header means nothing in these requests.
+        self.driver.header(kind, u64::MAX);
+        self.driver.put(DATA, data);
+        let len = u32::try_from(data.len()).unwrap();
+        assert_eq!(self.run(&[readable(HEADER, 16), readable(DATA, len), writable(STATUS, 1)]), 1);
+        self.driver.status()
+    }
+}
+
+#[test]
+fn discards_reach_the_disk_range_by_range() {
+    let mut rig = Rig::changing();
+    let data = ranges(&[(3, 2, 0), (63, 1, 0), (64, 0, 0), (0, 1, 0)]);
+    assert_eq!(rig.send(VIRTIO_BLK_T_DISCARD, &data), OK);
+    let at = |offset, len| Call::Discard { offset, len };
+    assert_eq!(rig.disk.take_calls(), [at(1536, 1024), at(32256, 512), at(0, 512)], "an empty range is nothing");
+}
+
+#[test]
+fn zeroes_reach_the_disk_with_their_permission() {
+    let mut rig = Rig::changing();
+    for (flags, may_unmap) in [(0, false), (1, true)] {
+        assert_eq!(rig.send(VIRTIO_BLK_T_WRITE_ZEROES, &ranges(&[(2, 3, flags)])), OK);
+        assert_eq!(rig.disk.take_calls(), [Call::Zero { offset: 1024, len: 1536, may_unmap }]);
+    }
+    assert_eq!(rig.disk.content(1024, 1536), [0; 1536]);
+    assert_ne!(rig.disk.content(512, 512), [0; 512]);
+    assert_ne!(rig.disk.content(2560, 512), [0; 512]);
+}
+
+#[test]
+fn without_discard_zeroes_keep_their_space() {
+    let options = BlockDeviceOptions { discard: false, ..BlockDeviceOptions::default() };
+    let mut rig = Rig::with_options(MemoryDisk::new(64 * 512), FLUSH | ZEROES, options);
+    assert_eq!(rig.send(VIRTIO_BLK_T_WRITE_ZEROES, &ranges(&[(2, 3, 1)])), OK);
+    assert_eq!(rig.disk.take_calls(), [Call::Zero { offset: 1024, len: 1536, may_unmap: false }]);
+}
+
+#[test]
+fn ranges_may_be_cut_anywhere() {
+    let mut rig = Rig::changing();
+    rig.driver.header(VIRTIO_BLK_T_DISCARD, 0);
+    rig.driver.put(HEADER + 16, &ranges(&[(1, 1, 0), (5, 2, 0)]));
+    let header = HEADER + 21;
+    rig.run(&[
+        readable(HEADER, 21),
+        readable(header, 0),
+        readable(header, 20),
+        readable(header + 20, 7),
+        writable(STATUS, 1),
+    ]);
+    assert_eq!(rig.driver.status(), OK);
+    let at = |offset, len| Call::Discard { offset, len };
+    assert_eq!(rig.disk.take_calls(), [at(512, 512), at(2560, 1024)]);
+}
+
+#[test]
+fn a_list_with_one_bad_range_changes_nothing() {
+    let good = (0, 1, 0);
+    let cases = [
+        ("unknown flag", (0, 1, 2), UNSUPP),
+        ("unknown flag besides a known one", (0, 1, 3), UNSUPP),
+        ("highest flag", (0, 1, 1 << 31), UNSUPP),
+        ("all flags, and a bad range", (u64::MAX, u32::MAX, u32::MAX), UNSUPP),
+        ("past the end", (64, 1, 0), IOERR),
+        ("across the end", (63, 2, 0), IOERR),
+        ("empty past the end", (65, 0, 0), IOERR),
+        ("bytes that wrap", (1 << 55, 1, 0), IOERR),
+        ("bytes that wrap to the start", (u64::MAX / 512 + 1, 1, 0), IOERR),
+        ("the last sector there is", (u64::MAX, 1, 0), IOERR),
+        ("an end that wraps", (u64::MAX / 512, 1, 0), IOERR),
+        ("more than everything", (0, u32::MAX, 0), IOERR),
+    ];
+    for (what, bad, status) in cases {
+        let mut rig = Rig::changing();
+        assert_eq!(rig.send(VIRTIO_BLK_T_DISCARD, &ranges(&[good, bad])), status, "discard: {what}");
+        assert_eq!(rig.send(VIRTIO_BLK_T_WRITE_ZEROES, &ranges(&[bad])), status, "zeroes: {what}");
+        assert_eq!(rig.disk.take_calls(), [], "{what}");
+    }
+    let mut rig = Rig::changing();
+    assert_eq!(rig.send(VIRTIO_BLK_T_DISCARD, &ranges(&[good, (0, 1, 1)])), UNSUPP, "discards have no flag");
+    assert_eq!(rig.disk.take_calls(), []);
+}
+
+#[test]
+fn lists_that_are_none_are_refused() {
+    for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+        let mut rig = Rig::changing();
+        for len in [0, 1, 15, 17, 31] {
+            assert_eq!(rig.send(kind, &vec![0; len]), IOERR, "{len} bytes");
+        }
+        // The list is read, not written.
+        rig.driver.header(kind, 0);
+        rig.run(&[readable(HEADER, 16), writable(DATA, 16), writable(STATUS, 1)]);
+        assert_eq!(rig.driver.status(), IOERR);
+        assert_eq!(rig.disk.take_calls(), []);
+    }
+}
+
+#[test]
+fn a_list_is_as_long_as_config_space_says() {
+    for (kind, field) in [(VIRTIO_BLK_T_DISCARD, 40), (VIRTIO_BLK_T_WRITE_ZEROES, 52)] {
+        let mut rig = Rig::changing();
+        let mut most = [0; 4];
+        rig.device.read_config(field, &mut most);
+        let most = usize::try_from(u32::from_le_bytes(most)).unwrap();
+        assert_eq!(rig.send(kind, &ranges(&vec![(0, 1, 0); most])), OK);
+        assert_eq!(rig.disk.take_calls().len(), most);
+        for more in [most + 1, 1000] {
+            assert_eq!(rig.send(kind, &ranges(&vec![(0, 1, 0); more])), IOERR, "{more} ranges");
+        }
+        assert_eq!(rig.disk.take_calls(), []);
+    }
+}
+
+#[test]
+fn a_range_is_as_long_as_config_space_says() {
+    for (kind, field) in [(VIRTIO_BLK_T_DISCARD, 36), (VIRTIO_BLK_T_WRITE_ZEROES, 48)] {
+        // Large enough that only the limit can be in the way; memory that nobody touches costs nothing.
+        let mut disk = MemoryDisk::new(0);
+        disk.bytes = Mutex::new(vec![0; (256 << 20) + 4096]);
+        let mut rig = Rig::with(disk, FLUSH | DISCARD | ZEROES);
+        let mut most = [0; 4];
+        rig.device.read_config(field, &mut most);
+        let most = u32::from_le_bytes(most);
+        assert_eq!(rig.send(kind, &ranges(&[(1, most, 0)])), OK);
+        assert_eq!(rig.disk.take_calls().len(), 1);
+        assert_eq!(rig.send(kind, &ranges(&[(1, most + 1, 0)])), IOERR);
+        assert_eq!(rig.disk.take_calls(), []);
+    }
+}
+
+#[test]
+fn what_was_not_accepted_is_unsupported() {
+    let good = ranges(&[(0, 1, 0)]);
+    for (features, discard, zeroes) in [(FLUSH, UNSUPP, UNSUPP), (DISCARD, OK, UNSUPP), (ZEROES, UNSUPP, OK)] {
+        let mut rig = Rig::with(MemoryDisk::new(64 * 512), features);
+        assert_eq!(rig.send(VIRTIO_BLK_T_DISCARD, &good), discard, "{features:#x}");
+        assert_eq!(rig.send(VIRTIO_BLK_T_WRITE_ZEROES, &good), zeroes, "{features:#x}");
+    }
+}
+
+#[test]
+fn a_read_only_device_changes_nothing_even_if_the_disk_could() {
+    let options = BlockDeviceOptions { read_only: true, ..BlockDeviceOptions::default() };
+    for disk in [MemoryDisk::new(64 * 512), MemoryDisk::read_only(64 * 512)] {
+        // A driver that claims what it was not offered.
+        let mut rig = Rig::with_options(disk, FLUSH | DISCARD | ZEROES, options.clone());
+        for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+            assert_eq!(rig.send(kind, &ranges(&[(0, 1, 0)])), IOERR);
+        }
+        rig.driver.header(VIRTIO_BLK_T_OUT, 0);
+        rig.run(&[readable(HEADER, 16), readable(DATA, 512), writable(STATUS, 1)]);
+        assert_eq!(rig.driver.status(), IOERR);
+        assert_eq!(rig.disk.take_calls(), []);
+        assert_eq!(rig.device.report().count(Fault::Refused("read-only")), 3);
+    }
+}
+
+#[test]
+fn a_disk_that_fails_ends_the_list() {
+    let mut rig = Rig::changing();
+    for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
+        rig.disk.broken.store(true, Ordering::Relaxed);
+        assert_eq!(rig.send(kind, &ranges(&[(0, 1, 0)])), IOERR);
+        rig.disk.broken.store(false, Ordering::Relaxed);
+        assert_eq!(rig.send(kind, &ranges(&[(0, 1, 0)])), OK);
+    }
+    assert_eq!(rig.device.report().count(Fault::Backend(ErrorKind::Storage)), 2);
+}
+
+/// Does one change of each kind and returns how often the disk was flushed after each.
+fn flushes(rig: &mut Rig) -> [usize; 3] {
+    [VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES].map(|kind| {
+        let status = if kind == VIRTIO_BLK_T_OUT {
+            rig.driver.header(kind, 0);
+            rig.run(&[readable(HEADER, 16), readable(DATA, 512), writable(STATUS, 1)]);
+            rig.driver.status()
+        } else {
+            rig.send(kind, &ranges(&[(0, 1, 0)]))
+        };
+        assert_eq!(status, OK);
+        let calls = rig.disk.take_calls();
+        assert_ne!(calls[0], Call::Flush, "a flush comes after what it makes durable");
+        calls.len() - 1
+    })
+}
+
+#[test]
+fn cache_modes_decide_who_flushes() {
+    let all = FLUSH | DISCARD | ZEROES;
+    let cases = [
+        (CacheMode::WriteBack, all, [0; 3]),
+        (CacheMode::WriteBack, all & !FLUSH, [1; 3]),
+        (CacheMode::WriteBack, all | WCE, [0; 3]),
+        (CacheMode::WriteBack, (all | WCE) & !FLUSH, [1; 3]),
+        (CacheMode::WriteThrough, all, [1; 3]),
+        (CacheMode::Unsafe, all, [0; 3]),
+        (CacheMode::Unsafe, all & !FLUSH, [0; 3]),
+    ];
+    for (cache, features, expected) in cases {
+        let options = BlockDeviceOptions { cache, ..BlockDeviceOptions::default() };
+        let mut rig = Rig::with_options(MemoryDisk::new(64 * 512), features, options);
+        assert_eq!(flushes(&mut rig), expected, "{cache:?} {features:#x}");
+        rig.driver.header(VIRTIO_BLK_T_FLUSH, 0);
+        rig.run(&[readable(HEADER, 16), writable(STATUS, 1)]);
+        assert_eq!(rig.driver.status(), OK);
+        assert_eq!(rig.disk.take_calls().len(), usize::from(cache != CacheMode::Unsafe), "{cache:?}: a flush");
+    }
+}
+
+#[test]
+fn the_guest_switches_its_cache_off_and_on() {
+    let mut rig = Rig::with(MemoryDisk::new(64 * 512), FLUSH | DISCARD | ZEROES | WCE);
+    assert_eq!(flushes(&mut rig), [0; 3]);
+    rig.device.write_config(32, &[0]);
+    assert_eq!(flushes(&mut rig), [1; 3]);
+    rig.device.write_config(32, &[1]);
+    assert_eq!(flushes(&mut rig), [0; 3]);
+}
+
+#[test]
+fn without_a_way_to_flush_the_cache_stays_off() {
+    let mut rig = Rig::with(MemoryDisk::new(64 * 512), DISCARD | ZEROES | WCE);
+    rig.device.write_config(32, &[1]);
+    assert_eq!(flushes(&mut rig), [1; 3]);
 }

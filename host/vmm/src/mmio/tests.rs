@@ -87,7 +87,7 @@ impl Rig {
         let (sender, arrived) = mpsc::channel();
         let disk =
             Arc::new(SlowDisk { arrived: Mutex::new(sender), permitted: Mutex::new(false), changed: Condvar::new() });
-        let options = BlockDeviceOptions { serial: String::new(), queues: 2 };
+        let options = BlockDeviceOptions { queues: 2, ..BlockDeviceOptions::default() };
         let device = Arc::new(BlockDevice::new(disk.clone(), &options));
         let memory = memory::allocate(8 << 20).unwrap();
         let kicks = (0..2).map(|_| EventFd::new(0).unwrap()).collect();
