@@ -31,7 +31,7 @@ pub(crate) struct Limits {
 }
 
 /// Discards: 16 times 256 MiB in one request. A format frees that many clusters in a moment.
-pub(crate) const DISCARD: Limits = Limits { ranges: MAX_RANGES as u32, sectors: 256 << 11, unmap: false };
+pub(crate) const DISCARD: Limits = Limits { ranges: 16, sectors: 256 << 11, unmap: false };
 
 /// Zeroes: 32 MiB in one request, because a disk that knows no better writes every byte of them.
 pub(crate) const WRITE_ZEROES: Limits = Limits { ranges: 1, sectors: 32 << 11, unmap: true };

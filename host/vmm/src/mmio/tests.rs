@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use blockhouse_block::{BlockBackend, Error as DiskError, ErrorKind as DiskErrorKind, Result as DiskResult, Topology};
 use blockhouse_virtio::BlockDeviceOptions;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
 use super::*;
@@ -18,8 +19,10 @@ const HEADER: u32 = 0x4000;
 const DATA: u32 = 0x5000;
 const STATUS: u32 = 0x6000;
 
-/// A disk of one sector whose reads wait for permission.
+/// A disk of one sector whose reads wait for permission. Whether it can be written is what it says;
+/// no test here gets as far as a write.
 struct SlowDisk {
+    writable: bool,
     arrived: Mutex<mpsc::Sender<()>>,
     permitted: Mutex<bool>,
     changed: Condvar,
@@ -38,7 +41,7 @@ impl BlockBackend for SlowDisk {
     }
 
     fn is_writable(&self) -> bool {
-        false
+        self.writable
     }
 
     fn topology(&self) -> Topology {
@@ -84,9 +87,17 @@ struct Rig {
 
 impl Rig {
     fn new() -> Self {
+        Self::with(false)
+    }
+
+    fn with(writable: bool) -> Self {
         let (sender, arrived) = mpsc::channel();
-        let disk =
-            Arc::new(SlowDisk { arrived: Mutex::new(sender), permitted: Mutex::new(false), changed: Condvar::new() });
+        let disk = Arc::new(SlowDisk {
+            writable,
+            arrived: Mutex::new(sender),
+            permitted: Mutex::new(false),
+            changed: Condvar::new(),
+        });
         let options = BlockDeviceOptions { queues: 2, ..BlockDeviceOptions::default() };
         let device = Arc::new(BlockDevice::new(disk.clone(), &options));
         let memory = memory::allocate(8 << 20).unwrap();
@@ -325,4 +336,29 @@ fn strange_accesses_do_nothing() {
     rig.submit();
     rig.wait_for_interrupt(1);
     assert_eq!(rig.get(STATUS), 0);
+}
+
+#[test]
+fn writeback_is_written_once_it_was_accepted_and_comes_back_with_a_reset() {
+    let mut rig = Rig::with(true);
+    let (flush, wce) = (1 << VIRTIO_BLK_F_FLUSH, 1 << VIRTIO_BLK_F_CONFIG_WCE);
+    let writeback = |rig: &Rig| {
+        let mut byte = [0xff];
+        rig.mmio.read(u64::from(VIRTIO_MMIO_CONFIG) + 32, &mut byte);
+        byte[0]
+    };
+    let switch_off = |rig: &mut Rig| rig.mmio.write(u64::from(VIRTIO_MMIO_CONFIG) + 32, &[0]);
+    switch_off(&mut rig);
+    assert_eq!(writeback(&rig), 1, "no driver has accepted it");
+    rig.negotiate(flush, 1);
+    switch_off(&mut rig);
+    assert_eq!(writeback(&rig), 1, "this driver has not");
+    rig.negotiate(flush | wce, 1);
+    assert_eq!((rig.read(VIRTIO_MMIO_STATUS), writeback(&rig)), (11, 1));
+    switch_off(&mut rig);
+    assert_eq!(writeback(&rig), 0);
+    rig.write(VIRTIO_MMIO_STATUS, 0);
+    assert_eq!(writeback(&rig), 1);
+    rig.negotiate(wce, 1);
+    assert_eq!(writeback(&rig), 0, "this driver cannot flush");
 }
