@@ -194,12 +194,9 @@ impl Chain {
             virtual_size: link.layer.info().virtual_size,
         };
         let checked = space::check_allocations(asked, &answer, |index| self.access(index));
-        Self::judge(link, checked).inspect_err(|error| {
-            // A liar is not asked any more; if there were too many files, the space goes back.
-            if error.kind() != ErrorKind::Component {
-                self.abandon(&answer.iter().map(|allocation| allocation.ticket).collect::<Vec<_>>());
-            }
-        })?;
+        // There may be too many files; a liar is not asked any more.
+        Self::judge(link, checked)
+            .inspect_err(|_| self.abandon(&answer.iter().map(|allocation| allocation.ticket).collect::<Vec<_>>()))?;
         let reserved = answer.iter().map(|allocation| {
             Ok(Reserved {
                 start: allocation.start,
@@ -215,6 +212,10 @@ impl Chain {
 
     /// Gives space back after a failure, which is what the caller reports, whatever becomes of this.
     pub(crate) fn abandon(&self, tickets: &[u64]) {
+        // A layer that broke down has lost its reservations with everything else.
+        if self.link(0).is_err() {
+            return;
+        }
         if let Err(error) = self.writer(|writer| writer.abandon(tickets)) {
             tracing::warn!("reserved space could not be given back: {error}");
         }

@@ -143,7 +143,7 @@ pub trait LayerWriter: Send + Sync {
     /// Publishes reservations whose bytes have been written.
     ///
     /// # Errors
-    /// As [`Layer::locate`]. Then nothing of it was published.
+    /// As [`Layer::locate`]. Then nothing of it was published, and the disk abandons the reservations.
     fn commit(&self, tickets: &[u64]) -> Result<()>;
 
     /// Gives reservations back.

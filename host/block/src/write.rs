@@ -279,7 +279,9 @@ impl Disk {
             self.chain.abandon(&tickets);
             return Err(error);
         }
-        let committed = self.chain.writer(|writer| writer.commit(&tickets));
+        // If it fails, nothing was published, and the reservations still stand.
+        let committed =
+            self.chain.writer(|writer| writer.commit(&tickets)).inspect_err(|_| self.chain.abandon(&tickets));
         drop(space);
         // Whatever was said: after an error nobody knows.
         let mut reached = start;

@@ -203,10 +203,15 @@ fn a_write_that_fails_gives_its_space_back_and_the_next_one_works() {
 }
 
 #[test]
-fn a_commit_that_fails_publishes_nothing() {
-    let (top, disk, bytes) = over_base(Growing::new(16 * CLUSTER, HashMap::new()), 16 * CLUSTER);
+fn a_commit_that_fails_publishes_nothing_and_can_be_tried_again() {
+    let (top, disk, mut bytes) = over_base(Growing::new(16 * CLUSTER, HashMap::new()), 16 * CLUSTER);
     top.fail_commit.store(true, Ordering::SeqCst);
     assert_eq!(write(&disk, 100, &[9; 9000]).unwrap_err().kind(), ErrorKind::Storage);
+    assert_eq!(top.reserved(), 0, "space was not given back");
+    assert_eq!(read(&disk, 0, bytes.len()).unwrap(), bytes);
+    top.fail_commit.store(false, Ordering::SeqCst);
+    write(&disk, 100, &[9; 9000]).unwrap();
+    bytes[100..9100].fill(9);
     assert_eq!(read(&disk, 0, bytes.len()).unwrap(), bytes);
 }
 
