@@ -201,4 +201,4 @@ impl Writer for Qcow2 {
     }
 }
 
-blockhouse_plugin::export!(Qcow2: snapshots);
+blockhouse_plugin::export!(Qcow2: snapshots, writer);

@@ -1,0 +1,279 @@
+//! Writes through the real component and the real disk, against a model of plain bytes and against QEMU.
+//!
+//! Each image is written in turns: by Blockhouse from several threads, then by `qemu-io`, and so on. After
+//! each turn `qemu-img check` finds nothing at all, not even a leak, and `qemu-img convert` gives the bytes of
+//! the model. `WRITES_ROUNDS=N` makes it longer.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(clippy::cast_possible_truncation)]
+
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+
+use blockhouse_sandbox::block::{Access, BlockBackend, Disk, VolatileSlice};
+use blockhouse_sandbox::{Formats, Grants, Limits, OpenRequest, Opener, Sandbox};
+use blockhouse_tests::{component, noise, qemu_img, run, scratch};
+
+/// Threads that write at the same time, each in its own part of the disk.
+const THREADS: u64 = 4;
+const SECTOR: u64 = 512;
+
+/// Numbers that depend on the seed alone.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit.max(1)
+    }
+}
+
+struct Place {
+    directory: tempfile::TempDir,
+    opener: Opener,
+}
+
+impl Place {
+    fn new() -> Self {
+        let directory = scratch();
+        let sandbox = Sandbox::new(Limits::default()).unwrap();
+        let mut formats = Formats::new();
+        for format in ["raw", "qcow2"] {
+            formats.add(format, sandbox.load_file(&component(format)).unwrap());
+        }
+        let grants = Grants::new().allow(directory.path()).unwrap();
+        Self { opener: Opener::new(&sandbox, formats).grants(grants), directory }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn open(&self, name: &str) -> Disk {
+        let request = OpenRequest { access: Access::ReadWrite, ..OpenRequest::new(self.path(name), "qcow2") };
+        self.opener.open(&request).unwrap().disk
+    }
+
+    fn qemu_img(&self, arguments: &str) {
+        let output =
+            run(Command::new("qemu-img").args(arguments.split_whitespace()).current_dir(self.directory.path()));
+        output.succeeded();
+    }
+
+    /// Nothing is wrong, not even a leak, and the content is the model.
+    fn check(&self, name: &str, model: &[u8], context: &str) {
+        let path = self.path(name);
+        let text = qemu_img(["check", "-f", "qcow2", "--output=json", path.to_str().unwrap()]);
+        let found: serde_json::Value = serde_json::from_str(&text).unwrap();
+        for key in ["corruptions", "leaks", "check-errors"] {
+            assert_eq!(found[key].as_u64().unwrap_or(0), 0, "{context}: {key} in {text}");
+        }
+        self.qemu_img(&format!("convert -f qcow2 -O raw {name} out.raw"));
+        let content = std::fs::read(self.path("out.raw")).unwrap();
+        assert_eq!(content.len(), model.len(), "{context}");
+        if let Some(at) = content.iter().zip(model).position(|(one, other)| one != other) {
+            panic!("{context}: the first wrong byte is at {at:#x}");
+        }
+    }
+}
+
+fn write(disk: &Disk, offset: u64, bytes: &mut [u8]) {
+    disk.write(&[VolatileSlice::from(bytes)], offset).unwrap();
+}
+
+fn read(disk: &Disk, offset: u64, length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    disk.read(&[VolatileSlice::from(bytes.as_mut_slice())], offset).unwrap();
+    bytes
+}
+
+/// Random operations of one thread on its part of the disk.
+fn operate(disk: &Disk, part: &mut [u8], base: u64, seed: u64, count: u64) {
+    let mut random = Random(seed);
+    let sectors = part.len() as u64 / SECTOR;
+    for number in 0..count {
+        let first = random.below(sectors);
+        let length = (1 + random.below(300)).min(sectors - first) * SECTOR;
+        let (from, to) = ((first * SECTOR) as usize, (first * SECTOR + length) as usize);
+        let offset = base + first * SECTOR;
+        match random.below(10) {
+            0..=4 => {
+                let mut bytes = noise(seed ^ number, length as usize);
+                write(disk, offset, &mut bytes);
+                part[from..to].copy_from_slice(&bytes);
+            }
+            5 => {
+                disk.write_zeroes(offset, length, random.below(2) == 0).unwrap();
+                part[from..to].fill(0);
+            }
+            6 => {
+                disk.discard(offset, length).unwrap();
+                // Old or zero, which it is stays so.
+                let now = read(disk, offset, to - from);
+                for (now, old) in now.iter().zip(&part[from..to]) {
+                    assert!(*now == 0 || now == old, "a discard at {offset} made up a byte");
+                }
+                part[from..to].copy_from_slice(&now);
+            }
+            7 => disk.flush().unwrap(),
+            _ => assert!(read(disk, offset, to - from) == part[from..to], "read back at {offset}"),
+        }
+    }
+}
+
+/// Writes one image in turns.
+fn turns(place: &Place, name: &str, mut model: Vec<u8>, seed: u64) {
+    let rounds = std::env::var("WRITES_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
+    for round in 0..rounds {
+        let disk = place.open(name);
+        let share = (model.len() / THREADS as usize).next_multiple_of(SECTOR as usize);
+        let capacity = model.len();
+        std::thread::scope(|scope| {
+            for (number, part) in model.chunks_mut(share).enumerate() {
+                let disk = &disk;
+                let seed = seed ^ round << 8 ^ (number as u64) << 16;
+                scope.spawn(move || operate(disk, part, (number * share) as u64, seed, 60));
+            }
+        });
+        assert_eq!(read(&disk, 0, capacity), model, "{name}, round {round}");
+        disk.close().unwrap();
+        drop(disk);
+        place.check(name, &model, &format!("{name}, round {round}, written by Blockhouse"));
+
+        let mut random = Random(seed ^ round);
+        let mut command = Command::new("qemu-io");
+        command.args(["-f", "qcow2"]).current_dir(place.directory.path());
+        for byte in 0..8u8 {
+            let at = random.below(model.len() as u64 / SECTOR) * SECTOR;
+            let length = (1 + random.below(200)) * SECTOR;
+            let length = length.min(model.len() as u64 - at);
+            let pattern = 100 + byte;
+            command.args(["-c", &format!("write -P {pattern} {at} {length}")]);
+            model[at as usize..(at + length) as usize].fill(pattern);
+        }
+        run(command.arg(name)).succeeded();
+        place.check(name, &model, &format!("{name}, round {round}, written by QEMU"));
+    }
+}
+
+fn image(options: &str, size: u64, backing: bool) {
+    let place = Place::new();
+    let mut model = vec![0; size as usize];
+    let mut over = String::new();
+    let base = noise(7, size as usize / 2);
+    std::fs::write(place.path("base.raw"), &base).unwrap();
+    if backing {
+        model[..base.len()].copy_from_slice(&base);
+        place.qemu_img("convert -c -f raw -O qcow2 base.raw base.qcow2");
+        over = "-b base.qcow2 -F qcow2".to_owned();
+    }
+    place.qemu_img(&format!("create -q -f qcow2 -o {options} {over} top.qcow2 {size}"));
+    let before = backing.then(|| std::fs::read(place.path("base.qcow2")).unwrap());
+    turns(&place, "top.qcow2", model, size);
+    if let Some(before) = before {
+        assert!(std::fs::read(place.path("base.qcow2")).unwrap() == before, "the base was changed");
+    }
+}
+
+#[test]
+fn an_overlay_on_a_compressed_base() {
+    image("cluster_size=64k", (8 << 20) + 1536, true);
+}
+
+#[test]
+fn small_clusters() {
+    image("cluster_size=512,refcount_bits=64", 1 << 20, true);
+}
+
+#[test]
+fn narrow_reference_counts() {
+    image("cluster_size=4k,refcount_bits=1", 4 << 20, false);
+}
+
+#[test]
+fn extended_l2_entries() {
+    image("cluster_size=32k,extended_l2=on", 6 << 20, true);
+}
+
+#[test]
+fn lazy_reference_counts() {
+    image("cluster_size=16k,lazy_refcounts=on", 6 << 20, true);
+}
+
+#[test]
+fn version_2() {
+    image("compat=0.10,cluster_size=16k", 6 << 20, true);
+}
+
+#[test]
+fn large_clusters() {
+    image("cluster_size=2M", 20 << 20, true);
+}
+
+#[test]
+fn a_compressed_image_is_rewritten() {
+    let place = Place::new();
+    let model = noise(3, 4 << 20);
+    std::fs::write(place.path("full.raw"), &model).unwrap();
+    place.qemu_img("convert -c -f raw -O qcow2 -o cluster_size=16k,compression_type=zstd full.raw top.qcow2");
+    turns(&place, "top.qcow2", model, 3);
+}
+
+#[test]
+fn snapshots_keep_what_they_hold() {
+    let place = Place::new();
+    let model = noise(4, 4 << 20);
+    std::fs::write(place.path("full.raw"), &model).unwrap();
+    place.qemu_img("convert -f raw -O qcow2 -o cluster_size=16k full.raw top.qcow2");
+    place.qemu_img("snapshot -c before top.qcow2");
+    turns(&place, "top.qcow2", model.clone(), 4);
+    place.qemu_img("convert -f qcow2 -l before -O raw top.qcow2 before.raw");
+    assert!(std::fs::read(place.path("before.raw")).unwrap() == model, "the snapshot was changed");
+}
+
+fn blocks(path: &Path) -> u64 {
+    std::fs::metadata(path).unwrap().blocks()
+}
+
+#[test]
+fn a_discard_gives_space_back_to_the_file_system() {
+    let place = Place::new();
+    place.qemu_img("create -q -f qcow2 top.qcow2 64M");
+    let path = place.path("top.qcow2");
+    let disk = place.open("top.qcow2");
+    for number in 0..16 {
+        write(&disk, number << 20, &mut noise(number, 1 << 20));
+    }
+    disk.flush().unwrap();
+    let full = blocks(&path);
+    assert!(full >= 16 << 11, "{full} blocks");
+    disk.discard(0, 12 << 20).unwrap();
+    disk.flush().unwrap();
+    let less = blocks(&path);
+    assert!(less <= full - (12 << 11) + 512, "{full} blocks before, {less} after");
+    // And takes it again: the file does not grow.
+    let size = std::fs::metadata(&path).unwrap().len();
+    for number in 0..12 {
+        write(&disk, (20 + number) << 20, &mut noise(number, 1 << 20));
+    }
+    disk.close().unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), size, "freed space was not used again");
+}
+
+/// What is written after it was closed does not reach the image, and what was flushed is there.
+#[test]
+fn a_disk_that_is_dropped_keeps_what_was_flushed() {
+    let place = Place::new();
+    place.qemu_img("create -q -f qcow2 top.qcow2 16M");
+    let mut model = vec![0; 16 << 20];
+    let disk = Mutex::new(place.open("top.qcow2"));
+    let mut bytes = noise(1, 3 << 20);
+    write(&disk.lock().unwrap(), 1 << 20, &mut bytes);
+    model[1 << 20..4 << 20].copy_from_slice(&bytes);
+    disk.lock().unwrap().flush().unwrap();
+    // Without `close`, as when the process is killed.
+    drop(disk);
+    place.check("top.qcow2", &model, "flushed and dropped");
+}
