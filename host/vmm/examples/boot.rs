@@ -85,14 +85,13 @@ impl BlockBackend for RawFile {
 
     fn write_zeroes(&self, mut offset: u64, length: u64, _may_unmap: bool) -> Result<()> {
         self.check_change(offset, length)?;
-        let zeroes = vec![0; 1 << 16];
         let end = offset + length;
         while offset < end {
-            let part = usize::try_from(end - offset).map_or(zeroes.len(), |rest| rest.min(zeroes.len()));
+            let zeroes = vec![0; usize::try_from(end - offset).unwrap_or(usize::MAX).min(1 << 16)];
             self.file
-                .write_all_at(&zeroes[..part], offset)
+                .write_all_at(&zeroes, offset)
                 .map_err(|error| Error::new(ErrorKind::Storage, "the file cannot be written").with_source(error))?;
-            offset += part as u64;
+            offset += zeroes.len() as u64;
         }
         Ok(())
     }

@@ -25,7 +25,7 @@ snapshot=N        a snapshot inside the image, by id or name (needs readonly=on)
 cache=MODE        when a write is durable: writeback (default), once the guest flushes;
                   writethrough, before the guest hears that it is done; unsafe, some time:
                   flushes do nothing, a crash of the host loses data and may destroy the image
-discard=on|off    let the guest give back space (default on; off if a guest's driver fails with it)
+discard=on|off    let the guest give back space (default on; off for drivers that fail)
 A comma inside a value is written twice.";
 
 /// Run a KVM machine with virtio-blk disks
