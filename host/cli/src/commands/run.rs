@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use blockhouse_block::{Access, BlockBackend};
+use blockhouse_block::{Access, BlockBackend, Disk};
 use blockhouse_sandbox::{OpenRequest, Opener};
 use blockhouse_vmm::{ConsoleInput, DiskConfig, DiskReport, DiskResult, ExitReason, Machine, MachineConfig, Payload};
 use serde::Serialize;
@@ -111,10 +111,12 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         forward_input(machine.console_input());
     }
     let ended = machine.run();
-    // A guest that was switched off, or killed, may not have flushed what it wrote.
-    for (number, disk) in writable {
-        disk.flush().with_context(|| format!("cannot flush disk {number}"))?;
-    }
+    // A guest that was switched off, or killed, may not have flushed what it wrote. Every disk is closed,
+    // even if another one cannot be.
+    let close =
+        |(number, disk): (usize, Arc<Disk>)| disk.close().with_context(|| format!("cannot close disk {number}"));
+    let closed: Vec<anyhow::Result<()>> = writable.into_iter().map(close).collect();
+    closed.into_iter().collect::<anyhow::Result<()>>()?;
     let exit = ended?;
     if args.json {
         output::json(&rows(&exit.disks, &args.disks))?;
