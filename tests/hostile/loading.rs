@@ -190,12 +190,17 @@ fn of_wasi_filesystem_only_the_table_is_offered() {
     assert!(FUNCTIONS.iter().all(|function| function.level != Authority::Prober), "a prober imports nothing");
 }
 
-/// The built-in components want no more than the read-only level.
+/// Each component wants the level that it needs: who writes nothing does not import writing.
 #[test]
 fn the_twins_are_loaded() {
-    for format in ["raw", "qcow2", "vmdk", "hostile"] {
+    for (format, level) in [
+        ("raw", Authority::ReadOnly),
+        ("vmdk", Authority::ReadOnly),
+        ("qcow2", Authority::ReadWrite),
+        ("hostile", Authority::ReadWrite),
+    ] {
         let plugin = shared().sandbox.load_file(&component(format)).unwrap();
-        assert_eq!(plugin.inspection().world, Some(Authority::ReadOnly), "{format}");
+        assert_eq!(plugin.inspection().world, Some(level), "{format}");
         assert!(plugin.inspection().outside.is_empty(), "{format}");
     }
 }

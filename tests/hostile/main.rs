@@ -10,6 +10,7 @@
 //! | `wasi.rs` | components that use the file functions against their meaning |
 //! | `components.rs` | components that loop, grow, trap and lie |
 //! | `loading.rs` | components that want more than there is, and files that are no components |
+//! | `writing.rs` | components that misuse the right to write |
 //! | `machine.rs` | a component that breaks under a running guest |
 //!
 //! `place.rs`, `qcow2.rs` and `library.rs` are the tools; `tally.rs` counts what was tried.
@@ -28,3 +29,4 @@ mod references;
 mod tally;
 mod vmdk;
 mod wasi;
+mod writing;

@@ -134,6 +134,10 @@ fn name(stage: Stage) -> &'static str {
         Stage::Connect => "connect",
         Stage::Locate => "locate",
         Stage::Unpack => "unpack",
+        Stage::Begin => "begin",
+        Stage::Prepare => "prepare",
+        Stage::Commit => "commit",
+        Stage::Flush => "flush",
     }
 }
 

@@ -20,6 +20,8 @@ impl Hostile {
             "open-raw" => Err(self.open_raw()?),
             "preopens" => Err(preopens()),
             "read" => Err(self.read()?),
+            "change-image" => Err(self.try_to_change(self.image()?)),
+            "change-backing" => Err(self.try_to_change(&self.context.open(self.behaviour.text(1)?, Access::ReadOnly)?)),
             _ => Ok(()),
         }
     }
@@ -34,7 +36,7 @@ impl Hostile {
     }
 }
 
-fn report(lines: impl IntoIterator<Item = String>) -> Error {
+pub(crate) fn report(lines: impl IntoIterator<Item = String>) -> Error {
     Error::Other(lines.into_iter().collect::<Vec<_>>().join("\n"))
 }
 

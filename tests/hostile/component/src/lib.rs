@@ -11,7 +11,8 @@
 //!
 //! # What a call can do
 //! `ACTION-at-STAGE [N] [AMOUNT]`: from the Nth call of a stage on (default 1). The stages are `open`,
-//! `connect`, `locate` and `unpack`; for `unpack` the whole disk is packed extents.
+//! `connect`, `locate` and `unpack`; for `unpack` the whole disk is packed extents. Opened for writing there are
+//! also `begin`, `prepare`, `commit` and `flush`.
 //!
 //! | action | what happens | AMOUNT (default) |
 //! |---|---|---|
@@ -62,6 +63,12 @@
 //! | `lie-files [COUNT]` | this many further files (100,000) |
 //! | `lie-text [BYTES]` | a fact and a file name of this length, full of control characters (1,000,000) |
 //!
+//! | `write-lie-no-such-file` | space in a file that was never shared |
+//! | `write-lie-read-only` | space in a file shared read-only |
+//! | `write-lie-offset [OFFSET]` | space at this file offset (2^63) |
+//! | `write-lie-outside [START]` | space for this place of the disk (2^62) |
+//! | `write-lie-too-many [COUNT]` | this many allocations (100,000) |
+//!
 //! # Well-behaved, and attacks that only ask
 //! | behaviour | what happens |
 //! |---|---|
@@ -75,6 +82,8 @@
 //! | `open-raw FLAGS PATH...` | `connect` calls `open-at` on each preopened directory with the path as it is |
 //! | `preopens` | `connect` reports the names of the preopened directories |
 //! | `share-read-write` | `connect` registers the image for writing, and reports |
+//! | `change-image` | `connect` writes to, resizes and syncs the image, and reports |
+//! | `change-backing FORMAT NAME` | the same with the backing file NAME of format FORMAT |
 //! | `read LENGTH OFFSET` | `connect` reads so much of the image in one host call, and reports |
 //!
 //! FLAGS are joined by commas: `read`, `write`, `mutate`, `sync`, `create`, `directory`, `exclusive`,
@@ -90,6 +99,7 @@ extern crate alloc;
 mod actions;
 mod asking;
 mod lies;
+mod writing;
 
 use alloc::format;
 use alloc::string::{String, ToString};
@@ -112,6 +122,10 @@ enum Stage {
     Connect,
     Locate,
     Unpack,
+    Begin,
+    Prepare,
+    Commit,
+    Flush,
 }
 
 impl Stage {
@@ -121,6 +135,10 @@ impl Stage {
             "connect" => Self::Connect,
             "locate" => Self::Locate,
             "unpack" => Self::Unpack,
+            "begin" => Self::Begin,
+            "prepare" => Self::Prepare,
+            "commit" => Self::Commit,
+            "flush" => Self::Flush,
             _ => return None,
         })
     }
@@ -191,13 +209,15 @@ pub struct Hostile {
     behaviour: Behaviour,
     virtual_size: u64,
     file: Option<FileIndex>,
-    calls: [u64; 4],
+    calls: [u64; 8],
+    access: Access,
+    moved: writing::Moved,
     /// What actions keep, so that nothing is given back before the instance ends.
     hoard: actions::Hoard,
 }
 
 impl Format for Hostile {
-    fn open(image: File, context: Context, _access: Access) -> Result<(Self, ImageInfo)> {
+    fn open(image: File, context: Context, access: Access) -> Result<(Self, ImageInfo)> {
         let size = image.size()?;
         let mut line = vec![0; usize::try_from(size).unwrap_or(usize::MAX).min(LINE_BYTES)];
         image.read_at(0, &mut line)?;
@@ -212,7 +232,9 @@ impl Format for Hostile {
             behaviour,
             virtual_size,
             file: None,
-            calls: [0; 4],
+            calls: [0; 8],
+            access,
+            moved: writing::Moved::default(),
             hoard: actions::Hoard::default(),
         };
         hostile.act(Stage::Open)?;
@@ -224,7 +246,7 @@ impl Format for Hostile {
     fn connect(&mut self) -> Result<Option<File>> {
         self.act(Stage::Connect)?;
         self.ask()?;
-        self.file = Some(self.image()?.share(Access::ReadOnly)?);
+        self.share_image()?;
         match self.behaviour.name.as_str() {
             "backing" => Ok(Some(self.context.open(self.behaviour.text(1)?, Access::ReadOnly)?)),
             "backing-undeclared" => Ok(Some(self.context.open(self.behaviour.text(0)?, Access::ReadOnly)?)),
@@ -259,12 +281,17 @@ impl Hostile {
 
     fn describe(&self) -> Result<ImageInfo> {
         let mut info = ImageInfo { virtual_size: self.virtual_size, ..ImageInfo::default() };
+        if self.access == Access::ReadWrite {
+            info.cluster_size = u32::try_from(ANSWER_BYTES).unwrap_or(0);
+        }
         let reference = |name: &str, format: Option<&str>| {
             Some(BackingReference { name: name.to_string(), format: format.map(str::to_string) })
         };
         match self.behaviour.name.as_str() {
             "zero" => info.virtual_size = self.behaviour.number(0, 1 << 20)?,
-            "backing" => info.backing = reference(self.behaviour.text(1)?, Some(self.behaviour.text(0)?)),
+            "backing" | "change-backing" => {
+                info.backing = reference(self.behaviour.text(1)?, Some(self.behaviour.text(0)?))
+            }
             "backing-undeclared" => info.backing = reference(self.behaviour.text(0)?, None),
             "backing-self" => info.backing = reference("itself", Some(self.behaviour.text(0)?)),
             "open-early" => return Err(self.open_as_a_format_does(0)),
@@ -286,7 +313,10 @@ impl Hostile {
         let placement = match self.behaviour.name.as_str() {
             "backing" | "backing-undeclared" | "backing-self" => Placement::Unallocated,
             _ if packed => Placement::Packed { token: start },
-            _ => Placement::Data { file, offset: start, overwrite: false },
+            _ => match self.moved.find(start) {
+                Some(offset) => Placement::Data { file, offset, overwrite: true },
+                None => Placement::Data { file, offset: start, overwrite: false },
+            },
         };
         Ok(Located { start, extents: vec![Extent { length, placement }] })
     }
@@ -305,16 +335,19 @@ const PLAIN: &[&str] = &[
     "preopens",
     "share-read-write",
     "read",
+    "change-image",
+    "change-backing",
 ];
 
 fn is_known(behaviour: &Behaviour) -> bool {
     let name = behaviour.name.as_str();
     PLAIN.contains(&name)
         || lies::NAMES.contains(&name)
+        || writing::NAMES.contains(&name)
         || behaviour.action().is_some_and(|(action, _)| actions::NAMES.contains(&action))
 }
 
-blockhouse_plugin::export!(Hostile);
+blockhouse_plugin::export!(Hostile: writer);
 
 #[cfg(test)]
 mod tests {
@@ -336,7 +369,8 @@ mod tests {
         let source = include_str!("lib.rs");
         let documented: Vec<&str> =
             source.lines().filter_map(|line| line.strip_prefix("//! | `")?.split(['`', ' ']).next()).collect();
-        let mut known: Vec<&str> = actions::NAMES.iter().chain(lies::NAMES).chain(PLAIN).copied().collect();
+        let mut known: Vec<&str> =
+            actions::NAMES.iter().chain(lies::NAMES).chain(writing::NAMES).chain(PLAIN).copied().collect();
         known.sort_unstable();
         let mut rows = documented.clone();
         rows.sort_unstable();
