@@ -9,6 +9,7 @@
 //! | `lab.rs` | qemu-img, qemu-io, a pen that draws on disks |
 //! | `golden.rs` | the images under `tests/images`, for machines without QEMU |
 //! | `commands.rs`, `refusals.rs` | `read`, `probe`, `plugin`; what is refused, and how |
+//! | `maintenance.rs` | `snapshot list` |
 //! | `embed.rs` | the example `examples/embed` |
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
@@ -21,6 +22,7 @@ mod golden;
 mod imago;
 mod info;
 mod lab;
+mod maintenance;
 mod map;
 mod qcow2;
 mod refusals;

@@ -64,6 +64,9 @@ enum Command {
     Map(commands::map::Args),
     Read(commands::read::Args),
     Run(commands::run::Args),
+    /// Look at the snapshots inside an image
+    #[command(subcommand)]
+    Snapshot(commands::snapshot::Command),
     /// Look at format components
     #[command(subcommand)]
     Plugin(commands::plugin::Command),
@@ -93,6 +96,7 @@ fn main() -> ExitCode {
         Command::Map(args) => commands::map::run(&args),
         Command::Read(args) => commands::read::run(&args),
         Command::Run(args) => commands::run::run(args),
+        Command::Snapshot(command) => commands::snapshot::run(command),
         Command::Plugin(command) => commands::plugin::run(&command),
         Command::Probe(args) => commands::probe::run(&args),
     };

@@ -6,3 +6,4 @@ pub(crate) mod plugin;
 pub(crate) mod probe;
 pub(crate) mod read;
 pub(crate) mod run;
+pub(crate) mod snapshot;
