@@ -205,7 +205,7 @@ fn built_in_components_are_listed() {
     let list = run(blockhouse().args(["plugin", "list", "--json"])).succeeded().text();
     let list: Vec<Value> = serde_json::from_str(&list).unwrap();
     let rows: Vec<_> = list.iter().map(|row| (row["name"].as_str().unwrap(), row["world"].as_str().unwrap())).collect();
-    assert_eq!(rows, [("qcow2", "read-only"), ("raw", "read-only"), ("vmdk", "read-only"), ("probe", "prober")]);
+    assert_eq!(rows, [("qcow2", "read-write"), ("raw", "read-only"), ("vmdk", "read-only"), ("probe", "prober")]);
     for row in &list {
         let file = std::fs::read(component(row["name"].as_str().unwrap())).unwrap();
         assert_eq!(row["sha256"], sha256(&file).as_str(), "the program holds another {}", row["name"]);
@@ -217,13 +217,16 @@ fn built_in_components_are_listed() {
 }
 
 /// All that the parser of hostile qcow2 images can call.
-const QCOW2_IMPORTS: [(&str, &str); 6] = [
+const QCOW2_IMPORTS: [(&str, &str); 9] = [
     ("blockhouse:format/files@0.1.0", "share"),
     ("blockhouse:format/files@0.1.0", "size"),
     ("blockhouse:format/log@0.1.0", "write"),
     ("wasi:filesystem/preopens@0.2.6", "get-directories"),
     ("wasi:filesystem/types@0.2.6", "[method]descriptor.open-at"),
     ("wasi:filesystem/types@0.2.6", "[method]descriptor.read"),
+    ("wasi:filesystem/types@0.2.6", "[method]descriptor.set-size"),
+    ("wasi:filesystem/types@0.2.6", "[method]descriptor.sync-data"),
+    ("wasi:filesystem/types@0.2.6", "[method]descriptor.write"),
 ];
 
 #[test]
@@ -241,16 +244,19 @@ fn qcow2_imports_files_and_a_log() {
     imports.sort();
     let expected = QCOW2_IMPORTS.map(|(interface, function)| (interface.to_owned(), function.to_owned()));
     assert_eq!(imports, expected);
-    assert_eq!(report["world"], "read-only");
+    assert_eq!(report["world"], "read-write");
     assert_eq!(report["contract"], "0.1.0");
     assert_eq!(report["outside"], Value::Array(Vec::new()));
     assert_eq!(report["sha256"], sha256(&std::fs::read(&file).unwrap()).as_str());
     let mut exports: Vec<String> = report["exports"].as_array().unwrap().iter().map(text).collect();
     exports.sort();
-    assert_eq!(exports, ["blockhouse:format/reader@0.1.0", "blockhouse:format/snapshots@0.1.0"]);
+    assert_eq!(
+        exports,
+        ["blockhouse:format/reader@0.1.0", "blockhouse:format/snapshots@0.1.0", "blockhouse:format/writer@0.1.0"]
+    );
 
     let shown = run(blockhouse().args(["plugin", "inspect"]).arg(&file)).succeeded().text();
-    assert!(shown.starts_with("world     read-only-format: "), "{shown}");
+    assert!(shown.starts_with("world     read-write-format: "), "{shown}");
     assert!(!shown.contains("OUTSIDE") && !shown.contains("outside"), "{shown}");
 }
 

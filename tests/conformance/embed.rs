@@ -61,7 +61,7 @@ fn the_embedding_example() {
     assert_eq!(
         run(&mut command("images")).succeeded().text(),
         format!(
-            "component {digest} (6 imported functions)\n\
+            "component {digest} (9 imported functions)\n\
              audit: {overlay}: allowed {base:?} read-only (grant {granted})\n\
              layer 0: {overlay} (qcow2, {size} bytes)\n\
              layer 1: {base} (raw, {size} bytes)\n\

@@ -43,7 +43,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
                     println!("{}", output::printable(line));
                 }
             }
-            let loadable = matches!(inspection.world, Some(Authority::Prober | Authority::ReadOnly));
+            let loadable = inspection.world.is_some();
             Ok(if loadable { ExitCode::SUCCESS } else { ExitCode::from(6) })
         }
         Command::List { json } => list(&sandbox, *json),
@@ -96,7 +96,7 @@ fn render(inspection: &Inspection) -> String {
     for import in &inspection.imports {
         let level = match import.level {
             None => "  OUTSIDE every world",
-            Some(Authority::ReadWrite) => "  outside read-only-format",
+            Some(Authority::ReadWrite) => "  read-write-format only",
             Some(_) => "",
         };
         let _ = writeln!(text, "  {} {}{level}", import.interface, import.function);
