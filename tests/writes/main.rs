@@ -7,9 +7,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::cast_possible_truncation)]
 
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 
 use blockhouse_sandbox::block::{Access, BlockBackend, Disk, VolatileSlice};
@@ -276,4 +277,52 @@ fn a_disk_that_is_dropped_keeps_what_was_flushed() {
     // Without `close`, as when the process is killed.
     drop(disk);
     place.check("top.qcow2", &model, "flushed and dropped");
+}
+
+/// QEMU and Blockhouse keep each other from writing to an image that is in use.
+#[test]
+fn an_image_in_use_is_locked_for_qemu_and_for_us() {
+    let place = Place::new();
+    place.qemu_img("create -q -f qcow2 base.qcow2 1M");
+    place.qemu_img("create -q -f qcow2 -b base.qcow2 -F qcow2 top.qcow2 1M");
+    place.qemu_img("create -q -f qcow2 -b base.qcow2 -F qcow2 other.qcow2 1M");
+    let qemu =
+        |arguments: &[&str]| run(Command::new(arguments[0]).args(&arguments[1..]).current_dir(place.directory.path()));
+    let write = |name: &str| qemu(&["qemu-io", "-f", "qcow2", "-c", "write 0 512", name]);
+    let refusal = |name: &str, access| {
+        let request = OpenRequest { access, ..OpenRequest::new(place.path(name), "qcow2") };
+        place.opener.open(&request).unwrap_err().to_string()
+    };
+
+    let disk = place.open("top.qcow2");
+    write("top.qcow2").refused();
+    write("base.qcow2").refused();
+    qemu(&["qemu-img", "info", "top.qcow2"]).refused();
+    qemu(&["qemu-img", "info", "-U", "top.qcow2"]).succeeded();
+    for access in [Access::ReadWrite, Access::ReadOnly] {
+        assert!(refusal("top.qcow2", access).contains("in use"), "{}", refusal("top.qcow2", access));
+    }
+    assert!(refusal("base.qcow2", Access::ReadWrite).contains("in use"));
+    // The base is shared by readers, QEMU among them.
+    let other = place.open("other.qcow2");
+    qemu(&["qemu-img", "info", "base.qcow2"]).succeeded();
+    drop((disk, other));
+    write("top.qcow2").succeeded();
+
+    // The other way round: QEMU has it open until its standard input ends.
+    let mut holder = Command::new("qemu-io")
+        .args(["-f", "qcow2", "top.qcow2"])
+        .current_dir(place.directory.path())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Its prompt comes when the image is open.
+    let mut prompt = [0; 8];
+    holder.stdout.as_mut().unwrap().read_exact(&mut prompt).unwrap();
+    assert!(refusal("top.qcow2", Access::ReadWrite).contains("in use"));
+    assert!(refusal("top.qcow2", Access::ReadOnly).contains("in use"));
+    drop(holder.stdin.take());
+    holder.wait().unwrap();
+    place.open("top.qcow2").close().unwrap();
 }

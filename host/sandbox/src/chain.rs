@@ -25,6 +25,7 @@ use crate::grants::{Grants, absolute_name};
 use crate::host::{Identity, State};
 use crate::instance::Instance;
 use crate::layer::ComponentLayer;
+use crate::locks;
 use crate::regular;
 use crate::sandbox::{Plugin, PluginKind, Sandbox};
 use crate::text::clean;
@@ -438,10 +439,17 @@ impl Opener {
 
 /// Opens the image that the operator named. It may lie anywhere, and must be a regular file.
 fn open_image(request: &OpenRequest) -> Result<File> {
-    match regular::open(&request.path, request.access == Access::ReadWrite) {
-        Ok(Some(file)) => Ok(file),
-        Ok(None) => Err(Error::new(ErrorKind::Invalid, "cannot open the image: it is not a regular file")),
-        Err(error) => Err(Error::new(ErrorKind::Storage, format!("cannot open the image: {error}")).with_source(error)),
+    let failed = |error: std::io::Error| {
+        Error::new(ErrorKind::Storage, format!("cannot open the image: {error}")).with_source(error)
+    };
+    let file = regular::open(&request.path, request.access == Access::ReadWrite).map_err(failed)?;
+    let file = file.ok_or_else(|| Error::new(ErrorKind::Invalid, "cannot open the image: it is not a regular file"))?;
+    match locks::take(&file, request.access).map_err(failed)? {
+        None => Ok(file),
+        Some(why) => Err(Error::new(
+            ErrorKind::Storage,
+            format!("the image is in use: {why}. Stop the machine or the tool that has it open, then try again"),
+        )),
     }
 }
 

@@ -15,6 +15,7 @@
 //! | `limits.rs` | every limit, with its default |
 //! | `grants.rs` | what was granted |
 //! | `policy.rs` | what may be opened: the host's own wall in front of wasmtime-wasi |
+//! | `locks.rs` | one writer or many readers, as QEMU sees it |
 //! | `host.rs` | the functions behind the table |
 //! | `instance.rs`, `clock.rs` | calling a component within its time, and throwing it away |
 //! | `chain.rs` | from an image to a disk |
@@ -48,6 +49,7 @@ mod inspect;
 mod instance;
 mod layer;
 mod limits;
+mod locks;
 mod policy;
 mod probe;
 mod regular;

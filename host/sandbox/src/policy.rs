@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -16,6 +17,7 @@ use wasmtime_wasi::p2::bindings::filesystem::types::{DescriptorFlags, ErrorCode,
 
 use crate::grants::{GrantTree, join};
 use crate::limits::Limits;
+use crate::locks;
 use crate::regular;
 
 /// A request to open, as the component made it.
@@ -94,7 +96,7 @@ pub(crate) fn open(grants: &GrantTree, limits: &Limits, request: &Request<'_>) -
         if access == Access::ReadWrite && *granted == Access::ReadOnly {
             return Err(denied(ErrorCode::NotPermitted, Some(&full), "the grant is read-only".to_owned()));
         }
-        let file = file.try_clone().map_err(|error| denied(ErrorCode::Io, Some(&full), error.to_string()))?;
+        let file = reopen(file, access).map_err(|(code, reason)| denied(code, Some(&full), reason))?;
         return Ok(Opened { file, path: full.clone(), access, grant: full });
     }
 
@@ -121,7 +123,9 @@ pub(crate) fn open(grants: &GrantTree, limits: &Limits, request: &Request<'_>) -
     if access == Access::ReadWrite && granted == Access::ReadOnly {
         return Err(denied(ErrorCode::NotPermitted, "the grant is read-only".to_owned()));
     }
-    let file = open_regular(&dir.dir, Path::new(rest), access).map_err(|(code, reason)| denied(code, reason))?;
+    let file = open_regular(&dir.dir, Path::new(rest), access)
+        .and_then(|file| lock(&file, access).map(|()| file))
+        .map_err(|(code, reason)| denied(code, reason))?;
     Ok(Opened { file, path: full, access, grant: grant.clone() })
 }
 
@@ -171,6 +175,30 @@ fn open_regular(directory: &File, path: &Path, access: Access) -> Result<File, (
     }
     regular::usual_mode(&file).map_err(failed)?;
     Ok(file)
+}
+
+/// A granted file for one use of it: the same file, locked, with an open file description of its own, so that
+/// the lock ends with that use and not with the grant.
+fn reopen(granted: &File, access: Access) -> Result<File, (ErrorCode, String)> {
+    // The link leads to the open file itself, whatever its name leads to by now.
+    let link = format!("/proc/self/fd/{}", granted.as_raw_fd());
+    match File::options().read(true).write(access == Access::ReadWrite).open(link) {
+        Ok(file) => lock(&file, access).map(|()| file),
+        Err(error) => {
+            // Without /proc, or without the right to open it again: the descriptor itself is the grant.
+            tracing::warn!("a granted file is used without a lock, since it cannot be opened again: {error}");
+            granted.try_clone().map_err(|error| (ErrorCode::Io, error.to_string()))
+        }
+    }
+}
+
+/// Locks a file for its use here, unless somebody else's use contradicts that.
+fn lock(file: &File, access: Access) -> Result<(), (ErrorCode, String)> {
+    match locks::take(file, access) {
+        Ok(None) => Ok(()),
+        Ok(Some(why)) => Err((ErrorCode::NotPermitted, format!("it is in use: {why}"))),
+        Err(error) => Err((ErrorCode::Io, format!("it cannot be locked: {error}"))),
+    }
 }
 
 fn describe(error: &io::Error) -> String {
@@ -334,6 +362,22 @@ mod tests {
         let mut buffer = [0; 4];
         std::os::unix::fs::FileExt::read_exact_at(&opened.file, &mut buffer, 0).unwrap();
         assert_eq!(&buffer, b"base");
+    }
+
+    #[test]
+    fn a_lock_ends_with_the_use_and_not_with_the_grant() {
+        let place = Place::new();
+        let place = Place { grants: Grants::new().allow(place.granted().join("base.raw")).unwrap(), ..place };
+        let writer = File::options().read(true).write(true).open(place.granted().join("base.raw")).unwrap();
+        assert_eq!(locks::take(&writer, Access::ReadWrite).unwrap(), None);
+        assert!(place.refused("base.raw").contains("in use"));
+        drop(writer);
+        let used = place.open("base.raw").unwrap();
+        let writer = File::options().read(true).write(true).open(place.granted().join("base.raw")).unwrap();
+        assert!(locks::take(&writer, Access::ReadWrite).unwrap().is_some());
+        drop((used, writer));
+        let writer = File::options().read(true).write(true).open(place.granted().join("base.raw")).unwrap();
+        assert_eq!(locks::take(&writer, Access::ReadWrite).unwrap(), None);
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod build_plugins;
 mod demo;
 mod packages;
 mod prerequisites;
+mod simulate;
 mod test;
 mod tools;
 
@@ -36,6 +37,7 @@ enum Task {
     BuildPlugins(build_plugins::Arguments),
     Demo(demo::Arguments),
     Test(test::Arguments),
+    Simulate(simulate::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -56,5 +58,6 @@ fn run() -> Result<()> {
         Task::BuildPlugins(arguments) => build_plugins::run(&workspace, &arguments),
         Task::Demo(arguments) => demo::run(&workspace, &arguments),
         Task::Test(arguments) => test::run(&workspace, &arguments),
+        Task::Simulate(arguments) => simulate::run(&workspace, &arguments),
     }
 }

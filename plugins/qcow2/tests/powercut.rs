@@ -7,7 +7,8 @@
 //! * a sector holds what it held at the last acknowledged flush, or something written later;
 //! * after a recovery that is written, flushed and closed, everything is exact.
 //!
-//! `POWERCUT_SEEDS=N` tries N seeds, `POWERCUT_SEED=S` one of them.
+//! `cargo xtask simulate` runs it for longer, through `POWERCUT_SEEDS` (how many), `POWERCUT_SEED` (one of
+//! them) and `POWERCUT_JSON` (where the outcome goes).
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::cast_possible_truncation)]
@@ -515,9 +516,20 @@ fn no_power_cut_damages_an_image() {
         violations.len(),
         leaks.load(Ordering::Relaxed)
     );
+    if let Some(file) = std::env::var_os("POWERCUT_JSON") {
+        let rows: Vec<_> =
+            violations.iter().map(|(seed, why)| serde_json::json!({ "seed": seed, "why": why })).collect();
+        let outcome = serde_json::json!({
+            "seeds": seeds.len(),
+            "states": states.load(Ordering::Relaxed),
+            "leaks": leaks.load(Ordering::Relaxed),
+            "violations": rows,
+        });
+        std::fs::write(file, outcome.to_string()).unwrap();
+    }
     if let Some((seed, why)) = violations.first() {
         panic!(
-            "{} seeds violate; the first: {why}\nreplay: POWERCUT_SEED={seed} cargo test -p blockhouse-qcow2 --test powercut\nall: {:?}",
+            "{} seeds violate; the first: {why}\nreplay: cargo xtask simulate --seed {seed}\nall: {:?}",
             violations.len(),
             violations.iter().map(|(seed, _)| seed).take(50).collect::<Vec<_>>()
         );
