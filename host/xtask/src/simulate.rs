@@ -52,8 +52,10 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
         Err(error) => return ended.and(Err(error).context("the simulation left no outcome: were its tools missing?")),
     };
     let found: Value = serde_json::from_str(&text)?;
-    let violations = found["violations"].as_array().map_or(0, Vec::len);
-    println!("states {}, violations {violations}, leaks {}", found["states"], found["leaks"]);
+    let number = |name: &str| found.get(name).and_then(Value::as_u64).with_context(|| format!("no {name} in {text}"));
+    let (states, leaks) = (number("states")?, number("leaks")?);
+    let violations = found.get("violations").and_then(Value::as_array).context("no violations in the outcome")?.len();
+    println!("states {states}, violations {violations}, leaks {leaks}");
     ensure!(violations == 0, "what was promised does not hold; replay the seeds above");
     ended
 }
