@@ -30,7 +30,8 @@ pub(crate) struct Limits {
     pub(crate) unmap: bool,
 }
 
-/// Discards: 16 times 256 MiB in one request. A format frees that many clusters in a moment.
+/// Discards: 16 times 256 MiB in one request. No byte of it is moved, and the disk asks its format for a part at
+/// a time.
 pub(crate) const DISCARD: Limits = Limits { ranges: 16, sectors: 256 << 11, unmap: false };
 
 /// Zeroes: 32 MiB in one request, because a disk that knows no better writes every byte of them.

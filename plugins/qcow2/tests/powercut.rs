@@ -1,4 +1,4 @@
-//! Power cuts: random sequences of operations, and for each the states that a power cut could leave.
+//! Power cuts: random sequences of operations, and for each some of the states that a power cut could leave.
 //!
 //! Of what reached the file after the last sync any part may be missing, sector by sector of 512 bytes.
 //! Each state is checked by `qemu-img check`, read back, and written again:
