@@ -34,9 +34,15 @@ extern crate alloc;
 
 mod areas;
 mod cache;
+mod check;
 mod compressed;
+mod create;
 mod header;
+mod pack;
+mod rebase;
 mod refcounts;
+mod resize;
+mod snapshot_edit;
 mod snapshots;
 mod tables;
 mod writer;

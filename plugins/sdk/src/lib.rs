@@ -24,6 +24,7 @@ mod context;
 mod error;
 mod file;
 mod format;
+mod maintenance;
 
 #[cfg(target_family = "wasm")]
 mod runtime;
@@ -39,6 +40,9 @@ pub use file::File;
 pub use format::{
     Access, Allocation, BackingReference, Extent, ExtentList, Fact, FileIndex, Format, Freed, ImageInfo, Located,
     Placement, Snapshot, Snapshots, Writer,
+};
+pub use maintenance::{
+    CheckReport, Checker, Creator, NewImage, OptionHelp, Packer, Rebaser, Repair, Resizer, SnapshotEditor,
 };
 
 /// How much a log message matters. See `wit/log.wit`.
@@ -64,34 +68,48 @@ pub fn log(level: Level, message: &str) {
 
 /// Turns a crate into a component that serves one [`Format`].
 ///
-/// `export!(MyFormat)` exports the `reader` interface; `export!(MyFormat: snapshots)` also exports
-/// `snapshots`, for a type that implements [`Snapshots`]; `export!(MyFormat: writer)` and
-/// `export!(MyFormat: snapshots, writer)` also export `writer`, for a type that implements [`Writer`].
-/// Natively it does nothing.
+/// `export!(MyFormat)` exports the interface `reader`. Abilities follow after a colon, each with the trait
+/// that the type implements: `snapshots` ([`Snapshots`]), `writer` ([`Writer`]), `packer` ([`Packer`]),
+/// `creator` ([`Creator`]), `checker` ([`Checker`]), `resizer` ([`Resizer`]), `rebaser` ([`Rebaser`]),
+/// `snapshot_editor` ([`SnapshotEditor`]): `export!(MyFormat: snapshots, writer)`. Natively it does nothing.
 #[macro_export]
 macro_rules! export {
-    ($format:ident) => {
+    ($format:ident $(: $($ability:ident),+)?) => {
         #[cfg(target_family = "wasm")]
         $crate::__export_reader!($format);
+        $($(
+            #[cfg(target_family = "wasm")]
+            $crate::__export_ability!($ability $format);
+        )+)?
     };
-    ($format:ident : snapshots) => {
-        #[cfg(target_family = "wasm")]
-        $crate::__export_reader!($format);
-        #[cfg(target_family = "wasm")]
+}
+
+/// From the name of an ability to its macro.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __export_ability {
+    (snapshots $format:ident) => {
         $crate::__export_snapshots!($format);
     };
-    ($format:ident : writer) => {
-        #[cfg(target_family = "wasm")]
-        $crate::__export_reader!($format);
-        #[cfg(target_family = "wasm")]
+    (writer $format:ident) => {
         $crate::__export_writer!($format);
     };
-    ($format:ident : snapshots, writer) => {
-        #[cfg(target_family = "wasm")]
-        $crate::__export_reader!($format);
-        #[cfg(target_family = "wasm")]
-        $crate::__export_snapshots!($format);
-        #[cfg(target_family = "wasm")]
-        $crate::__export_writer!($format);
+    (packer $format:ident) => {
+        $crate::__export_packer!($format);
+    };
+    (creator $format:ident) => {
+        $crate::__export_creator!($format);
+    };
+    (checker $format:ident) => {
+        $crate::__export_checker!($format);
+    };
+    (resizer $format:ident) => {
+        $crate::__export_resizer!($format);
+    };
+    (rebaser $format:ident) => {
+        $crate::__export_rebaser!($format);
+    };
+    (snapshot_editor $format:ident) => {
+        $crate::__export_snapshot_editor!($format);
     };
 }

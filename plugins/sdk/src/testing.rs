@@ -127,6 +127,23 @@ impl Storage {
         Ok(File(OpenFile { content, access, storage: self.clone() }))
     }
 
+    /// An open file, as a host hands it to `create` and `check`.
+    ///
+    /// # Panics
+    /// If there is no such file.
+    pub fn file(&self, path: &str, access: Access) -> File {
+        File(OpenFile { content: self.content(path), access, storage: self.clone() })
+    }
+
+    /// The image at `path`, opened and not connected, as before a call that changes it as a whole.
+    ///
+    /// # Errors
+    /// What the format answers.
+    pub fn opened_image<F: Format>(&self, path: &str, access: Access) -> Result<F> {
+        let context = Context::new(path.to_string(), self.clone());
+        F::open(self.file(path, access), context, access).map(|(format, _)| format)
+    }
+
     /// Opens the image at `path` as a host would, up to and including `connect`.
     ///
     /// # Errors

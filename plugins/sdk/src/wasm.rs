@@ -3,6 +3,9 @@
 //! The only unsafe code of the tool kit is here and in `runtime.rs`: the cell that holds the open image,
 //! and the allocator's C entry point. Format crates forbid it.
 
+#[doc(hidden)]
+pub mod maintenance;
+
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::cell::RefCell;
@@ -207,7 +210,7 @@ pub fn reader_open<F: Format>(
         virtual_size_bytes: info.virtual_size,
         cluster_size_bytes: info.cluster_size,
         overwritable: info.overwritable,
-        backing: info.backing.map(|backing| wit::BackingReference { name: backing.name, format: backing.format }),
+        backing: info.backing.map(|backing| types::BackingReference { name: backing.name, format: backing.format }),
         files: info.files,
         facts: info.facts.into_iter().map(|fact| wit::Fact { name: fact.name, value: fact.value }).collect(),
     })

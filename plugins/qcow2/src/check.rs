@@ -1,0 +1,1 @@
+//! Checking an image against itself, and repairing it.

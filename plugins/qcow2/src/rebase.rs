@@ -1,0 +1,1 @@
+//! Changing the backing file that an image names.

@@ -1,0 +1,1 @@
+//! Making, applying and deleting internal snapshots.
