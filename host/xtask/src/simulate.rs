@@ -17,9 +17,12 @@ use crate::tools::{self, Workspace};
 ///   cargo xtask simulate --seeds 10000
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Try the seeds 0 to N - 1.
+    /// Try N seeds.
     #[arg(long, value_name = "N", default_value = "2000")]
     seeds: u64,
+    /// Start with the seed S, so that a long run can be done in parts.
+    #[arg(long, value_name = "S", default_value = "0", conflicts_with = "seed")]
+    from: u64,
     /// Try one seed: replays what another run found.
     #[arg(long, value_name = "S", conflicts_with = "seeds")]
     seed: Option<u64>,
@@ -40,6 +43,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
         .current_dir(&workspace.root)
         .args(["test", "--locked", "--quiet", "-p", "blockhouse-qcow2", "--test", "powercut", "--", "--nocapture"])
         .env("POWERCUT_SEEDS", arguments.seeds.to_string())
+        .env("POWERCUT_FIRST", arguments.from.to_string())
         .env("POWERCUT_JSON", &outcome);
     if let Some(seed) = arguments.seed {
         command.env("POWERCUT_SEED", seed.to_string());

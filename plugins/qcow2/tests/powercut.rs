@@ -8,8 +8,8 @@
 //! * after a recovery that is written, flushed and closed, everything is exact; a cut in the middle of it
 //!   leaves the old or the new.
 //!
-//! `cargo xtask simulate` runs it for longer, through `POWERCUT_SEEDS` (how many), `POWERCUT_SEED` (one of
-//! them) and `POWERCUT_JSON` (where the outcome goes).
+//! `cargo xtask simulate` runs it for longer, through `POWERCUT_SEEDS` (how many), `POWERCUT_FIRST` (from
+//! which one), `POWERCUT_SEED` (one of them) and `POWERCUT_JSON` (where the outcome goes).
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::cast_possible_truncation)]
@@ -520,7 +520,10 @@ fn no_power_cut_damages_an_image() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
     let seeds: Vec<u64> = match number("POWERCUT_SEED") {
         Some(seed) => vec![seed],
-        None => (0..number("POWERCUT_SEEDS").unwrap_or(SEEDS)).collect(),
+        None => {
+            let first = number("POWERCUT_FIRST").unwrap_or(0);
+            (first..first + number("POWERCUT_SEEDS").unwrap_or(SEEDS)).collect()
+        }
     };
     let made: Vec<Made> = TEMPLATES.iter().map(make).collect();
     let (next, states, leaks) = (AtomicUsize::new(0), AtomicU64::new(0), AtomicU64::new(0));
