@@ -45,6 +45,7 @@ mod resize;
 mod snapshot_edit;
 mod snapshots;
 mod tables;
+mod transaction;
 mod writer;
 
 use alloc::vec::Vec;

@@ -34,10 +34,10 @@ const WORK: u64 = 1 << 20;
 const STEP: u64 = 4 << 10;
 
 /// Bits 9-55 of an entry of either table: an offset in the file.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub(crate) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// The reference count is exactly one. Nothing that a reader needs.
 pub(crate) const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
+pub(crate) const COMPRESSED: u64 = 1 << 62;
 /// Reads as zero (version 3, without extended L2).
 pub(crate) const ZERO: u64 = 1;
 /// With extended L2, a cluster has so many subclusters.
@@ -73,7 +73,7 @@ impl Shape {
         1 << self.cluster_bits
     }
 
-    fn entry_bytes(self) -> u64 {
+    pub(crate) fn entry_bytes(self) -> u64 {
         if self.extended { 16 } else { 8 }
     }
 

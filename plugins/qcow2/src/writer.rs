@@ -31,14 +31,14 @@ use crate::snapshots;
 use crate::tables::{COPIED, Cluster, Map, Owners, ZERO};
 
 /// Changed metadata in memory, in bytes, before it is brought into the file without being asked to.
-const MAX_CHANGED: usize = 8 << 20;
+pub(crate) const MAX_CHANGED: usize = 8 << 20;
 /// Clusters that wait to be freed, before the same.
 const MAX_FREEING: usize = 1 << 16;
 /// Clusters of one answer of `prepare`.
 const MAX_PREPARED: u64 = 4096;
 /// The largest L1 table of an image that is written, in entries: every entry is looked at when writing
 /// begins, and remembered. 64 TiB with 64 KiB clusters.
-const MAX_L1_ENTRIES: u64 = 1 << 17;
+pub(crate) const MAX_L1_ENTRIES: u64 = 1 << 17;
 
 /// A reservation.
 #[derive(Debug)]
@@ -55,8 +55,8 @@ struct Reserved {
 /// What an image that is written needs in memory.
 #[derive(Debug)]
 pub(crate) struct Writing {
-    areas: Areas,
-    refcounts: Refcounts,
+    pub(crate) areas: Areas,
+    pub(crate) refcounts: Refcounts,
     reserved: BTreeMap<u64, Reserved>,
     /// Disk offsets of the clusters in `reserved`.
     waiting: BTreeSet<u64>,

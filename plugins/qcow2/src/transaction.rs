@@ -1,0 +1,1 @@
+//! A change of an image as a whole: old until one write of the header, new from then on.
