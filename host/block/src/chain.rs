@@ -181,6 +181,21 @@ impl Chain {
         writer.and_then(call).map_err(|error| link.note(error))
     }
 
+    /// Whether the top layer can write packed data.
+    pub(crate) fn has_packer(&self) -> bool {
+        self.links.first().is_some_and(|top| top.layer.packer().is_some())
+    }
+
+    /// Writes one cluster of the top layer packed.
+    pub(crate) fn pack(&self, offset: u64, bytes: &[u8]) -> Result<bool> {
+        let link = self.link(0)?;
+        let packer = link.layer.packer().ok_or_else(|| {
+            let format = &link.layer.info().format;
+            Error::new(ErrorKind::Unsupported, format!("{format} images cannot be written compressed here"))
+        });
+        packer.and_then(|packer| packer.pack(offset, bytes)).map_err(|error| link.note(error))
+    }
+
     /// Reserves space for `start..end`, which lies inside the disk, or for a prefix of it. The first run
     /// contains `start`.
     pub(crate) fn prepare(&self, start: u64, end: u64) -> Result<Vec<Reserved>> {

@@ -51,7 +51,7 @@ impl Default for DiskOptions {
 pub struct Disk {
     pub(crate) chain: Chain,
     pub(crate) map: ExtentMap,
-    units: UnitCache,
+    pub(crate) units: UnitCache,
     /// One for each stripe of the map, held while layers are asked, so that threads which miss the same
     /// range ask once.
     asking: Box<[Mutex<()>]>,
@@ -123,6 +123,10 @@ impl Disk {
     /// The whole disk as runs, in order: what is where, asked of the layers anew.
     pub fn runs(&self) -> Runs<'_> {
         Runs::new(&self.chain, 0, self.capacity)
+    }
+
+    pub(crate) fn runs_of(&self, start: u64, end: u64) -> Runs<'_> {
+        Runs::new(&self.chain, start, end)
     }
 
     /// What the extent map did so far.

@@ -21,7 +21,7 @@ use std::thread::{self, Thread};
 use imago::StorageOpenOptions;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::storage::ext::StorageExt;
-use rustix::fs::{FallocateFlags, OFlags};
+use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
@@ -230,6 +230,54 @@ impl ImageFile {
             // Not by this file system, or (of a block device) not in this alignment.
             Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::NODEV) => Ok(false),
             Err(error) => Err(self.failed(&format!("{what} at {offset} failed"), error.into())),
+        }
+    }
+
+    /// Has the file system set space aside for a range, so that writing to it cannot run out of space. What
+    /// is there stays, and the file grows as necessary.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write); among them that the file system cannot do it.
+    pub fn set_aside(&self, offset: u64, length: u64) -> Result<()> {
+        self.refuse_read_only("setting space aside")?;
+        let result = rustix::io::retry_on_intr(|| {
+            rustix::fs::fallocate(&self.descriptor, FallocateFlags::empty(), offset, length)
+        });
+        self.unsynced.store(true, Ordering::Release);
+        result.map_err(|error| self.failed(&format!("setting space aside at {offset} failed"), error.into()))
+    }
+
+    /// Calls `action` with offset and length of each hole in a range; what is past the end of the file is
+    /// one. Where the file system knows of no holes there are none.
+    ///
+    /// # Errors
+    /// [`Storage`](ErrorKind::Storage) if the file cannot be asked, and those of `action`.
+    pub fn for_each_hole(
+        &self,
+        offset: u64,
+        length: u64,
+        mut action: impl FnMut(u64, u64) -> Result<()>,
+    ) -> Result<()> {
+        let end = offset.saturating_add(length);
+        let mut position = offset;
+        while position < end {
+            let hole = self.seek(SeekFrom::Hole(position))?.unwrap_or(position).min(end);
+            if hole >= end {
+                break;
+            }
+            let data = self.seek(SeekFrom::Data(hole))?.unwrap_or(end).min(end);
+            action(hole, data.saturating_sub(hole))?;
+            position = data;
+        }
+        Ok(())
+    }
+
+    /// `None` past the end of the file or of its data.
+    fn seek(&self, to: SeekFrom) -> Result<Option<u64>> {
+        match rustix::fs::seek(&self.descriptor, to) {
+            Ok(position) => Ok(Some(position)),
+            Err(Errno::NXIO) => Ok(None),
+            Err(error) => Err(self.failed("looking for holes failed", error.into())),
         }
     }
 

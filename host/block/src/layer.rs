@@ -101,6 +101,9 @@ pub trait Layer: Send + Sync {
 
     /// The ability to write with allocation, if the layer has it and was opened for writing.
     fn writer(&self) -> Option<&dyn LayerWriter>;
+
+    /// The ability to write packed data, if the layer has it and was opened for writing.
+    fn packer(&self) -> Option<&dyn LayerPacker>;
 }
 
 /// One run of space that a layer reserved. Checked before use, as every answer is.
@@ -176,4 +179,14 @@ pub trait LayerWriter: Send + Sync {
     /// # Errors
     /// As [`flush`](Self::flush).
     fn finish(&self) -> Result<()>;
+}
+
+/// Writing packed data; the host's view of `wit/packer.wit`.
+pub trait LayerPacker: Send + Sync {
+    /// Packs the cluster at `offset`, with the bytes up to its end or the end of the layer, and makes it
+    /// part of the layer. False, and nothing changed, if they do not get smaller.
+    ///
+    /// # Errors
+    /// As [`LayerWriter::commit`].
+    fn pack(&self, offset: u64, bytes: &[u8]) -> Result<bool>;
 }

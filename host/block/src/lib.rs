@@ -52,6 +52,7 @@ mod map;
 mod runs;
 mod space;
 mod units;
+mod whole;
 mod write;
 
 pub use answer::MAX_PACKED_UNIT;
@@ -61,9 +62,10 @@ pub use disk::{Disk, DiskOptions};
 pub use error::{Error, ErrorKind, Result};
 pub use file::{Access, FileIdentity, ImageFile, MAX_FILE_OFFSET};
 pub use files::MAX_FILES;
-pub use layer::{Allocation, Extent, FileIndex, Freed, Layer, LayerInfo, LayerWriter, Located, Placement};
+pub use layer::{Allocation, Extent, FileIndex, Freed, Layer, LayerInfo, LayerPacker, LayerWriter, Located, Placement};
 pub use map::{EXTENT_BYTES, MapStats};
 pub use runs::{Run, RunKind, Runs};
 /// A buffer that somebody else may change while it is used, such as guest memory.
 /// `VolatileSlice::from(&mut [u8])` makes one of ordinary memory.
 pub use vm_memory::VolatileSlice;
+pub use whole::Preallocation;

@@ -60,6 +60,11 @@ impl UnitCache {
         }
     }
 
+    /// Forgets all units.
+    pub(crate) fn clear(&self) {
+        *self.inner.lock().unwrap_or_else(PoisonError::into_inner) = Inner::default();
+    }
+
     /// Bytes of units that are kept now.
     pub(crate) fn bytes(&self) -> usize {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner).bytes

@@ -56,6 +56,8 @@ pub(crate) enum Source<'s, 'b> {
         start: u64,
     },
     Zeroes,
+    /// Space for what is there: the content stays as it is.
+    Space,
 }
 
 impl<'s, 'b> Source<'s, 'b> {
@@ -75,7 +77,8 @@ impl<'s, 'b> Source<'s, 'b> {
                 buffers.advance(position.saturating_sub(start));
                 file.write(&buffers.take(length), offset)
             }
-            Self::Zeroes => write_zeroes(file, offset, length),
+            Self::Zeroes => write_zeroes(file, offset, length, true),
+            Self::Space => Ok(()),
         }
     }
 }
@@ -134,7 +137,8 @@ impl Disk {
         Ok(hold)
     }
 
-    fn take(&self, start: u64, end: u64) -> Result<Exclusive<'_>> {
+    /// A hold for everything else.
+    pub(crate) fn take(&self, start: u64, end: u64) -> Result<Exclusive<'_>> {
         let hold = self.inflight.exclusive(start, end);
         self.refuse_closed()?;
         Ok(hold)
@@ -173,7 +177,7 @@ impl Disk {
     }
 
     /// The size of a cluster of the top layer, a power of two.
-    fn cluster(&self) -> u64 {
+    pub(crate) fn cluster(&self) -> u64 {
         self.layers().next().map_or(1, |top| u64::from(top.cluster_size).max(1))
     }
 
@@ -304,7 +308,10 @@ impl Disk {
         run: &Reserved,
         questions: &mut Questions,
     ) -> Result<()> {
-        let (from, to) = (start.max(run.start), end.min(run.end));
+        let (from, to) = match source {
+            Source::Space => (run.start, run.start),
+            Source::Bytes { .. } | Source::Zeroes => (start.max(run.start), end.min(run.end)),
+        };
         self.keep(run, run.start, from, questions)?;
         if !(run.zeroed && matches!(source, Source::Zeroes)) {
             let offset = run.offset.saturating_add(from.saturating_sub(run.start));
@@ -319,7 +326,7 @@ impl Disk {
         self.for_each_extent(from, to, questions, |flat| {
             let offset = run.offset.saturating_add(flat.start.saturating_sub(run.start));
             if flat.reads_as_zero() {
-                return if run.zeroed { Ok(()) } else { write_zeroes(file, offset, flat.length) };
+                return if run.zeroed { Ok(()) } else { write_zeroes(file, offset, flat.length, true) };
             }
             for_each_part(flat.length, |bytes, done| {
                 let part = flat.tail(flat.start.saturating_add(done));
@@ -344,7 +351,7 @@ impl Disk {
                 if (may_unmap && file.punch_hole(offset, length)?) || file.zero_range(offset, length)? {
                     return Ok(());
                 }
-                write_zeroes(file, offset, length)
+                write_zeroes(file, offset, length, true)
             });
         }
         let mut position = start;
@@ -439,9 +446,14 @@ impl Disk {
     }
 }
 
-/// Writes zeroes to a range of a file, or lets the file system do it. The file grows as necessary.
-fn write_zeroes(file: &ImageFile, offset: u64, length: u64) -> Result<()> {
-    if length >= MIN_RANGE_CALL && offset.saturating_add(length) <= file.size()? && file.zero_range(offset, length)? {
+/// Writes zeroes to a range of a file, or lets the file system do it if it `may_mark` the range instead. The
+/// file grows as necessary.
+pub(crate) fn write_zeroes(file: &ImageFile, offset: u64, length: u64, may_mark: bool) -> Result<()> {
+    if may_mark
+        && length >= MIN_RANGE_CALL
+        && offset.saturating_add(length) <= file.size()?
+        && file.zero_range(offset, length)?
+    {
         return Ok(());
     }
     for_each_part(length, |zeroes, done| file.write(&[*zeroes], offset.saturating_add(done)))

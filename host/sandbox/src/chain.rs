@@ -11,21 +11,23 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
-use std::sync::{Arc, OnceLock, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use blockhouse_block::{Access, Disk, DiskOptions, Error, ErrorKind, Layer, LayerInfo, Result};
+use blockhouse_block::{Access, Disk, DiskOptions, Error, ErrorKind, FileIdentity, Layer, LayerInfo, Result};
 use serde::Serialize;
+use wasmtime::component::Resource;
+use wasmtime_wasi::filesystem::Descriptor;
 
 use crate::audit::{Audit, OpenEvent, Outcome};
 use crate::bindings::reader::blockhouse::format::types::Access as WitAccess;
 use crate::bindings::reader::exports::blockhouse::format::reader::ImageInfo;
 use crate::bindings::snapshots::SnapshotAbility;
 use crate::grants::{Grants, absolute_name};
-use crate::host::{Identity, State};
+use crate::host::{Identity, SharedFiles, State};
 use crate::instance::Instance;
 use crate::layer::ComponentLayer;
-use crate::locks;
+use crate::locks::{self, LockMode};
 use crate::regular;
 use crate::sandbox::{Plugin, PluginKind, Sandbox};
 use crate::text::clean;
@@ -105,6 +107,8 @@ pub struct OpenRequest {
     pub access: Access,
     /// Read a snapshot inside the image instead of its current state: id, or name.
     pub snapshot: Option<String>,
+    /// Whether the chain below the image is opened as well.
+    pub below: Below,
     /// Memory bounds of the disk.
     pub disk: DiskOptions,
 }
@@ -117,9 +121,21 @@ impl OpenRequest {
             format: format.into(),
             access: Access::ReadOnly,
             snapshot: None,
+            below: Below::Follow,
             disk: DiskOptions::default(),
         }
     }
+}
+
+/// What becomes of the backing file that an image names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Below {
+    /// It is opened, and so is what it names.
+    #[default]
+    Follow,
+    /// It is left closed after its image was connected to it: the disk has one layer, and what is not in
+    /// that reads as zero.
+    Leave,
 }
 
 /// A name and a value that a component reports about an image.
@@ -180,6 +196,9 @@ pub struct LayerReport {
     pub files: Vec<String>,
     /// What the component tried to open, allowed or denied, in order.
     pub opens: Vec<OpenEvent>,
+    /// The path of the backing file that was opened, and its identity: device and inode.
+    #[serde(skip)]
+    pub backing_file: Option<(String, FileIdentity)>,
 }
 
 /// A chain as far as it could be opened.
@@ -206,6 +225,7 @@ pub struct Opener {
     sandbox: Sandbox,
     formats: Formats,
     grants: Grants,
+    locks: LockMode,
     audit: Audit,
 }
 
@@ -231,13 +251,20 @@ struct Chain {
 impl Opener {
     /// An opener without grants: images that refer to nothing open.
     pub fn new(sandbox: &Sandbox, formats: Formats) -> Self {
-        Self { sandbox: sandbox.clone(), formats, grants: Grants::new(), audit: Audit::new() }
+        Self { sandbox: sandbox.clone(), formats, grants: Grants::new(), locks: LockMode::Enforce, audit: Audit::new() }
     }
 
     /// Sets what images may refer to.
     #[must_use]
     pub fn grants(self, grants: Grants) -> Self {
         Self { grants, ..self }
+    }
+
+    /// Sets whether image locks are set and respected. [`LockMode::Off`] is for looking at images that are in
+    /// use, read-only; it has no effect on what is opened for writing.
+    #[must_use]
+    pub fn locks(self, locks: LockMode) -> Self {
+        Self { locks, ..self }
     }
 
     /// Sets where audit events go.
@@ -277,7 +304,7 @@ impl Opener {
     fn open_chain(&self, request: &OpenRequest, chain: &mut Chain, describe: bool) -> Result<()> {
         let name = absolute_name(&request.path)?;
         let mut next = Some(Next {
-            file: open_image(request).map_err(|error| error.on_image(&*name))?,
+            file: open_image(&request.path, request.access, self.locks).map_err(|error| error.on_image(&*name))?,
             name,
             format: request.format.clone(),
             access: request.access,
@@ -286,6 +313,18 @@ impl Opener {
         while let Some(image) = next {
             let name = image.name.clone();
             next = self.open_layer(image, chain, describe).map_err(|error| error.on_image(name))?;
+            if let (Some(below), Some(report)) = (&next, chain.reports.last_mut()) {
+                let metadata = below.file.metadata().map_err(|error| {
+                    Error::new(ErrorKind::Storage, format!("cannot look at the image: {error}"))
+                        .with_source(error)
+                        .on_image(&*below.name)
+                })?;
+                let identity = FileIdentity { device: metadata.dev(), inode: metadata.ino() };
+                report.backing_file = Some((below.name.clone(), identity));
+            }
+            if request.below == Below::Leave {
+                break;
+            }
         }
         Ok(())
     }
@@ -307,30 +346,10 @@ impl Opener {
         }
 
         let plugin = &self.formats.load(&self.sandbox, &image.format)?;
-        let PluginKind::Format(pre) = &plugin.kind else {
-            let why = format!("it is a prober and cannot serve the format {:?}", image.format);
-            return Err(Error::new(ErrorKind::Component, why).on_image(plugin.name()));
-        };
-        let identity =
-            Identity { image: image.name.clone(), format: image.format.clone(), component: plugin.digest().to_owned() };
-        let mut state = State::new(identity, Arc::clone(&limits), self.grants.clone(), self.audit.clone());
-        let shared = Arc::clone(&state.shared);
-        let events = Arc::clone(&state.events);
-        let engine_error = |error: wasmtime::Error| {
-            Error::new(ErrorKind::Component, "cannot hand the image to the component").with_source(error)
-        };
-        let handle = state.add_file(image.file, image.name.clone(), image.access).map_err(engine_error)?;
-        let instance = Instance::start(&self.sandbox, pre, state)?;
+        let Started { instance, handle, shared, events } =
+            self.start(plugin, image.file, &image.name, &image.format, image.access)?;
 
-        let access = match image.access {
-            Access::ReadOnly => WitAccess::ReadOnly,
-            Access::ReadWrite => WitAccess::ReadWrite,
-        };
-        let info = instance.call("open", |call| {
-            call.format.blockhouse_format_reader().call_open(call.store, handle, &image.name, access)
-        })?;
-        check_info(&info, image.access, limits.description_entries, limits.text_bytes)
-            .map_err(|why| instance.condemn(&why))?;
+        let info = self.open_format(&instance, handle, &image.name, image.access)?;
 
         let text = |text: &str| clean(text, limits.text_bytes);
         let mut report = LayerReport {
@@ -348,6 +367,7 @@ impl Opener {
             }),
             files: info.files.iter().map(|name| text(name)).collect(),
             opens: Vec::new(),
+            backing_file: None,
         };
         // From here on the layer is in the report, whatever happens.
         let connected = (|| {
@@ -416,6 +436,10 @@ impl Opener {
             }
             writer = Some(instance.writer()?);
         }
+        let packer = match &writer {
+            Some(_) if plugin.inspection().exports_ability("packer") => Some(instance.packer()?),
+            _ => None,
+        };
         let begins = writer.is_some();
         let layer = Arc::new(ComponentLayer {
             info: LayerInfo {
@@ -428,6 +452,7 @@ impl Opener {
             instance,
             shared,
             writer,
+            packer,
         });
         if begins {
             chain.writable = Some(Arc::clone(&layer));
@@ -437,14 +462,85 @@ impl Opener {
     }
 }
 
+impl Opener {
+    /// Starts an instance of `plugin` for an image, and hands it the open file.
+    pub(crate) fn start(
+        &self,
+        plugin: &Plugin,
+        file: File,
+        name: &str,
+        format: &str,
+        access: Access,
+    ) -> Result<Started> {
+        let PluginKind::Format(pre) = &plugin.kind else {
+            let why = format!("it is a prober and cannot serve the format {format:?}");
+            return Err(Error::new(ErrorKind::Component, why).on_image(plugin.name()));
+        };
+        let identity =
+            Identity { image: name.to_owned(), format: format.to_owned(), component: plugin.digest().to_owned() };
+        let limits = self.sandbox.shared_limits();
+        let mut state = State::new(identity, limits, self.grants.clone(), self.locks, self.audit.clone());
+        let shared = Arc::clone(&state.shared);
+        let events = Arc::clone(&state.events);
+        let handle = state.add_file(file, name.to_owned(), access).map_err(|error| {
+            Error::new(ErrorKind::Component, "cannot hand the image to the component").with_source(error)
+        })?;
+        Ok(Started { instance: Instance::start(&self.sandbox, pre, state)?, handle, shared, events })
+    }
+
+    /// Makes the component read what the image says, and checks what it reports.
+    pub(crate) fn open_format(
+        &self,
+        instance: &Instance,
+        handle: Resource<Descriptor>,
+        name: &str,
+        access: Access,
+    ) -> Result<ImageInfo> {
+        let wit_access = match access {
+            Access::ReadOnly => WitAccess::ReadOnly,
+            Access::ReadWrite => WitAccess::ReadWrite,
+        };
+        let info = instance.call("open", |call| {
+            call.format.blockhouse_format_reader().call_open(call.store, handle, name, wit_access)
+        })?;
+        let limits = self.sandbox.limits();
+        check_info(&info, access, limits.description_entries, limits.text_bytes)
+            .map_err(|why| instance.condemn(&why))?;
+        Ok(info)
+    }
+
+    pub(crate) fn sandbox(&self) -> &Sandbox {
+        &self.sandbox
+    }
+
+    pub(crate) fn plugin(&self, format: &str) -> Result<Plugin> {
+        self.formats.load(&self.sandbox, format)
+    }
+
+    pub(crate) fn lock_mode(&self) -> LockMode {
+        self.locks
+    }
+}
+
+/// An instance that holds its image and was not called yet.
+pub(crate) struct Started {
+    pub(crate) instance: Instance,
+    pub(crate) handle: Resource<Descriptor>,
+    shared: SharedFiles,
+    events: Arc<Mutex<Vec<OpenEvent>>>,
+}
+
 /// Opens the image that the operator named. It may lie anywhere, and must be a regular file.
-fn open_image(request: &OpenRequest) -> Result<File> {
+pub(crate) fn open_image(path: &Path, access: Access, locks: LockMode) -> Result<File> {
     let failed = |error: std::io::Error| {
         Error::new(ErrorKind::Storage, format!("cannot open the image: {error}")).with_source(error)
     };
-    let file = regular::open(&request.path, request.access == Access::ReadWrite).map_err(failed)?;
+    let file = regular::open(path, access == Access::ReadWrite).map_err(failed)?;
     let file = file.ok_or_else(|| Error::new(ErrorKind::Invalid, "cannot open the image: it is not a regular file"))?;
-    match locks::take(&file, request.access).map_err(failed)? {
+    if locks == LockMode::Off && access == Access::ReadOnly {
+        return Ok(file);
+    }
+    match locks::take(&file, access).map_err(failed)? {
         None => Ok(file),
         Some(why) => Err(Error::new(
             ErrorKind::Storage,

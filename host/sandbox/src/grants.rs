@@ -59,22 +59,39 @@ impl Grants {
     /// [`Invalid`](ErrorKind::Invalid) if the path is not UTF-8, or neither a directory nor a regular
     /// file; [`Storage`](ErrorKind::Storage) if it cannot be opened.
     pub fn allow(self, path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
+        self.grant(path.as_ref(), Access::ReadOnly)
+    }
+
+    /// As [`allow`](Self::allow), and what is granted may be written by an image that is opened read-write:
+    /// external data files. Backing files are read-only all the same.
+    ///
+    /// # Errors
+    /// As [`allow`](Self::allow).
+    pub fn allow_writing(self, path: impl AsRef<Path>) -> Result<Self> {
+        self.grant(path.as_ref(), Access::ReadWrite)
+    }
+
+    fn grant(self, path: &Path, access: Access) -> Result<Self> {
         let name = absolute_name(path)?;
         let fail = |error: io::Error| {
             Error::new(ErrorKind::Storage, format!("cannot grant {}: {error}", path.display())).with_source(error)
         };
+        // A directory cannot be opened for writing, and a file of which only the name is needed need not be:
+        // it is opened again for each use.
         let file = File::options().read(true).custom_flags(regular::careful()).open(path).map_err(fail)?;
         let kind = file.metadata().map_err(fail)?.file_type();
         let mut tree = Arc::unwrap_or_clone(self.0);
         if kind.is_dir() {
-            let directory = Dir::new(file, FsPerms::ReadOnly, OpenMode::READ, true);
-            tree.directory(&name).whole = Some((directory, Access::ReadOnly));
+            let (perms, mode) = match access {
+                Access::ReadOnly => (FsPerms::ReadOnly, OpenMode::READ),
+                Access::ReadWrite => (FsPerms::ReadWrite, OpenMode::READ | OpenMode::WRITE),
+            };
+            tree.directory(&name).whole = Some((Dir::new(file, perms, mode, true), access));
         } else if kind.is_file() {
             regular::usual_mode(&file).map_err(fail)?;
             let (parent, leaf) = name.rsplit_once('/').unwrap_or(("", &name));
             let parent = if parent.is_empty() { "/" } else { parent };
-            tree.directory(parent).files.insert(leaf.to_owned(), (Arc::new(file), Access::ReadOnly));
+            tree.directory(parent).files.insert(leaf.to_owned(), (Arc::new(file), access));
         } else {
             return Err(Error::new(
                 ErrorKind::Invalid,

@@ -6,6 +6,7 @@ use std::future::Future;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use blockhouse_block::{Access, ImageFile};
 use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable, ResourceType};
@@ -23,6 +24,7 @@ use crate::authority::{PREOPENS, TYPES, WASI_VERSION};
 use crate::bindings::reader::blockhouse::format::{files, log, types};
 use crate::grants::Grants;
 use crate::limits::Limits;
+use crate::locks::LockMode;
 use crate::policy;
 use crate::text::clean;
 
@@ -48,6 +50,25 @@ pub(crate) struct Identity {
     pub(crate) component: String,
 }
 
+/// What one call may use.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Budget {
+    pub(crate) time: Duration,
+    host_calls: u64,
+}
+
+impl Budget {
+    /// Of a call that serves a request.
+    pub(crate) fn usual(limits: &Limits) -> Self {
+        Self { time: limits.call_time, host_calls: limits.host_calls }
+    }
+
+    /// Of a call that works on a whole image.
+    pub(crate) fn maintenance(limits: &Limits) -> Self {
+        Self { time: limits.maintenance_time, host_calls: limits.maintenance_host_calls }
+    }
+}
+
 /// The state of one instance.
 pub(crate) struct State {
     table: ResourceTable,
@@ -57,9 +78,12 @@ pub(crate) struct State {
     pub(crate) identity: Identity,
     pub(crate) limits: Arc<Limits>,
     grants: Grants,
+    locks: LockMode,
     audit: Audit,
     opens: u32,
     host_calls: u64,
+    /// What the present call may use.
+    pub(crate) budget: Budget,
     log_messages: u32,
     /// Every attempt to open, in order.
     pub(crate) events: Arc<Mutex<Vec<OpenEvent>>>,
@@ -73,7 +97,7 @@ pub(crate) struct State {
 }
 
 impl State {
-    pub(crate) fn new(identity: Identity, limits: Arc<Limits>, grants: Grants, audit: Audit) -> Self {
+    pub(crate) fn new(identity: Identity, limits: Arc<Limits>, grants: Grants, locks: LockMode, audit: Audit) -> Self {
         let mut table = ResourceTable::new();
         table.set_max_capacity(limits.handles);
         Self {
@@ -81,8 +105,10 @@ impl State {
             wasi: WasiFilesystemCtx::default(),
             nodes: HashMap::new(),
             identity,
+            budget: Budget::usual(&limits),
             limits,
             grants,
+            locks,
             audit,
             opens: 0,
             host_calls: 0,
@@ -97,15 +123,16 @@ impl State {
     }
 
     /// Starts a new call of the component: limits per call start over.
-    pub(crate) fn begin_call(&mut self) {
+    pub(crate) fn begin_call(&mut self, budget: Budget) {
         self.host_calls = 0;
+        self.budget = budget;
     }
 
     /// Counts a call of a host function.
     fn count(&mut self) -> wasmtime::Result<()> {
         self.host_calls = self.host_calls.saturating_add(1);
-        if self.host_calls > self.limits.host_calls {
-            return self.exceed(format!("it made more than {} host calls in one call", self.limits.host_calls));
+        if self.host_calls > self.budget.host_calls {
+            return self.exceed(format!("it made more than {} host calls in one call", self.budget.host_calls));
         }
         Ok(())
     }
@@ -189,7 +216,7 @@ impl State {
         let judged = match self.nodes.get(&directory.rep()) {
             Some(Node::Directory(name)) => {
                 let request = policy::Request { directory: name, path, open_flags, flags };
-                policy::open(self.grants.tree(), &self.limits, &request)
+                policy::open(self.grants.tree(), &self.limits, self.locks, &request)
             }
             Some(Node::File { .. }) | None => Err(policy::Denied {
                 code: ErrorCode::NotDirectory,
@@ -609,7 +636,8 @@ mod tests {
     #[test]
     fn only_a_file_that_was_handed_over_for_writing_can_be_changed() {
         let identity = Identity { image: String::new(), format: String::new(), component: String::new() };
-        let mut state = State::new(identity, Arc::new(Limits::default()), Grants::new(), Audit::new());
+        let mut state =
+            State::new(identity, Arc::new(Limits::default()), Grants::new(), LockMode::Enforce, Audit::new());
         let null = || File::options().read(true).write(true).open("/dev/null").unwrap();
         let read_only = state.add_file(null(), "/a".to_owned(), Access::ReadOnly).unwrap();
         let read_write = state.add_file(null(), "/b".to_owned(), Access::ReadWrite).unwrap();

@@ -9,12 +9,13 @@ use blockhouse_block::{Error, ErrorKind, Result};
 use wasmtime::component::Instance as WasmInstance;
 use wasmtime::{Store, Trap};
 
+use crate::bindings::packer::PackerAbility;
 use crate::bindings::reader::blockhouse::format::types::Error as WitError;
 use crate::bindings::reader::{ReadOnlyFormat, ReadOnlyFormatPre};
 use crate::bindings::writer::WriterAbility;
 use crate::clock::Clock;
-use crate::host::State;
-use crate::limits::TICK;
+use crate::host::{Budget, State};
+use crate::limits::{Limits, TICK};
 use crate::sandbox::Sandbox;
 use crate::text::clean;
 
@@ -76,14 +77,33 @@ impl Instance {
         what: &str,
         call: impl FnOnce(Call<'_>) -> wasmtime::Result<Result<T, WitError>>,
     ) -> Result<T> {
+        self.call_within(Budget::usual, what, call)
+    }
+
+    /// Makes one call that works on a whole image: it may take long.
+    pub(crate) fn maintain<T>(
+        &self,
+        what: &str,
+        call: impl FnOnce(Call<'_>) -> wasmtime::Result<Result<T, WitError>>,
+    ) -> Result<T> {
+        self.call_within(Budget::maintenance, what, call)
+    }
+
+    fn call_within<T>(
+        &self,
+        budget: impl FnOnce(&Limits) -> Budget,
+        what: &str,
+        call: impl FnOnce(Call<'_>) -> wasmtime::Result<Result<T, WitError>>,
+    ) -> Result<T> {
         let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
         let running = match &mut *health {
             Health::Running(running) => running,
             Health::Dead { kind, why } => return Err(Error::new(*kind, why.clone()).on_image(&*self.image)),
         };
         let time = self.clock.running();
+        let budget = budget(&running.store.data().limits);
+        running.store.data_mut().begin_call(budget);
         set_deadline(&mut running.store);
-        running.store.data_mut().begin_call();
         let result = call(Call { store: &mut running.store, format: &running.format, instance: &running.instance });
         drop(time);
         match result {
@@ -113,6 +133,11 @@ impl Instance {
     /// The writer exports of the component.
     pub(crate) fn writer(&self) -> Result<WriterAbility> {
         self.call("writer", |call| WriterAbility::new(&mut *call.store, call.instance).map(Ok))
+    }
+
+    /// The packer exports of the component.
+    pub(crate) fn packer(&self) -> Result<PackerAbility> {
+        self.call("packer", |call| PackerAbility::new(&mut *call.store, call.instance).map(Ok))
     }
 
     /// Looks at the state of a living instance.
@@ -145,7 +170,7 @@ pub(crate) fn new_store(sandbox: &Sandbox, state: State) -> Store<State> {
 }
 
 pub(crate) fn set_deadline(store: &mut Store<State>) {
-    let ticks = store.data().limits.call_time.as_millis().div_ceil(TICK.as_millis().max(1));
+    let ticks = store.data().budget.time.as_millis().div_ceil(TICK.as_millis().max(1));
     // The epoch may be about to tick: one more, so that a call gets at least its time.
     store.set_epoch_deadline(u64::try_from(ticks).unwrap_or(u64::MAX).saturating_add(1));
 }
@@ -156,7 +181,7 @@ pub(crate) fn diagnose(error: &wasmtime::Error, state: &State) -> (ErrorKind, St
         return (ErrorKind::Component, what.clone());
     }
     let why = match error.downcast_ref::<Trap>() {
-        Some(Trap::Interrupt) => format!("no answer within {:?}", state.limits.call_time),
+        Some(Trap::Interrupt) => format!("no answer within {:?}", state.budget.time),
         Some(Trap::StackOverflow) => format!("it used more than {} bytes of stack", state.limits.stack_bytes),
         Some(trap) => format!("{trap}"),
         // The engine has no public type for this one.

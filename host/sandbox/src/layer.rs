@@ -3,11 +3,12 @@
 use std::sync::{Arc, PoisonError};
 
 use blockhouse_block::{
-    Allocation, Error, ErrorKind, Extent, FileIndex, Freed, ImageFile, Layer, LayerInfo, LayerWriter, Located,
-    Placement, Result,
+    Allocation, Error, ErrorKind, Extent, FileIndex, Freed, ImageFile, Layer, LayerInfo, LayerPacker, LayerWriter,
+    Located, Placement, Result,
 };
 use wasmtime::Store;
 
+use crate::bindings::packer::PackerAbility;
 use crate::bindings::reader::blockhouse::format::types::Error as WitError;
 use crate::bindings::reader::exports::blockhouse::format::reader as wit;
 use crate::bindings::writer::WriterAbility;
@@ -22,12 +23,21 @@ pub(crate) struct ComponentLayer {
     pub(crate) shared: SharedFiles,
     /// The writer exports, if the image is written through them.
     pub(crate) writer: Option<WriterAbility>,
+    /// The packer exports, if it has them as well.
+    pub(crate) packer: Option<PackerAbility>,
 }
 
 impl ComponentLayer {
     /// Prepares the image for writing: once, before any other call of the writer.
     pub(crate) fn begin(&self) -> Result<()> {
-        self.write("begin", |writer, store| writer.call_begin(store))
+        let Some(writer) = &self.writer else { return Err(self.not_written()) };
+        // It may have to repair the image.
+        self.instance.maintain("begin", |from| writer.blockhouse_format_writer().call_begin(from.store))
+    }
+
+    fn not_written(&self) -> Error {
+        let why = "the image was not opened for writing by its component";
+        Error::new(ErrorKind::Unsupported, why).on_image(&*self.info.name)
     }
 
     /// Makes one call of a writer export. `what` names it in messages: `prepare`.
@@ -36,10 +46,7 @@ impl ComponentLayer {
         what: &str,
         call: impl FnOnce(&wit_writer::Guest, &mut Store<State>) -> wasmtime::Result<std::result::Result<T, WitError>>,
     ) -> Result<T> {
-        let Some(writer) = &self.writer else {
-            let why = "the image was not opened for writing by its component";
-            return Err(Error::new(ErrorKind::Unsupported, why).on_image(&*self.info.name));
-        };
+        let Some(writer) = &self.writer else { return Err(self.not_written()) };
         self.instance.call(what, |from| call(writer.blockhouse_format_writer(), from.store))
     }
 }
@@ -91,6 +98,17 @@ impl Layer for ComponentLayer {
 
     fn writer(&self) -> Option<&dyn LayerWriter> {
         self.writer.as_ref().map(|_| self as &dyn LayerWriter)
+    }
+
+    fn packer(&self) -> Option<&dyn LayerPacker> {
+        self.packer.as_ref().map(|_| self as &dyn LayerPacker)
+    }
+}
+
+impl LayerPacker for ComponentLayer {
+    fn pack(&self, offset: u64, bytes: &[u8]) -> Result<bool> {
+        let Some(packer) = &self.packer else { return Err(self.not_written()) };
+        self.instance.call("pack", |from| packer.blockhouse_format_packer().call_pack(from.store, offset, bytes))
     }
 }
 

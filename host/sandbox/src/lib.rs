@@ -19,6 +19,7 @@
 //! | `host.rs` | the functions behind the table |
 //! | `instance.rs`, `clock.rs` | calling a component within its time, and throwing it away |
 //! | `chain.rs` | from an image to a disk |
+//! | `maintenance.rs` | calls that change an image as a whole: create, check, resize, snapshots |
 //! | `inspect.rs`, `probe.rs` | looking at a component; guessing a format |
 //!
 //! This crate knows neither virtio nor KVM, and no type of wasmtime is in its public interface.
@@ -50,6 +51,7 @@ mod instance;
 mod layer;
 mod limits;
 mod locks;
+mod maintenance;
 mod policy;
 mod probe;
 mod regular;
@@ -61,11 +63,13 @@ pub use authority::{Authority, CONTRACT_VERSION};
 /// The block core, whose types appear in this crate's interface.
 pub use blockhouse_block as block;
 pub use chain::{
-    BackingReference, ChainReport, Fact, Formats, LayerReport, OpenRequest, OpenedDisk, Opener, SnapshotReport,
+    BackingReference, Below, ChainReport, Fact, Formats, LayerReport, OpenRequest, OpenedDisk, Opener, SnapshotReport,
 };
 pub use grants::{Grants, absolute_name};
 pub use inspect::{ImportedFunction, Inspection};
 pub use limits::{Limits, TICK};
+pub use locks::LockMode;
+pub use maintenance::{CheckReport, NewImage, OptionHelp, Repair};
 pub use probe::{Guess, PROBE_HEAD, PROBE_TAIL};
 pub use sandbox::{Plugin, Sandbox};
 pub use text::clean;

@@ -47,6 +47,11 @@ pub struct Limits {
     /// Checked every [`TICK`]; a host function that is under way is finished first. All of them are
     /// short: reads of regular files, 64 KiB at a time.
     pub call_time: Duration,
+    /// Time for one call that works on a whole image: check, repair, resize, snapshots, the begin of
+    /// writing. Default 15 minutes.
+    pub maintenance_time: Duration,
+    /// Calls of host functions within such a call. Default 100,000,000.
+    pub maintenance_host_calls: u64,
     /// Bytes of a compiled-from component file. Default 64 MiB.
     pub component_bytes: u64,
 }
@@ -72,6 +77,8 @@ impl Default for Limits {
             description_entries: 65_536,
             chain_depth: 200,
             call_time: Duration::from_secs(10),
+            maintenance_time: Duration::from_secs(15 * 60),
+            maintenance_host_calls: 100_000_000,
             component_bytes: 64 << 20,
         }
     }

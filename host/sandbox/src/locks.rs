@@ -32,6 +32,17 @@ const RESIZE: i64 = 3;
 /// What nobody may do to an image that is in use here: write it or change its size.
 const NOT_FOR_OTHERS: [i64; 2] = [WRITE, RESIZE];
 
+/// Whether image locks are set and respected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LockMode {
+    /// One writer or many readers; somebody else's contradicting use is an error.
+    #[default]
+    Enforce,
+    /// Nobody is asked, and nobody is told. What is read of an image that somebody writes may be neither
+    /// the old nor the new; nothing is ever written this way.
+    Off,
+}
+
 /// Sets the locks that using the image with `access` means. `Ok(Some(why))` if somebody else's use
 /// contradicts it; then the file is to be closed, which takes the locks away. So `file` has an open file
 /// description of its own.

@@ -17,7 +17,7 @@ use wasmtime_wasi::p2::bindings::filesystem::types::{DescriptorFlags, ErrorCode,
 
 use crate::grants::{GrantTree, join};
 use crate::limits::Limits;
-use crate::locks;
+use crate::locks::{self, LockMode};
 use crate::regular;
 
 /// A request to open, as the component made it.
@@ -50,7 +50,12 @@ pub(crate) struct Denied {
 }
 
 /// Judges a request and, if it may be, opens the file.
-pub(crate) fn open(grants: &GrantTree, limits: &Limits, request: &Request<'_>) -> Result<Opened, Denied> {
+pub(crate) fn open(
+    grants: &GrantTree,
+    limits: &Limits,
+    locks: LockMode,
+    request: &Request<'_>,
+) -> Result<Opened, Denied> {
     let asked = join(request.directory, request.path);
     let denied = |code: ErrorCode, grant: Option<&str>, reason: String| Denied {
         code,
@@ -96,7 +101,7 @@ pub(crate) fn open(grants: &GrantTree, limits: &Limits, request: &Request<'_>) -
         if access == Access::ReadWrite && *granted == Access::ReadOnly {
             return Err(denied(ErrorCode::NotPermitted, Some(&full), "the grant is read-only".to_owned()));
         }
-        let file = reopen(file, access).map_err(|(code, reason)| denied(code, Some(&full), reason))?;
+        let file = reopen(file, access, locks).map_err(|(code, reason)| denied(code, Some(&full), reason))?;
         return Ok(Opened { file, path: full.clone(), access, grant: full });
     }
 
@@ -124,7 +129,7 @@ pub(crate) fn open(grants: &GrantTree, limits: &Limits, request: &Request<'_>) -
         return Err(denied(ErrorCode::NotPermitted, "the grant is read-only".to_owned()));
     }
     let file = open_regular(&dir.dir, Path::new(rest), access)
-        .and_then(|file| lock(&file, access).map(|()| file))
+        .and_then(|file| lock(&file, access, locks).map(|()| file))
         .map_err(|(code, reason)| denied(code, reason))?;
     Ok(Opened { file, path: full, access, grant: grant.clone() })
 }
@@ -179,11 +184,11 @@ fn open_regular(directory: &File, path: &Path, access: Access) -> Result<File, (
 
 /// A granted file for one use of it: the same file, locked, with an open file description of its own, so that
 /// the lock ends with that use and not with the grant.
-fn reopen(granted: &File, access: Access) -> Result<File, (ErrorCode, String)> {
+fn reopen(granted: &File, access: Access, locks: LockMode) -> Result<File, (ErrorCode, String)> {
     // The link leads to the open file itself, whatever its name leads to by now.
     let link = format!("/proc/self/fd/{}", granted.as_raw_fd());
     match File::options().read(true).write(access == Access::ReadWrite).open(link) {
-        Ok(file) => lock(&file, access).map(|()| file),
+        Ok(file) => lock(&file, access, locks).map(|()| file),
         Err(error) => {
             // Without /proc, or without the right to open it again: the descriptor itself is the grant.
             tracing::warn!("a granted file is used without a lock, since it cannot be opened again: {error}");
@@ -193,7 +198,10 @@ fn reopen(granted: &File, access: Access) -> Result<File, (ErrorCode, String)> {
 }
 
 /// Locks a file for its use here, unless somebody else's use contradicts that.
-fn lock(file: &File, access: Access) -> Result<(), (ErrorCode, String)> {
+fn lock(file: &File, access: Access, locks: LockMode) -> Result<(), (ErrorCode, String)> {
+    if locks == LockMode::Off && access == Access::ReadOnly {
+        return Ok(());
+    }
     match locks::take(file, access) {
         Ok(None) => Ok(()),
         Ok(Some(why)) => Err((ErrorCode::NotPermitted, format!("it is in use: {why}"))),
@@ -246,7 +254,7 @@ mod tests {
         fn open_with(&self, path: &str, open_flags: OpenFlags, flags: DescriptorFlags) -> Result<Opened, Denied> {
             let directory = self.granted();
             let request = Request { directory: directory.to_str().unwrap(), path, open_flags, flags };
-            open(self.grants.tree(), &Limits::default(), &request)
+            open(self.grants.tree(), &Limits::default(), LockMode::Enforce, &request)
         }
 
         fn open(&self, path: &str) -> Result<Opened, Denied> {

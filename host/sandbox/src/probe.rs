@@ -9,6 +9,7 @@ use crate::audit::Audit;
 use crate::grants::Grants;
 use crate::host::{Identity, State};
 use crate::instance::{diagnose, new_store, set_deadline};
+use crate::locks::LockMode;
 use crate::sandbox::{Plugin, PluginKind, Sandbox};
 use crate::text::clean;
 
@@ -41,7 +42,7 @@ impl Sandbox {
         let identity =
             Identity { image: prober.name().to_owned(), format: String::new(), component: prober.digest().to_owned() };
         let limits = self.shared_limits();
-        let state = State::new(identity, Arc::clone(&limits), Grants::new(), Audit::new());
+        let state = State::new(identity, Arc::clone(&limits), Grants::new(), LockMode::Enforce, Audit::new());
         let mut store = new_store(self, state);
         let clock = self.clock();
         let _time = clock.running();

@@ -7,12 +7,19 @@ use std::sync::Arc;
 
 use blockhouse_block::{Error, ErrorKind, Result};
 use sha2::{Digest, Sha256};
-use wasmtime::component::Component;
+use wasmtime::component::{Component, InstancePre};
 use wasmtime::{Config, Engine, OptLevel, WasmBacktraceDetails};
 
 use crate::authority::Authority;
+use crate::bindings::checker::CheckerAbilityPre;
+use crate::bindings::creator::CreatorAbilityPre;
+use crate::bindings::packer::PackerAbilityPre;
 use crate::bindings::prober::ProberOnlyPre;
 use crate::bindings::reader::ReadOnlyFormatPre;
+use crate::bindings::rebaser::RebaserAbilityPre;
+use crate::bindings::resizer::ResizerAbilityPre;
+use crate::bindings::snapshot_editor::SnapshotEditorAbilityPre;
+use crate::bindings::snapshots::SnapshotAbilityPre;
 use crate::bindings::writer::WriterAbilityPre;
 use crate::clock::Clock;
 use crate::host::{State, read_only_linker, read_write_linker};
@@ -94,14 +101,15 @@ impl Sandbox {
             }
             Some(Authority::ReadOnly) => read_only_linker(&self.engine)
                 .and_then(|linker| linker.instantiate_pre(&component))
-                .and_then(ReadOnlyFormatPre::new)
+                .and_then(|pre| {
+                    check_abilities(&inspection, &pre)?;
+                    ReadOnlyFormatPre::new(pre)
+                })
                 .map(PluginKind::Format),
             Some(Authority::ReadWrite) => read_write_linker(&self.engine)
                 .and_then(|linker| linker.instantiate_pre(&component))
                 .and_then(|pre| {
-                    if inspection.exports_ability("writer") {
-                        WriterAbilityPre::new(pre.clone())?;
-                    }
+                    check_abilities(&inspection, &pre)?;
                     ReadOnlyFormatPre::new(pre)
                 })
                 .map(PluginKind::Format),
@@ -194,6 +202,28 @@ impl Sandbox {
     pub(crate) fn engine(&self) -> &Engine {
         &self.engine
     }
+}
+
+/// Whether each ability that a component exports is the contract's.
+fn check_abilities(inspection: &Inspection, pre: &InstancePre<State>) -> wasmtime::Result<()> {
+    macro_rules! check {
+        ($($name:literal: $pre:path),+ $(,)?) => {
+            $(if inspection.exports_ability($name) {
+                <$pre>::new(pre.clone())?;
+            })+
+        };
+    }
+    check!(
+        "snapshots": SnapshotAbilityPre<State>,
+        "writer": WriterAbilityPre<State>,
+        "packer": PackerAbilityPre<State>,
+        "creator": CreatorAbilityPre<State>,
+        "checker": CheckerAbilityPre<State>,
+        "resizer": ResizerAbilityPre<State>,
+        "rebaser": RebaserAbilityPre<State>,
+        "snapshot-editor": SnapshotEditorAbilityPre<State>,
+    );
+    Ok(())
 }
 
 fn hex(bytes: &[u8]) -> String {

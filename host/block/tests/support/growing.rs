@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use blockhouse_block::{
-    Access, Allocation, Error, ErrorKind, Extent, FileIndex, Freed, ImageFile, Layer, LayerInfo, LayerWriter, Located,
-    Placement, Result,
+    Access, Allocation, Error, ErrorKind, Extent, FileIndex, Freed, ImageFile, Layer, LayerInfo, LayerPacker,
+    LayerWriter, Located, Placement, Result,
 };
 
 pub const CLUSTER: u64 = 4096;
@@ -234,6 +234,10 @@ impl Layer for Growing {
     }
     fn writer(&self) -> Option<&dyn LayerWriter> {
         Some(self)
+    }
+
+    fn packer(&self) -> Option<&dyn LayerPacker> {
+        None
     }
 }
 

@@ -17,7 +17,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use blockhouse_block::{
-    Access, BlockBackend, Disk, Extent, FileIndex, ImageFile, Layer, LayerInfo, LayerWriter, Located, Placement, Result,
+    Access, BlockBackend, Disk, Extent, FileIndex, ImageFile, Layer, LayerInfo, LayerPacker, LayerWriter, Located,
+    Placement, Result,
 };
 use vm_memory::VolatileSlice;
 
@@ -120,6 +121,10 @@ impl Layer for Script {
         self.files.get(index.0 as usize).cloned()
     }
     fn writer(&self) -> Option<&dyn LayerWriter> {
+        None
+    }
+
+    fn packer(&self) -> Option<&dyn LayerPacker> {
         None
     }
 }
