@@ -1,1 +1,3 @@
 //! Checking an image against itself, and repairing it.
+
+pub(crate) mod counts;

@@ -18,6 +18,9 @@ use alloc::vec::Vec;
 use blockhouse_plugin::bytes::{be_u32, be_u64};
 use blockhouse_plugin::{Access, BackingReference, Error, Fact, File, Result};
 
+/// Where size is, and then the tables: crypt_method, l1_size, l1_table_offset, refcount_table_offset,
+/// refcount_table_clusters, nb_snapshots and snapshots_offset.
+pub(crate) const SIZE_AT: u64 = 24;
 /// Where refcount_table_offset and refcount_table_clusters are.
 pub(crate) const REFCOUNT_TABLE_AT: u64 = 48;
 /// Where incompatible_features is (version 3).
@@ -26,46 +29,58 @@ const INCOMPATIBLE_AT: u64 = 72;
 const AUTOCLEAR_AT: u64 = 88;
 
 /// `QFI\xfb`.
-const MAGIC: u32 = 0x5146_49fb;
+pub(crate) const MAGIC: u32 = 0x5146_49fb;
 /// The header of version 2, and the part that both versions share.
-const V2_LENGTH: u64 = 72;
+pub(crate) const V2_LENGTH: u64 = 72;
 /// The shortest header of version 3.
 const V3_LENGTH: u64 = 104;
 /// 512 bytes to 2 MiB.
 const CLUSTER_BITS: core::ops::RangeInclusive<u32> = 9..=21;
 /// QEMU's limit of an L1 table, in bytes.
-const MAX_L1_BYTES: u64 = 32 << 20;
+pub(crate) const MAX_L1_BYTES: u64 = 32 << 20;
 /// QEMU's limit of the refcount table, in bytes.
 pub(crate) const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
 /// QEMU's limit of snapshots in an image.
-const MAX_SNAPSHOTS: u32 = 65536;
+pub(crate) const MAX_SNAPSHOTS: u32 = 65536;
 /// The longest backing file name, in bytes.
-const MAX_BACKING_NAME: u32 = 1023;
+pub(crate) const MAX_BACKING_NAME: u32 = 1023;
 /// QEMU's limit of a format name, in bytes.
-const MAX_FORMAT_NAME: u64 = 15;
+pub(crate) const MAX_FORMAT_NAME: u64 = 15;
 /// A file name that no file system takes is longer than this.
-const MAX_DATA_FILE_NAME: u64 = 4096;
+pub(crate) const MAX_DATA_FILE_NAME: u64 = 4096;
 /// Feature names are for messages; a table larger than this goes unread.
 const MAX_FEATURE_TABLE: u64 = 64 << 10;
 
 const EXTENSION_END: u32 = 0;
-const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
-const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
+pub(crate) const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
+pub(crate) const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXTENSION_BITMAPS: u32 = 0x2385_2875;
-const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
+pub(crate) const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
 
 /// Incompatible features: a reader that does not know one must not open the image.
 pub(crate) const DIRTY: u64 = 1 << 0;
 pub(crate) const CORRUPT: u64 = 1 << 1;
 pub(crate) const EXTERNAL_DATA: u64 = 1 << 2;
-const COMPRESSION_TYPE: u64 = 1 << 3;
+pub(crate) const COMPRESSION_TYPE: u64 = 1 << 3;
 pub(crate) const EXTENDED_L2: u64 = 1 << 4;
 const KNOWN_INCOMPATIBLE: u64 = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION_TYPE | EXTENDED_L2;
 /// A compatible feature.
-const LAZY_REFCOUNTS: u64 = 1 << 0;
+pub(crate) const LAZY_REFCOUNTS: u64 = 1 << 0;
 /// Autoclear features.
 const BITMAPS: u64 = 1 << 0;
-const RAW_EXTERNAL_DATA: u64 = 1 << 1;
+pub(crate) const RAW_EXTERNAL_DATA: u64 = 1 << 1;
+
+/// The features by set (incompatible, compatible, autoclear), bit, and the name that images give them.
+pub(crate) const FEATURES: &[(u8, u8, &str)] = &[
+    (0, 0, "dirty bit"),
+    (0, 1, "corrupt bit"),
+    (0, 2, "external data file"),
+    (0, 3, "compression type"),
+    (0, 4, "extended L2 entries"),
+    (1, 0, "lazy refcounts"),
+    (2, 0, "bitmaps"),
+    (2, 1, "raw external data"),
+];
 
 /// How compressed clusters are packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
