@@ -8,8 +8,12 @@
 
 extern crate alloc;
 
+use alloc::format;
+use alloc::vec::Vec;
+
 use blockhouse_plugin::{
-    Access, Context, Error, Extent, File, FileIndex, Format, ImageInfo, Located, Placement, Result,
+    Access, Context, Creator, Error, Extent, File, FileIndex, Format, ImageInfo, Located, NewImage, OptionHelp,
+    Placement, Resizer, Result,
 };
 
 /// An opened raw image.
@@ -28,7 +32,7 @@ impl Format for Raw {
         let virtual_size = size
             .checked_next_multiple_of(512)
             .filter(|size| i64::try_from(*size).is_ok())
-            .ok_or_else(|| Error::unsupported(alloc::format!("the file is too large for a disk: {size} bytes")))?;
+            .ok_or_else(|| Error::unsupported(format!("the file is too large for a disk: {size} bytes")))?;
         let info = ImageInfo { virtual_size, overwritable: access == Access::ReadWrite, ..ImageInfo::default() };
         Ok((Self { image, access, virtual_size, file: None }, info))
     }
@@ -41,14 +45,41 @@ impl Format for Raw {
     fn locate(&mut self, offset: u64, _length: u64, _max_extents: u32) -> Result<Located> {
         let file = self.file.ok_or_else(|| Error::Other("locate was called before connect".into()))?;
         if offset >= self.virtual_size {
-            return Err(Error::Other(alloc::format!("offset {offset} is past the end of the disk")));
+            return Err(Error::Other(format!("offset {offset} is past the end of the disk")));
         }
         let placement = Placement::Data { file, offset: 0, overwrite: self.access == Access::ReadWrite };
         Ok(Located { start: 0, extents: alloc::vec![Extent { length: self.virtual_size, placement }] })
     }
 }
 
-blockhouse_plugin::export!(Raw);
+impl Creator for Raw {
+    fn create_options() -> Vec<OptionHelp> {
+        Vec::new()
+    }
+
+    fn create(image: File, new: NewImage) -> Result<()> {
+        if let Some(backing) = &new.backing {
+            return Err(Error::unsupported(format!(
+                "a raw image has no backing file, and {:?} was given",
+                backing.name
+            )));
+        }
+        if let Some((name, _)) = new.options.first() {
+            return Err(Error::Other(format!("raw images have no options; {name:?} was given")));
+        }
+        image.set_size(new.virtual_size)?;
+        image.sync_data()
+    }
+}
+
+impl Resizer for Raw {
+    fn resize(&mut self, virtual_size: u64, _hide_backing: bool) -> Result<()> {
+        self.image.set_size(virtual_size)?;
+        self.image.sync_data()
+    }
+}
+
+blockhouse_plugin::export!(Raw: creator, resizer);
 
 #[cfg(test)]
 mod tests {
@@ -86,6 +117,21 @@ mod tests {
         let mut disk = storage.disk::<Raw>("/a.raw").unwrap();
         assert_eq!(disk.info.virtual_size, 0);
         assert!(disk.format.locate(0, 1, 1).is_err());
+    }
+
+    #[test]
+    fn new_images_and_new_sizes() {
+        let storage = Storage::new();
+        storage.insert("/a.raw", Vec::new());
+        let file = || storage.file("/a.raw", Access::ReadWrite);
+        Raw::create(file(), NewImage { virtual_size: 4096, ..NewImage::default() }).unwrap();
+        assert_eq!(storage.bytes("/a.raw"), vec![0; 4096]);
+        let options = vec![("cluster-size".to_owned(), "4096".to_owned())];
+        assert!(Raw::create(file(), NewImage { options, ..NewImage::default() }).is_err());
+        for size in [8192, 512] {
+            storage.opened_image::<Raw>("/a.raw", Access::ReadWrite).unwrap().resize(size, false).unwrap();
+            assert_eq!(storage.bytes("/a.raw").len() as u64, size);
+        }
     }
 
     #[test]
