@@ -7,15 +7,17 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::cast_possible_truncation)]
 
+mod full;
+
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use blockhouse_sandbox::block::{Access, BlockBackend, Disk, VolatileSlice};
 use blockhouse_sandbox::{Formats, Grants, Limits, OpenRequest, Opener, Sandbox};
-use blockhouse_tests::{component, noise, qemu_img, run, scratch};
+use blockhouse_tests::{Outcome, component, noise, scratch};
 
 /// Threads that write at the same time, each in its own part of the disk.
 const THREADS: u64 = 4;
@@ -29,6 +31,21 @@ impl Random {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) % limit.max(1)
     }
+}
+
+/// Held while a program starts. Until it is the program, a child has the open images of all tests, and with
+/// them their locks, which would still be there when a test has dropped its disk.
+static STARTING: Mutex<()> = Mutex::new(());
+
+#[track_caller]
+fn run(command: &mut Command) -> Outcome {
+    let _alone = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    blockhouse_tests::run(command)
+}
+
+#[track_caller]
+fn qemu_img<const N: usize>(arguments: [&str; N]) -> String {
+    run(Command::new("qemu-img").args(arguments)).succeeded().text()
 }
 
 struct Place {
@@ -310,13 +327,11 @@ fn an_image_in_use_is_locked_for_qemu_and_for_us() {
     write("top.qcow2").succeeded();
 
     // The other way round: QEMU has it open until its standard input ends.
-    let mut holder = Command::new("qemu-io")
-        .args(["-f", "qcow2", "top.qcow2"])
-        .current_dir(place.directory.path())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut holder = Command::new("qemu-io");
+    holder.args(["-f", "qcow2", "top.qcow2"]).current_dir(place.directory.path());
+    let alone = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut holder = holder.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    drop(alone);
     // Its prompt comes when the image is open.
     let mut prompt = [0; 8];
     holder.stdout.as_mut().unwrap().read_exact(&mut prompt).unwrap();
