@@ -53,6 +53,13 @@ impl Descriptor {
         Ok(descriptor)
     }
 
+    /// The descriptor of `length` bytes at `offset`: at least one, and below a cluster.
+    pub(crate) fn new(offset: u64, length: u64, cluster_bits: u32) -> Self {
+        let last = (offset % 512).saturating_add(length.saturating_sub(1));
+        let offset_bits = 70 - cluster_bits;
+        Self { bits: (last / 512) << offset_bits | (offset & ((1 << offset_bits) - 1)), cluster_bits }
+    }
+
     /// The descriptor behind a token.
     pub(crate) fn from_token(token: u64, cluster_bits: u32) -> Result<Self> {
         match Self::from_entry(token, cluster_bits) {

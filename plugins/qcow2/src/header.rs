@@ -269,15 +269,22 @@ impl Header {
         self.incompatible & incompatible_feature != 0
     }
 
-    /// Clears the autoclear bits before the first write: whatever they promise is not kept up. Consistent
-    /// bitmaps are among them, and are ignored by everybody from then on. Durable when it returns.
+    /// Clears the autoclear bits before the first write, except that the data file is raw: what the others
+    /// promise is not kept up. Consistent bitmaps are among them, and are ignored by everybody from then on.
+    /// Durable when it returns.
     pub(crate) fn clear_autoclear(&mut self, image: &File) -> Result<()> {
-        if self.version >= 3 && self.autoclear != 0 {
-            image.write_at(AUTOCLEAR_AT, &0u64.to_be_bytes())?;
+        let kept = self.autoclear & RAW_EXTERNAL_DATA;
+        if self.version >= 3 && self.autoclear != kept {
+            image.write_at(AUTOCLEAR_AT, &kept.to_be_bytes())?;
             image.sync_data()?;
-            self.autoclear = 0;
+            self.autoclear = kept;
         }
         Ok(())
+    }
+
+    /// Whether the external data file is to be what the disk reads as, byte for byte.
+    pub(crate) fn promises_raw_data(&self) -> bool {
+        self.autoclear & RAW_EXTERNAL_DATA != 0
     }
 
     /// Marks the image corrupt, so that nobody writes to it before it is repaired. Durable when it

@@ -84,8 +84,9 @@ impl Qcow2 {
         let none = || Error::Other("writing was not begun".into());
         let data = self.data.ok_or_else(none)?;
         let virtual_size = self.virtual_size;
-        let Self { image, header, map, writing, .. } = self;
-        call(writing.as_mut().ok_or_else(none)?, &mut Parts { image, header, map, data, virtual_size })
+        let Self { image, header, map, writing, data_file, .. } = self;
+        let data_file = data_file.as_ref();
+        call(writing.as_mut().ok_or_else(none)?, &mut Parts { image, header, map, data, data_file, virtual_size })
     }
 }
 
@@ -124,11 +125,11 @@ impl Format for Qcow2 {
 
     fn connect(&mut self) -> Result<Option<File>> {
         let data_file = match &self.header.data_file {
-            Some(name) => Some(self.context.open(name, Access::ReadOnly)?),
+            Some(name) => Some(self.context.open(name, self.access)?),
             None => None,
         };
         self.data = Some(match &data_file {
-            Some(file) => file.share(Access::ReadOnly)?,
+            Some(file) => file.share(self.access)?,
             None => self.image.share(self.access)?,
         });
         self.data_file = data_file;
@@ -173,8 +174,9 @@ impl Writer for Qcow2 {
         if self.access != Access::ReadWrite || self.writing.is_some() {
             return Err(Error::Other("the image was not opened for writing, or writing has begun".into()));
         }
-        let Self { image, header, map, virtual_size, .. } = self;
-        let mut parts = Parts { image, header, map, data, virtual_size: *virtual_size };
+        let Self { image, header, map, virtual_size, data_file, .. } = self;
+        let data_file = data_file.as_ref();
+        let mut parts = Parts { image, header, map, data, data_file, virtual_size: *virtual_size };
         self.writing = Some(Writing::begin(&mut parts, self.image_size)?);
         Ok(())
     }

@@ -193,6 +193,17 @@ impl Refcounts {
         Ok(Run { cluster, count, zeroed: false })
     }
 
+    /// Adds one to the count of a cluster that is in use. False if it is not, or has no higher count.
+    pub(crate) fn share(&mut self, image: &File, cluster: u64) -> Result<bool> {
+        let count = self.get(image, cluster)?;
+        let most = u64::MAX >> (64 - (1u32 << self.order));
+        if count == 0 || count >= most {
+            return Ok(false);
+        }
+        self.set(image, cluster, count + 1)?;
+        Ok(true)
+    }
+
     /// Takes `wanted` clusters at the end of the file.
     fn append(&mut self, image: &File, wanted: u64, areas: &mut Areas) -> Result<Run> {
         let cluster = self.end;

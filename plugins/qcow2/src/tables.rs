@@ -65,12 +65,16 @@ pub(crate) struct Shape {
     pub(crate) version: u32,
     cluster_bits: u32,
     pub(crate) extended: bool,
-    external_data: bool,
+    pub(crate) external_data: bool,
 }
 
 impl Shape {
     pub(crate) fn cluster_size(self) -> u64 {
         1 << self.cluster_bits
+    }
+
+    pub(crate) fn cluster_bits(self) -> u32 {
+        self.cluster_bits
     }
 
     pub(crate) fn entry_bytes(self) -> u64 {
@@ -483,12 +487,15 @@ pub(crate) struct Owners<'a> {
     pub(crate) refcounts: &'a mut Refcounts,
     pub(crate) areas: &'a Areas,
     pub(crate) cluster_size: u64,
+    /// Data has a file of its own, with nothing else in it.
+    pub(crate) external: bool,
 }
 
 impl Owners<'_> {
     /// Whether it does. Where the count cannot be read the answer is no, and a write will say why.
     pub(crate) fn owns(&mut self, image: &File, offset: u64) -> bool {
-        self.areas.find(offset, self.cluster_size).is_none()
-            && self.refcounts.get(image, offset / self.cluster_size).is_ok_and(|count| count == 1)
+        self.external
+            || self.areas.find(offset, self.cluster_size).is_none()
+                && self.refcounts.get(image, offset / self.cluster_size).is_ok_and(|count| count == 1)
     }
 }

@@ -65,9 +65,15 @@ pub(crate) struct Writing {
     fresh: BTreeSet<u64>,
     /// Clusters that became free and were not reported.
     freed: BTreeSet<u64>,
+    /// Clusters of an external data file that nothing refers to once the mapping is durable.
+    leaving: BTreeSet<u64>,
+    /// Where the next compressed bytes go, in a cluster with room for them.
+    pub(crate) packing: Option<u64>,
     /// Why nothing is written any more.
     failed: Option<String>,
     backing: bool,
+    /// Data has a file of its own, where each cluster is at its offset in the disk.
+    external: bool,
 }
 
 /// The image under the writer's hands.
@@ -75,17 +81,29 @@ pub(crate) struct Parts<'a> {
     pub(crate) image: &'a File,
     pub(crate) header: &'a mut Header,
     pub(crate) map: &'a mut Map,
+    /// The file that takes data.
     pub(crate) data: FileIndex,
+    /// That file, if it is not the image.
+    pub(crate) data_file: Option<&'a File>,
     pub(crate) virtual_size: u64,
+}
+
+impl Parts<'_> {
+    /// The clusters that a range touches, as disk offsets.
+    pub(crate) fn clusters(&self, offset: u64, length: u64) -> Result<(u64, u64)> {
+        let end = offset.checked_add(length).filter(|end| length > 0 && *end <= self.virtual_size);
+        let end = end.ok_or_else(|| {
+            Error::Other(format!("{length} bytes at {offset} are not inside the disk of {} bytes", self.virtual_size))
+        })?;
+        let cluster_size = self.map.shape.cluster_size();
+        Ok((offset - offset % cluster_size, end.next_multiple_of(cluster_size)))
+    }
 }
 
 impl Writing {
     /// Looks at all metadata that the active state has, and prepares the image for the first write.
     pub(crate) fn begin(parts: &mut Parts<'_>, image_size: u64) -> Result<Self> {
         let Parts { image, header, map, .. } = parts;
-        if header.has(EXTERNAL_DATA) {
-            return Err(Error::unsupported("writing an image with an external data file"));
-        }
         let l1 = map.l1();
         if l1.entries > MAX_L1_ENTRIES {
             return Err(Error::unsupported(format!(
@@ -135,8 +153,11 @@ impl Writing {
             next_ticket: 1,
             fresh: BTreeSet::new(),
             freed: BTreeSet::new(),
+            leaving: BTreeSet::new(),
+            packing: None,
             failed: None,
             backing: header.backing.is_some(),
+            external: header.has(EXTERNAL_DATA),
         })
     }
 
@@ -145,10 +166,10 @@ impl Writing {
         if self.failed.is_some() {
             return None;
         }
-        Some(Owners { refcounts: &mut self.refcounts, areas: &self.areas, cluster_size })
+        Some(Owners { refcounts: &mut self.refcounts, areas: &self.areas, cluster_size, external: self.external })
     }
 
-    fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         match &self.failed {
             None => Ok(()),
             Some(why) => Err(Error::Storage(format!("the image is not written any more: {why}"))),
@@ -165,7 +186,7 @@ impl Writing {
     }
 
     /// Brings metadata into the file if much of it waits.
-    fn make_room(&mut self, parts: &mut Parts<'_>) -> Result<()> {
+    pub(crate) fn make_room(&mut self, parts: &mut Parts<'_>) -> Result<()> {
         let changed = parts.map.cache().changed_bytes().saturating_add(self.refcounts.changed_bytes());
         if changed > MAX_CHANGED || self.refcounts.freeing() > MAX_FREEING {
             self.drain(parts)?;
@@ -174,7 +195,7 @@ impl Writing {
     }
 
     /// Makes sure that the L2 table of a disk offset exists and is named by nothing but the L1 table.
-    fn own_table(&mut self, parts: &mut Parts<'_>, guest: u64) -> Result<u64> {
+    pub(crate) fn own_table(&mut self, parts: &mut Parts<'_>, guest: u64) -> Result<u64> {
         let (index, table) = parts.map.table_of(parts.image, guest)?;
         let cluster_size = parts.map.shape.cluster_size();
         if let Some((table, copied)) = table {
@@ -207,14 +228,16 @@ impl Writing {
     }
 
     /// Takes free clusters; free space that holds metadata is the image's contradiction.
-    fn allocate(&mut self, parts: &mut Parts<'_>, wanted: u64) -> Result<Run> {
+    pub(crate) fn allocate(&mut self, parts: &mut Parts<'_>, wanted: u64) -> Result<Run> {
         let run = match self.refcounts.allocate(parts.image, wanted, &mut self.areas) {
             Err(Error::Corrupt(why)) => return Err(self.corrupt(parts, why)),
             other => other?,
         };
         // In use again before the host heard that it was free.
-        for cluster in run.cluster..run.cluster.saturating_add(run.count) {
-            self.freed.remove(&cluster);
+        if !self.external {
+            for cluster in run.cluster..run.cluster.saturating_add(run.count) {
+                self.freed.remove(&cluster);
+            }
         }
         parts.map.grow_image(self.refcounts.file_size());
         Ok(run)
@@ -229,7 +252,7 @@ impl Writing {
         max_allocations: u32,
     ) -> Result<Vec<Allocation>> {
         self.check()?;
-        let (start, end) = clusters(parts, offset, length)?;
+        let (start, end) = parts.clusters(offset, length)?;
         self.make_room(parts)?;
         let mut answer: Vec<Allocation> = Vec::new();
         let outcome = self.reserve(parts, start, end, max_allocations, &mut answer);
@@ -272,6 +295,11 @@ impl Writing {
                         }
                         wanted += 1;
                     }
+                    if self.external {
+                        self.take(parts, guest, wanted, guest, (true, false), answer);
+                        guest = guest.saturating_add(wanted.saturating_mul(cluster_size));
+                        continue;
+                    }
                     let run = self.allocate(parts, wanted)?;
                     let host = run.cluster.saturating_mul(cluster_size);
                     self.take(parts, guest, run.count, host, (false, run.zeroed), answer);
@@ -283,12 +311,19 @@ impl Writing {
     }
 
     /// What a cluster needs before it can be written.
-    fn need(&mut self, parts: &mut Parts<'_>, table: u64, guest: u64) -> Result<Need> {
+    pub(crate) fn need(&mut self, parts: &mut Parts<'_>, table: u64, guest: u64) -> Result<Need> {
         if self.waiting.contains(&guest) {
             return Err(Error::Other(format!("the cluster at disk offset {guest:#x} is reserved already")));
         }
         let cluster_size = parts.map.shape.cluster_size();
         let (entry, cluster) = parts.map.entry(parts.image, table, guest)?;
+        if self.external {
+            // Nothing counts these clusters, and each has one place only.
+            return Ok(match cluster {
+                Cluster::Data(_) if entry & COPIED != 0 => Need::Nothing,
+                _ => Need::Space,
+            });
+        }
         let places = match cluster {
             Cluster::Unallocated | Cluster::Zero(0) | Cluster::Subclusters { offset: 0, .. } => {
                 return Ok(Need::Space);
@@ -337,6 +372,10 @@ impl Writing {
         self.next_ticket = ticket.wrapping_add(1);
         for number in 0..count {
             self.waiting.insert(guest.saturating_add(number * cluster_size));
+            if self.external {
+                self.leaving.remove(&(guest / cluster_size + number));
+                self.freed.remove(&(guest / cluster_size + number));
+            }
         }
         self.reserved.insert(ticket, Reserved { guest, clusters: count, host, kept });
         let length = count.saturating_mul(cluster_size).min(parts.virtual_size.saturating_sub(guest));
@@ -384,8 +423,14 @@ impl Writing {
     }
 
     /// Drops the reference that `cluster` was, except to `stays`.
-    fn unmap(&mut self, cluster: Cluster, stays: Option<u64>, cluster_size: u64) {
+    pub(crate) fn unmap(&mut self, cluster: Cluster, stays: Option<u64>, cluster_size: u64) {
         match cluster {
+            Cluster::Zero(offset) | Cluster::Data(offset) | Cluster::Subclusters { offset, .. } if self.external => {
+                // Offset 0 is a place like any other there, or none: a hole too many does no harm.
+                if stays != Some(offset) && !matches!(cluster, Cluster::Zero(0)) {
+                    self.leaving.insert(offset / cluster_size);
+                }
+            }
             Cluster::Unallocated | Cluster::Zero(0) => {}
             Cluster::Packed(descriptor) => {
                 for number in descriptor.clusters() {
@@ -416,10 +461,18 @@ impl Writing {
         Ok(())
     }
 
+    /// Refuses a range with clusters that are reserved.
+    pub(crate) fn refuse_waiting(&self, start: u64, end: u64) -> Result<()> {
+        match self.waiting.range(start..end).next() {
+            Some(guest) => Err(Error::Other(format!("the cluster at disk offset {guest:#x} is being written"))),
+            None => Ok(()),
+        }
+    }
+
     /// Makes whole clusters read as zero. Keeps their space if `keep` is set.
     pub(crate) fn zero(&mut self, parts: &mut Parts<'_>, offset: u64, length: u64, keep: bool) -> Result<()> {
         self.check()?;
-        let (start, end) = clusters(parts, offset, length)?;
+        let (start, end) = parts.clusters(offset, length)?;
         let shape = parts.map.shape;
         let cluster_size = shape.cluster_size();
         let stop = offset.saturating_add(length);
@@ -429,8 +482,9 @@ impl Writing {
         if shape.version < 3 && self.backing {
             return Err(Error::unsupported("zero clusters in a version 2 image with a backing file"));
         }
-        if let Some(guest) = self.waiting.range(start..end).next() {
-            return Err(Error::Other(format!("the cluster at disk offset {guest:#x} is being written")));
+        self.refuse_waiting(start, end)?;
+        if parts.header.promises_raw_data() {
+            return Err(Error::unsupported("clusters without data in an image whose data file is raw"));
         }
         let mut guest = start;
         while guest < end {
@@ -455,7 +509,9 @@ impl Writing {
                 // Whatever is given up must be the cluster's own.
                 let need = self.need(parts, table, guest)?;
                 let kept = match (cluster, need) {
-                    (Cluster::Data(offset), Need::Nothing) if keep && shape.version >= 3 => Some(offset),
+                    (Cluster::Data(offset), Need::Nothing) if keep && !self.external && shape.version >= 3 => {
+                        Some(offset)
+                    }
                     _ => None,
                 };
                 let place = kept.map_or(0, |offset| offset | COPIED);
@@ -491,9 +547,10 @@ impl Writing {
     fn drain(&mut self, parts: &mut Parts<'_>) -> Result<()> {
         self.check()?;
         let Self { refcounts, areas, fresh, failed, .. } = self;
-        let Parts { image, map, .. } = parts;
+        let Parts { image, map, data_file, .. } = parts;
         let mut sync = || {
-            image.sync_data().inspect_err(|error| {
+            // The data first, where it is in a file of its own.
+            data_file.map_or(Ok(()), File::sync_data).and_then(|()| image.sync_data()).inspect_err(|error| {
                 // What the kernel has dropped is not told twice: nothing can be promised any more.
                 *failed = Some(error.to_string());
             })
@@ -516,7 +573,16 @@ impl Writing {
             }
             fresh.clear();
         }
-        self.freed.extend(self.refcounts.release(parts.image)?);
+        let free = self.refcounts.release(parts.image)?;
+        if self.external {
+            // Metadata in the image itself: the data file has nothing there to give back.
+            self.freed.append(&mut self.leaving);
+            return Ok(());
+        }
+        if self.packing.is_some_and(|next| free.contains(&(next / parts.map.shape.cluster_size()))) {
+            self.packing = None;
+        }
+        self.freed.extend(free);
         Ok(())
     }
 
@@ -534,20 +600,10 @@ impl Writing {
 
 /// What a cluster needs before it can be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Need {
+pub(crate) enum Need {
     /// It can be overwritten in place.
     Nothing,
     /// The cluster at this offset is kept for it.
     Kept(u64),
     Space,
-}
-
-/// The clusters that a range touches, as disk offsets.
-fn clusters(parts: &Parts<'_>, offset: u64, length: u64) -> Result<(u64, u64)> {
-    let end = offset.checked_add(length).filter(|end| length > 0 && *end <= parts.virtual_size);
-    let end = end.ok_or_else(|| {
-        Error::Other(format!("{length} bytes at {offset} are not inside the disk of {} bytes", parts.virtual_size))
-    })?;
-    let cluster_size = parts.map.shape.cluster_size();
-    Ok((offset - offset % cluster_size, end.next_multiple_of(cluster_size)))
 }
