@@ -130,6 +130,14 @@ fn check_place(what: &str, offset: u64, bytes: u64, cluster_size: u64) -> Result
     Ok(())
 }
 
+/// Where the bitmaps of an image are, as its extension says, unchecked.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Bitmaps {
+    pub(crate) count: u32,
+    pub(crate) directory_size: u64,
+    pub(crate) directory_offset: u64,
+}
+
 /// The header, checked.
 #[derive(Debug)]
 pub(crate) struct Header {
@@ -149,7 +157,7 @@ pub(crate) struct Header {
     /// Reference counts have 1 << refcount_order bits.
     pub(crate) refcount_order: u32,
     pub(crate) refcount_table: Table,
-    bitmaps: u32,
+    bitmaps: Bitmaps,
     feature_names: FeatureNames,
 }
 
@@ -298,6 +306,38 @@ impl Header {
         Ok(())
     }
 
+    /// The bitmaps, if the image promises that they are kept up.
+    pub(crate) fn kept_bitmaps(&self) -> Option<Bitmaps> {
+        (self.autoclear & BITMAPS != 0 && self.bitmaps.count > 0).then_some(self.bitmaps)
+    }
+
+    /// Makes known to everybody that the bitmaps are not kept up. Durable when it returns.
+    pub(crate) fn drop_bitmaps(&mut self, image: &File) -> Result<()> {
+        self.set_features(image, self.incompatible, self.autoclear & !BITMAPS)
+    }
+
+    /// Takes away the marks dirty and corrupt. Durable when it returns.
+    pub(crate) fn mark_clean(&mut self, image: &File) -> Result<()> {
+        self.set_features(image, self.incompatible & !(DIRTY | CORRUPT), self.autoclear)
+    }
+
+    /// Clears the autoclear bits that nobody here knows, as every program does that changes an image.
+    pub(crate) fn clear_unknown(&mut self, image: &File) -> Result<()> {
+        self.set_features(image, self.incompatible, self.autoclear & (BITMAPS | RAW_EXTERNAL_DATA))
+    }
+
+    fn set_features(&mut self, image: &File, incompatible: u64, autoclear: u64) -> Result<()> {
+        if (incompatible, autoclear) == (self.incompatible, self.autoclear) || self.version < 3 {
+            return Ok(());
+        }
+        let fields = [incompatible, self.compatible, autoclear].map(u64::to_be_bytes).concat();
+        image.write_at(INCOMPATIBLE_AT, &fields)?;
+        image.sync_data()?;
+        self.incompatible = incompatible;
+        self.autoclear = autoclear;
+        Ok(())
+    }
+
     /// What `info` prints.
     pub(crate) fn facts(&self) -> Vec<Fact> {
         let yes_no = |set: bool| if set { "yes" } else { "no" };
@@ -317,9 +357,9 @@ impl Header {
             facts.push(Fact::new("data-file-raw", yes_no(self.autoclear & RAW_EXTERNAL_DATA != 0)));
         }
         facts.push(Fact::new("snapshots", self.snapshots.to_string()));
-        if self.bitmaps > 0 {
+        if self.bitmaps.count > 0 {
             let consistent = if self.autoclear & BITMAPS != 0 { "" } else { " (inconsistent)" };
-            facts.push(Fact::new("bitmaps", format!("{}{consistent}", self.bitmaps)));
+            facts.push(Fact::new("bitmaps", format!("{}{consistent}", self.bitmaps.count)));
         }
         facts.push(Fact::new("dirty", yes_no(self.has(DIRTY))));
         facts.push(Fact::new("corrupt", yes_no(self.has(CORRUPT))));
@@ -456,7 +496,7 @@ fn text(what: &str, bytes: Vec<u8>) -> Result<String> {
 struct Extensions {
     backing_format: Option<String>,
     data_file: Option<String>,
-    bitmaps: u32,
+    bitmaps: Bitmaps,
     feature_names: FeatureNames,
 }
 
@@ -493,7 +533,12 @@ impl Extensions {
                     found.data_file = Some(name).filter(|name| !name.is_empty());
                 }
                 EXTENSION_BITMAPS => {
-                    found.bitmaps = be_u32(&limited("the bitmaps extension", 24)?, 0).unwrap_or_default();
+                    let data = limited("the bitmaps extension", 24)?;
+                    found.bitmaps = Bitmaps {
+                        count: be_u32(&data, 0).unwrap_or_default(),
+                        directory_size: be_u64(&data, 8).unwrap_or_default(),
+                        directory_offset: be_u64(&data, 16).unwrap_or_default(),
+                    };
                 }
                 EXTENSION_FEATURE_NAMES if length <= MAX_FEATURE_TABLE => {
                     found.feature_names = FeatureNames(image.read_exact_at("the feature names", data, length)?);
