@@ -34,13 +34,13 @@ impl Random {
     }
 }
 
-/// Held while a program starts. Until it is the program, a child has the open images of all tests, and with
-/// them their locks, which would still be there when a test has dropped its disk.
-static STARTING: Mutex<()> = Mutex::new(());
+/// Held while a program runs. When it starts, a child has the open images of all tests, and with them their
+/// locks, which would still be there when a test has dropped its disk.
+static PROGRAM: Mutex<()> = Mutex::new(());
 
 #[track_caller]
 fn run(command: &mut Command) -> Outcome {
-    let _alone = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = PROGRAM.lock().unwrap_or_else(PoisonError::into_inner);
     blockhouse_tests::run(command)
 }
 
@@ -330,12 +330,12 @@ fn an_image_in_use_is_locked_for_qemu_and_for_us() {
     // The other way round: QEMU has it open until its standard input ends.
     let mut holder = Command::new("qemu-io");
     holder.args(["-f", "qcow2", "top.qcow2"]).current_dir(place.directory.path());
-    let alone = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    let alone = PROGRAM.lock().unwrap_or_else(PoisonError::into_inner);
     let mut holder = holder.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    drop(alone);
     // Its prompt comes when the image is open.
     let mut prompt = [0; 8];
     holder.stdout.as_mut().unwrap().read_exact(&mut prompt).unwrap();
+    drop(alone);
     assert!(refusal("top.qcow2", Access::ReadWrite).contains("in use"));
     assert!(refusal("top.qcow2", Access::ReadOnly).contains("in use"));
     drop(holder.stdin.take());

@@ -1,0 +1,199 @@
+//! One sequence: the disk and the model, side by side.
+
+use std::path::Path;
+
+use blockhouse_sandbox::block::{Access, BlockBackend, Disk, Error, VolatileSlice};
+use blockhouse_sandbox::{OpenRequest, Opener};
+use blockhouse_tests::noise;
+
+use crate::Tally;
+use crate::images::Made;
+use crate::operations::{Operation, SECTOR, Unmap};
+use crate::oracles;
+
+struct Sequence<'a> {
+    opener: &'a Opener,
+    made: &'a Made,
+    image: &'a Path,
+    disk: Option<Disk>,
+    model: Vec<u8>,
+    snapshots: Vec<(String, Vec<u8>)>,
+}
+
+/// Copies the image, applies the operations, and looks at what is left.
+pub(crate) fn run(
+    opener: &Opener,
+    made: &Made,
+    image: &Path,
+    operations: &[Operation],
+    verbose: bool,
+) -> Result<Tally, String> {
+    // A new file: what is left of the one before may still be locked.
+    let _ = std::fs::remove_file(image);
+    std::fs::copy(&made.path, image).map_err(|error| error.to_string())?;
+    let mut sequence =
+        Sequence { opener, made, image, disk: None, model: made.content.clone(), snapshots: made.snapshots.clone() };
+    if verbose {
+        eprintln!("image {}, {} bytes", made.template.name, sequence.model.len());
+    }
+    sequence.open()?;
+    let mut tally = Tally::new();
+    for (number, operation) in operations.iter().enumerate() {
+        if verbose {
+            eprintln!("{number}: {operation:?}");
+        }
+        let done = sequence.apply(*operation).map_err(|why| format!("operation {number}, {operation:?}: {why}"))?;
+        *tally.entry(done).or_default() += 1;
+    }
+    sequence.end(&mut tally).map_err(|why| format!("after the last operation: {why}"))?;
+    Ok(tally)
+}
+
+fn said(error: &Error) -> String {
+    format!("{}: {error}", error.kind())
+}
+
+/// Where two contents differ first.
+fn compare(found: &[u8], expected: &[u8]) -> Result<(), String> {
+    if found == expected {
+        return Ok(());
+    }
+    if found.len() != expected.len() {
+        return Err(format!("{} bytes, expected {}", found.len(), expected.len()));
+    }
+    let at = found.iter().zip(expected).position(|(one, other)| one != other).unwrap_or_default();
+    Err(format!("byte {at:#x} is {:#04x}, expected {:#04x}", found[at], expected[at]))
+}
+
+fn read(disk: &Disk, offset: u64, length: u64) -> Result<Vec<u8>, String> {
+    let mut bytes = vec![0xee; length as usize];
+    disk.read(&[VolatileSlice::from(bytes.as_mut_slice())], offset).map_err(|error| said(&error))?;
+    Ok(bytes)
+}
+
+impl Sequence<'_> {
+    fn open(&mut self) -> Result<(), String> {
+        let request = OpenRequest { access: Access::ReadWrite, ..OpenRequest::new(self.image, "qcow2") };
+        self.disk = Some(self.opener.open(&request).map_err(|error| said(&error))?.disk);
+        Ok(())
+    }
+
+    fn close(&mut self) -> Result<(), String> {
+        let disk = self.disk.take().ok_or("the disk is closed")?;
+        disk.close().map_err(|error| said(&error))?;
+        drop(disk);
+        oracles::wait_for_locks(self.image)
+    }
+
+    fn disk(&self) -> Result<&Disk, String> {
+        self.disk.as_ref().ok_or_else(|| "the disk is closed".to_owned())
+    }
+
+    fn model(&mut self, offset: u64, length: u64) -> &mut [u8] {
+        &mut self.model[offset as usize..(offset + length) as usize]
+    }
+
+    /// Does it to both. Returns its name.
+    fn apply(&mut self, operation: Operation) -> Result<&'static str, String> {
+        let size = self.model.len() as u64;
+        match operation {
+            Operation::Write(span, seed) => {
+                let Some((offset, length)) = span.within(size) else { return Ok("nothing") };
+                let mut bytes = noise(seed, length as usize);
+                let disk = self.disk()?;
+                // As guests do: buffers of any length.
+                let split = bytes.len() / 3;
+                let (one, two) = bytes.split_at_mut(split);
+                disk.write(&[VolatileSlice::from(one), VolatileSlice::from(two)], offset)
+                    .map_err(|error| said(&error))?;
+                self.model(offset, length).copy_from_slice(&bytes);
+                Ok("write")
+            }
+            Operation::Zero(span, unmap) => {
+                let Some((offset, length)) = span.within(size) else { return Ok("nothing") };
+                self.disk()?.write_zeroes(offset, length, unmap == Unmap::Yes).map_err(|error| said(&error))?;
+                self.model(offset, length).fill(0);
+                Ok("zero")
+            }
+            Operation::Discard(span) => {
+                let Some((offset, length)) = span.within(size) else { return Ok("nothing") };
+                self.disk()?.discard(offset, length).map_err(|error| said(&error))?;
+                self.discarded(offset, length)?;
+                Ok("discard")
+            }
+            Operation::Read(span) => {
+                let Some((offset, length)) = span.within(size) else { return Ok("nothing") };
+                let found = read(self.disk()?, offset, length)?;
+                compare(&found, self.model(offset, length))?;
+                Ok("read")
+            }
+            Operation::Flush => {
+                self.disk()?.flush().map_err(|error| said(&error))?;
+                Ok("flush")
+            }
+            Operation::Reopen => {
+                self.close()?;
+                self.open()?;
+                let found = read(self.disk()?, 0, size)?;
+                compare(&found, &self.model)?;
+                Ok("reopen")
+            }
+            Operation::Qemu(span, byte) => {
+                self.close()?;
+                if let Some((offset, length)) = span.within(size) {
+                    let how = if byte == 0 { "-z -u".to_owned() } else { format!("-P {byte}") };
+                    let image = self.image.to_str().ok_or("not UTF-8")?;
+                    oracles::qemu_io(image, &[format!("write -q {how} {offset} {length}")])?;
+                    self.model(offset, length).fill(byte);
+                }
+                self.open()?;
+                Ok("QEMU")
+            }
+        }
+    }
+
+    /// What was discarded is zero where that is whole clusters, and elsewhere old or zero; which, stays so.
+    fn discarded(&mut self, offset: u64, length: u64) -> Result<(), String> {
+        let template = self.made.template;
+        // Version 2 has no zeroes that hide a backing file.
+        let exact = !template.is_version_2() || template.below.is_none();
+        let size = self.model.len() as u64;
+        let end = offset + length;
+        let from = offset.next_multiple_of(template.cluster);
+        let to = if end == size { end } else { end - end % template.cluster };
+        let found = read(self.disk()?, offset, length)?;
+        let sectors = found.chunks(SECTOR as usize).zip(self.model(offset, length).chunks_mut(SECTOR as usize));
+        for (number, (found, model)) in sectors.enumerate() {
+            let at = offset + number as u64 * SECTOR;
+            let zero = found.iter().all(|byte| *byte == 0);
+            let whole = exact && (from..to).contains(&at);
+            if !zero && (whole || found != model) {
+                return Err(format!("sector at {at:#x} is neither zero nor, if it may be, what it was"));
+            }
+            model.copy_from_slice(found);
+        }
+        Ok(())
+    }
+
+    /// Closes the disk, and asks everybody.
+    fn end(mut self, tally: &mut Tally) -> Result<(), String> {
+        self.close()?;
+        oracles::check(self.image)?;
+        compare(&oracles::content(self.image, None)?, &self.model).map_err(|why| format!("QEMU reads {why}"))?;
+        if self.made.template.imago {
+            compare(&oracles::imago(self.image)?, &self.model).map_err(|why| format!("imago reads {why}"))?;
+            *tally.entry("imago").or_default() += 1;
+        }
+        let request = OpenRequest::new(self.image, "qcow2");
+        let disk = self.opener.open(&request).map_err(|error| said(&error))?.disk;
+        compare(&read(&disk, 0, disk.capacity())?, &self.model).map_err(|why| format!("it reads {why}"))?;
+        drop(disk);
+        for (name, content) in &self.snapshots {
+            let request = OpenRequest { snapshot: Some(name.clone()), ..OpenRequest::new(self.image, "qcow2") };
+            let disk = self.opener.open(&request).map_err(|error| said(&error))?.disk;
+            compare(&read(&disk, 0, disk.capacity())?, content).map_err(|why| format!("snapshot {name}: {why}"))?;
+            *tally.entry("snapshot").or_default() += 1;
+        }
+        Ok(())
+    }
+}
