@@ -210,4 +210,4 @@ impl Writer for Qcow2 {
     }
 }
 
-blockhouse_plugin::export!(Qcow2: snapshots, writer);
+blockhouse_plugin::export!(Qcow2: snapshots, writer, packer, creator);
