@@ -80,7 +80,8 @@ fn unknown_incompatible_features() {
     refused(&lab, &["unknown incompatible features", "time travelled"]);
 }
 
-/// Dirty and corrupt images are read, with a word about it, and refused for writing.
+/// Dirty and corrupt images are read, with a word about it. To be written, a dirty one is repaired, and a
+/// corrupt one is refused.
 #[test]
 fn dirty_and_corrupt_images() {
     if !have_qemu() {
@@ -100,7 +101,14 @@ fn dirty_and_corrupt_images() {
         }
         let disk = format!("file={},format=qcow2", lab.absolute("a.qcow2"));
         let outcome = run(blockhouse().args(["run", "--disk", &disk]));
-        ended(&outcome, 4, &["a.qcow2", &format!("marked {name}")]);
+        if name == "corrupt" {
+            ended(&outcome, 4, &["a.qcow2", "marked corrupt"]);
+        } else {
+            outcome.succeeded();
+            let info = run(subject().command(&lab, "info").arg("--json")).succeeded();
+            let report: Value = serde_json::from_str(&info.text()).unwrap();
+            assert_eq!(fact(&report["layers"][0], name), "no", "it was written, and not repaired before");
+        }
     }
 }
 

@@ -436,17 +436,12 @@ fn compression(incompatible: u64, compression_type: u8) -> Result<Compression> {
     }
 }
 
-/// The contract: an image that is unsafe to write is refused for writing, even if it can be read.
+/// The contract: an image that is unsafe to write is refused for writing, even if it can be read. A dirty one
+/// is repaired when writing begins.
 fn refuse_unsafe_to_write(incompatible: u64) -> Result<()> {
     if incompatible & CORRUPT != 0 {
         return Err(Error::corrupt(
-            "the image is marked corrupt (incompatible feature 1): it can be read, not written",
-        ));
-    }
-    if incompatible & DIRTY != 0 {
-        return Err(Error::corrupt(
-            "the image is marked dirty (incompatible feature 0), so its reference counts may be wrong: \
-             it can be read, not written; `qemu-img check -r all` repairs it",
+            "the image is marked corrupt (incompatible feature 1): it can be read, not written, before a repair",
         ));
     }
     Ok(())

@@ -90,6 +90,19 @@ impl Qcow2 {
     }
 }
 
+impl Qcow2 {
+    /// Repairs an image that its last writer did not close, before it is changed.
+    pub(crate) fn repair_if_dirty(&mut self) -> Result<()> {
+        if self.header.has(header::DIRTY) {
+            log(Level::Info, "the image was not closed cleanly: its reference counts are made anew");
+            self.header = check::repair_dirty(&self.image)?;
+            self.image_size = self.image.size()?;
+            self.map = Map::new(&self.header, self.image_size);
+        }
+        Ok(())
+    }
+}
+
 impl Format for Qcow2 {
     fn open(image: File, context: Context, access: Access) -> Result<(Self, ImageInfo)> {
         let image_size = image.size()?;
@@ -174,6 +187,7 @@ impl Writer for Qcow2 {
         if self.access != Access::ReadWrite || self.writing.is_some() {
             return Err(Error::Other("the image was not opened for writing, or writing has begun".into()));
         }
+        self.repair_if_dirty()?;
         let Self { image, header, map, virtual_size, data_file, .. } = self;
         let data_file = data_file.as_ref();
         let mut parts = Parts { image, header, map, data, data_file, virtual_size: *virtual_size };
@@ -210,4 +224,4 @@ impl Writer for Qcow2 {
     }
 }
 
-blockhouse_plugin::export!(Qcow2: snapshots, writer, packer, creator);
+blockhouse_plugin::export!(Qcow2: snapshots, writer, packer, creator, checker);
