@@ -1,12 +1,12 @@
 //! What every command that opens an image shares.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use blockhouse_block::Access;
 use blockhouse_formats::FORMATS;
-use blockhouse_sandbox::{Audit, AuditFile, Formats, Grants, Limits, OpenRequest, Opener, Sandbox};
+use blockhouse_sandbox::{Audit, AuditFile, Formats, Grants, Limits, LockMode, OpenRequest, Opener, Sandbox};
 use clap::Args;
 
 use crate::output::parse_size;
@@ -56,6 +56,48 @@ impl HostArgs {
             }
         }
     }
+
+    /// An opener that grants nothing yet.
+    pub(crate) fn opener(&self) -> anyhow::Result<Opener> {
+        let sandbox = self.sandbox()?;
+        let formats = self.formats(&sandbox)?;
+        Ok(Opener::new(&sandbox, formats).audit(self.audit()?))
+    }
+}
+
+/// Looking at an image that is in use.
+#[derive(Clone, Copy, Debug, Default, Args)]
+pub(crate) struct ShareArgs {
+    /// Open images although somebody may be writing them, read-only. What is found then may be neither
+    /// the old nor the new, or make no sense at all
+    #[arg(long)]
+    pub(crate) force_share: bool,
+}
+
+impl ShareArgs {
+    pub(crate) fn locks(self) -> LockMode {
+        if self.force_share { LockMode::Off } else { LockMode::Enforce }
+    }
+}
+
+/// What an image that is opened for writing may refer to.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct GrantArgs {
+    /// Let the image, and its backing files, refer to PATH: a file, or every regular file below a
+    /// directory. Read-only. Relative references resolve from the directory of the image that has them
+    #[arg(long, value_name = "PATH")]
+    pub(crate) allow: Vec<PathBuf>,
+
+    /// As --allow, and let the image have PATH written: an external data file. Backing files stay
+    /// read-only
+    #[arg(long, value_name = "PATH")]
+    pub(crate) allow_write: Vec<PathBuf>,
+}
+
+impl GrantArgs {
+    pub(crate) fn grants(&self) -> anyhow::Result<Grants> {
+        grants(&self.allow, &self.allow_write)
+    }
 }
 
 /// One image, its format, and what it may refer to.
@@ -79,14 +121,15 @@ pub(crate) struct ImageArgs {
     pub(crate) snapshot: Option<String>,
 
     #[command(flatten)]
+    pub(crate) share: ShareArgs,
+
+    #[command(flatten)]
     pub(crate) host: HostArgs,
 }
 
 impl ImageArgs {
     pub(crate) fn opener(&self) -> anyhow::Result<Opener> {
-        let sandbox = self.host.sandbox()?;
-        let formats = self.host.formats(&sandbox)?;
-        Ok(Opener::new(&sandbox, formats).grants(grants(&self.allow)?).audit(self.host.audit()?))
+        Ok(self.host.opener()?.grants(grants(&self.allow, &[])?).locks(self.share.locks()))
     }
 
     pub(crate) fn request(&self) -> OpenRequest {
@@ -110,11 +153,24 @@ pub(crate) struct RangeArgs {
     pub(crate) length: Option<u64>,
 }
 
-/// The grants of `--allow` or `allow=`.
-pub(crate) fn grants(paths: &[PathBuf]) -> anyhow::Result<Grants> {
+/// The grants of `--allow` and `--allow-write`, or `allow=` and `allow-write=`.
+pub(crate) fn grants(read: &[PathBuf], write: &[PathBuf]) -> anyhow::Result<Grants> {
     let mut grants = Grants::new();
-    for path in paths {
+    for path in read {
         grants = grants.allow(path)?;
     }
+    for path in write {
+        grants = grants.allow_writing(path)?;
+    }
     Ok(grants)
+}
+
+/// Where a name that is to stand in an image leads: relative names start at the directory of the image.
+pub(crate) fn beside(image: &Path, name: &Path) -> PathBuf {
+    directory_of(image).join(name)
+}
+
+/// The directory that a file is in.
+pub(crate) fn directory_of(file: &Path) -> &Path {
+    file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }

@@ -1,4 +1,4 @@
-//! The disk strings of `blockhouse run`: `file=IMAGE,format=F[,allow=PATH]...`.
+//! The disk strings of `blockhouse run`: `file=IMAGE,format=F[,allow=PATH][,allow-write=PATH]...`.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -14,6 +14,8 @@ pub(crate) struct DiskArg {
     pub(crate) format: String,
     /// What it may refer to.
     pub(crate) allow: Vec<PathBuf>,
+    /// Of that, what may be written: external data files.
+    pub(crate) allow_write: Vec<PathBuf>,
     /// Nothing is written.
     pub(crate) readonly: bool,
     /// The serial number that the guest sees, up to 20 bytes.
@@ -33,6 +35,7 @@ impl FromStr for DiskArg {
         let mut file = None;
         let mut format = None;
         let mut allow = Vec::new();
+        let mut allow_write = Vec::new();
         let mut readonly = None;
         let mut serial = None;
         let mut snapshot = None;
@@ -49,6 +52,10 @@ impl FromStr for DiskArg {
                 "format" => format.replace(value.to_owned()).is_some(),
                 "allow" => {
                     allow.push(PathBuf::from(value));
+                    false
+                }
+                "allow-write" => {
+                    allow_write.push(PathBuf::from(value));
                     false
                 }
                 "readonly" => readonly.replace(on_or_off(key, value)?).is_some(),
@@ -71,8 +78,8 @@ impl FromStr for DiskArg {
                 "snapshot" => snapshot.replace(value.to_owned()).is_some(),
                 other => {
                     return Err(format!(
-                        "{other:?} is not a key of a disk; there is: file, format, allow, readonly, serial, snapshot, \
-                         cache, discard"
+                        "{other:?} is not a key of a disk; there is: file, format, allow, allow-write, readonly, \
+                         serial, snapshot, cache, discard"
                     ));
                 }
             };
@@ -84,6 +91,7 @@ impl FromStr for DiskArg {
             file: file.ok_or("file= is missing: which image?")?,
             format: format.ok_or("format= is missing: the format is stated, never guessed (try: blockhouse probe)")?,
             allow,
+            allow_write,
             readonly: readonly.unwrap_or(false),
             serial,
             snapshot,
@@ -92,6 +100,9 @@ impl FromStr for DiskArg {
         };
         if disk.snapshot.is_some() && !disk.readonly {
             return Err("snapshot= needs readonly=on: a snapshot cannot be written".to_owned());
+        }
+        if disk.readonly && !disk.allow_write.is_empty() {
+            return Err("allow-write= needs readonly=off: nothing is written; use allow=".to_owned());
         }
         if disk.readonly && discard == Some(true) {
             return Err("discard=on needs readonly=off: a discard changes the disk".to_owned());
@@ -152,6 +163,13 @@ mod tests {
     }
 
     #[test]
+    fn what_may_be_written() {
+        let disk: DiskArg = "file=/a,format=qcow2,allow=/x,allow-write=/y,allow-write=/z".parse().unwrap();
+        assert_eq!(disk.allow, [PathBuf::from("/x")]);
+        assert_eq!(disk.allow_write, [PathBuf::from("/y"), PathBuf::from("/z")]);
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         for (text, why) in [
             ("", "key=value"),
@@ -168,6 +186,7 @@ mod tests {
             ("file=/a,format=raw,discard=unmap", "discard=unmap is neither on nor off"),
             ("file=/a,format=raw,discard=on,discard=off", "twice"),
             ("file=/a,format=raw,discard=on,readonly=on", "readonly=off"),
+            ("file=/a,format=raw,allow-write=/b,readonly=on", "use allow="),
             ("file=/a,format=raw,", "key=value"),
         ] {
             let error = text.parse::<DiskArg>().unwrap_err();

@@ -4,15 +4,22 @@
 //! |---|---|
 //! | `args.rs` | what every command that opens an image shares: format, grants, plug-ins, audit |
 //! | `disk_arg.rs` | the disk strings of `run` |
-//! | `output.rs` | sizes, JSON, exit codes |
+//! | `output.rs`, `progress.rs` | sizes, JSON, exit codes; how far long work has come |
+//! | `new_image.rs`, `target.rs` | a new image, which has its name once it is complete |
+//! | `segments.rs`, `copy.rs` | what of a disk is worth reading; its content moved to another disk |
 //! | `commands/` | one file per command |
 
 #![deny(unsafe_code)]
 
 mod args;
 mod commands;
+mod copy;
 mod disk_arg;
+mod new_image;
 mod output;
+mod progress;
+mod segments;
+mod target;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -40,10 +47,13 @@ Examples:
       A KVM machine whose built-in guest reads the disk and prints its SHA-256.
   blockhouse run --disk ... --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0'
       The same with Linux.
+  blockhouse create --format qcow2 --backing base.qcow2 --backing-format qcow2 overlay.qcow2
+      A new overlay. The help of each command that changes images has more: check, resize, convert, ...
 
 Exit codes:
   0 done    1 failed    2 wrong usage    3 refused: not granted    4 corrupt image
-  5 unsupported feature or format    6 component failed or went over a limit";
+  5 unsupported feature or format    6 component failed or went over a limit
+  7 `check` found lost space and nothing worse    8 `compare` found a difference";
 
 /// Disk images from strangers, parsed in a sandbox.
 #[derive(Debug, Parser)]
@@ -64,7 +74,14 @@ enum Command {
     Map(commands::map::Args),
     Read(commands::read::Args),
     Run(commands::run::Args),
-    /// Look at the snapshots inside an image
+    Create(commands::create::Args),
+    Check(commands::check::Args),
+    Resize(commands::resize::Args),
+    Convert(commands::convert::Args),
+    Compare(commands::compare::Args),
+    Commit(commands::commit::Args),
+    Rebase(commands::rebase::Args),
+    /// List, make, apply and delete the snapshots inside an image
     #[command(subcommand)]
     Snapshot(commands::snapshot::Command),
     /// Look at format components
@@ -96,6 +113,13 @@ fn main() -> ExitCode {
         Command::Map(args) => commands::map::run(&args),
         Command::Read(args) => commands::read::run(&args),
         Command::Run(args) => commands::run::run(args),
+        Command::Create(args) => commands::create::run(&args),
+        Command::Check(args) => commands::check::run(&args),
+        Command::Resize(args) => commands::resize::run(&args),
+        Command::Convert(args) => commands::convert::run(&args),
+        Command::Compare(args) => commands::compare::run(&args),
+        Command::Commit(args) => commands::commit::run(&args),
+        Command::Rebase(args) => commands::rebase::run(&args),
         Command::Snapshot(command) => commands::snapshot::run(command),
         Command::Plugin(command) => commands::plugin::run(&command),
         Command::Probe(args) => commands::probe::run(&args),

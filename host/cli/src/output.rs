@@ -7,6 +7,11 @@ use anyhow::Context;
 use blockhouse_block::{Error, ErrorKind};
 use serde::Serialize;
 
+/// The exit code of `check` if space is lost and nothing else is wrong.
+pub(crate) const LEAKS: u8 = 7;
+/// The exit code of `compare` if the disks differ.
+pub(crate) const DIFFERENT: u8 = 8;
+
 /// The exit code for an error of a disk. The table is in `blockhouse --help`.
 pub(crate) fn exit_code(kind: ErrorKind) -> u8 {
     match kind {
@@ -75,6 +80,14 @@ pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
     out.flush().context("cannot write to standard output")
 }
 
+/// Prints a value as one line of JSON.
+pub(crate) fn json_line(value: &impl Serialize) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    serde_json::to_writer(&mut out, value).map_err(io::Error::from)?;
+    writeln!(out)?;
+    out.flush().context("cannot write to standard output")
+}
+
 /// A size for people: `1.5 GiB (1610612736 bytes)`.
 pub(crate) fn size(bytes: u64) -> String {
     const UNITS: [(&str, u32); 6] = [("EiB", 60), ("PiB", 50), ("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
@@ -107,6 +120,7 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
         None => (None, 0),
     };
     digits
+        .filter(|digits| digits.bytes().all(|digit| digit.is_ascii_digit()))
         .and_then(|digits| digits.parse::<u64>().ok())
         .and_then(|number| number.checked_mul(1 << shift))
         .ok_or_else(|| format!("{text:?} is not a size; write bytes, or a number with K, M, G or T: 512M"))
@@ -124,7 +138,7 @@ mod tests {
         assert_eq!(size(u64::MAX), "15.9 EiB (18446744073709551615 bytes)");
         assert_eq!(parse_size("512m").unwrap(), 512 << 20);
         assert_eq!(parse_size("0").unwrap(), 0);
-        for bad in ["", "x", "12Q", "-1", "99999999999T", "M"] {
+        for bad in ["", "x", "12Q", "-1", "+1", "99999999999T", "M"] {
             assert!(parse_size(bad).is_err(), "{bad}");
         }
     }

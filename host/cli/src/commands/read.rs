@@ -8,10 +8,10 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use blockhouse_block::{BlockBackend, VolatileSlice};
-use blockhouse_sandbox::{ChainReport, Outcome};
-use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::args::{ImageArgs, RangeArgs};
+use crate::progress::Progress;
+use crate::target::{files_in_use, identity};
 
 /// Bytes that are read at a time.
 const CHUNK: usize = 2 << 20;
@@ -53,7 +53,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     match &args.output {
         Some(path) => {
             let file = create(path, args.force, &files_in_use(&opened.report))?;
-            let bar = progress(length);
+            let mut progress = Progress::new(length, false);
             let mut at = 0;
             let written = copy(&opened.disk, args.range.offset, length, |bytes| {
                 // The file is new, so what is not written reads as zero.
@@ -61,8 +61,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
                     file.write_all_at(bytes, at).with_context(|| format!("cannot write {}", path.display()))?;
                 }
                 at += bytes.len() as u64;
-                bar.set_position(at);
-                Ok(())
+                progress.at(at)
             });
             let written = written.and_then(|()| {
                 file.set_len(length).with_context(|| format!("cannot set the size of {}", path.display()))
@@ -72,7 +71,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
                 let _ = std::fs::remove_file(path);
             }
             written?;
-            bar.finish_and_clear();
+            progress.finish();
         }
         None => {
             let mut out = io::stdout().lock();
@@ -104,20 +103,8 @@ fn copy(
     Ok(())
 }
 
-/// The images, and what they refer to: data files and extents hold the bytes that are being read.
-fn files_in_use(report: &ChainReport) -> Vec<&str> {
-    let mut files = Vec::new();
-    for layer in &report.layers {
-        files.push(layer.image.as_str());
-        let opened = layer.opens.iter().filter(|open| open.outcome == Outcome::Allowed);
-        files.extend(opened.map(|open| open.path.as_str()));
-    }
-    files
-}
-
 /// Opens the output file: a new one, or an existing one that is none of the files in use, emptied.
-fn create(path: &Path, force: bool, in_use: &[&str]) -> anyhow::Result<File> {
-    use std::os::unix::fs::MetadataExt;
+fn create(path: &Path, force: bool, in_use: &[PathBuf]) -> anyhow::Result<File> {
     let mut options = File::options();
     options.write(true);
     if !force {
@@ -131,22 +118,12 @@ fn create(path: &Path, force: bool, in_use: &[&str]) -> anyhow::Result<File> {
         .truncate(false)
         .open(path)
         .with_context(|| format!("cannot open {} for writing", path.display()))?;
-    let identity = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
-    let target = identity(file.metadata()?);
+    let target = identity(&file.metadata()?);
     for file in in_use {
-        if std::fs::metadata(file).is_ok_and(|metadata| identity(metadata) == target) {
-            bail!("{} is {file}, which the disk is read from; it was not touched", path.display());
+        if std::fs::metadata(file).is_ok_and(|metadata| identity(&metadata) == target) {
+            bail!("{} is {}, which the disk is read from; it was not touched", path.display(), file.display());
         }
     }
     file.set_len(0).with_context(|| format!("cannot empty {}", path.display()))?;
     Ok(file)
-}
-
-fn progress(length: u64) -> ProgressBar {
-    if !io::stderr().is_terminal() {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {binary_bytes_per_sec} {eta}")
-        .unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::new(length).with_style(style)
 }

@@ -19,6 +19,7 @@ const DISK_HELP: &str = "\
 file=IMAGE        the image
 format=FORMAT     its format: stated, never guessed
 allow=PATH        let the image refer to PATH, a file or a directory (read-only; may be repeated)
+allow-write=PATH  as allow, and let the image have PATH written: an external data file
 readonly=on|off   default off; formats that cannot be written need on
 serial=TEXT       what the guest sees as the serial number, up to 20 characters
 snapshot=N        a snapshot inside the image, by id or name (needs readonly=on)
@@ -85,7 +86,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     let mut disks = Vec::new();
     let mut writable = Vec::new();
     for (number, disk) in args.disks.iter().enumerate() {
-        let opener = Opener::new(&sandbox, formats.clone()).grants(grants(&disk.allow)?).audit(audit.clone());
+        let opener =
+            Opener::new(&sandbox, formats.clone()).grants(grants(&disk.allow, &disk.allow_write)?).audit(audit.clone());
         let request = OpenRequest {
             access: if disk.readonly { Access::ReadOnly } else { Access::ReadWrite },
             snapshot: disk.snapshot.clone(),

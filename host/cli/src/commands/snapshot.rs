@@ -7,14 +7,19 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use blockhouse_sandbox::SnapshotReport;
+use serde::Serialize;
 
-use crate::args::{HostArgs, ImageArgs};
+use crate::args::{HostArgs, ImageArgs, ShareArgs};
 use crate::output::{self, printable, size};
+use crate::progress::Spinner;
 
 /// The help of each command stands with its arguments.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
     List(ListArgs),
+    Create(CreateArgs),
+    Apply(ApplyArgs),
+    Delete(DeleteArgs),
 }
 
 /// List the snapshots inside an image
@@ -44,18 +49,118 @@ pub(crate) struct ListArgs {
     json: bool,
 
     #[command(flatten)]
+    share: ShareArgs,
+
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+/// Keep the present state of a disk as a snapshot inside its image
+///
+/// What external backing and data files hold is not kept. Prints the id of the snapshot.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  blockhouse snapshot create --format qcow2 vm.qcow2 before-upgrade")]
+pub(crate) struct CreateArgs {
+    #[command(flatten)]
+    image: Edited,
+
+    /// A name for people. It may be in use already
+    #[arg(value_name = "NAME")]
+    name: String,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Make a disk what it was at a snapshot
+///
+/// The snapshot stays. What the disk is now is lost, unless it is in a snapshot too.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  blockhouse snapshot apply --format qcow2 vm.qcow2 before-upgrade")]
+pub(crate) struct ApplyArgs {
+    #[command(flatten)]
+    image: Edited,
+
+    /// The snapshot: its id, or its name
+    #[arg(value_name = "ID")]
+    id: String,
+}
+
+/// Delete a snapshot, and free what only it used
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Example:
+  blockhouse snapshot delete --format qcow2 vm.qcow2 1")]
+pub(crate) struct DeleteArgs {
+    #[command(flatten)]
+    image: Edited,
+
+    /// The snapshot: its id, or its name
+    #[arg(value_name = "ID")]
+    id: String,
+}
+
+/// An image whose snapshots are changed. No file that it refers to is opened.
+#[derive(Debug, clap::Args)]
+struct Edited {
+    /// The image
+    #[arg(value_name = "IMAGE")]
+    image: PathBuf,
+
+    /// The format of the image. Stated by you, never guessed
+    #[arg(long, value_name = "FORMAT")]
+    format: String,
+
+    #[command(flatten)]
     host: HostArgs,
 }
 
 pub(crate) fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::List(args) => list(args),
+        Command::Create(CreateArgs { image, name, json }) => create(&image, &name, json),
+        Command::Apply(ApplyArgs { image, id }) => {
+            let _spinner = Spinner::new("applying the snapshot");
+            image.host.opener()?.apply_snapshot(&image.image, &image.format, &id)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Delete(DeleteArgs { image, id }) => {
+            let _spinner = Spinner::new("deleting the snapshot");
+            image.host.opener()?.delete_snapshot(&image.image, &image.format, &id)?;
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 
+fn create(image: &Edited, name: &str, json: bool) -> anyhow::Result<ExitCode> {
+    #[derive(Serialize)]
+    struct Created<'a> {
+        id: &'a str,
+        name: &'a str,
+    }
+    if name.is_empty() {
+        bail!("a snapshot needs a name");
+    }
+    let id = {
+        let _spinner = Spinner::new("making the snapshot");
+        image.host.opener()?.create_snapshot(&image.image, &image.format, name)?
+    };
+    if json {
+        output::json(&Created { id: &id, name })?;
+    } else {
+        println!("id {}", printable(&id));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 fn list(args: ListArgs) -> anyhow::Result<ExitCode> {
-    let ListArgs { image, format, allow, json, host } = args;
-    let image = ImageArgs { image, format, allow, snapshot: None, host };
+    let ListArgs { image, format, allow, json, share, host } = args;
+    let image = ImageArgs { image, format, allow, snapshot: None, share, host };
     let (chain, error) = image.opener()?.describe(&image.request());
     let Some(layer) = chain.layers.first() else {
         match error {

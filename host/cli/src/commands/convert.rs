@@ -1,0 +1,107 @@
+//! `blockhouse convert`: the content of a disk in a new image.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::bail;
+use blockhouse_block::{BlockBackend, Error, ErrorKind};
+use blockhouse_sandbox::LockMode;
+use serde::Serialize;
+
+use crate::args::{ImageArgs, grants};
+use crate::copy::{Copied, CopyJob};
+use crate::new_image::{MadeReport, NewArgs};
+use crate::output::{printable, size};
+use crate::progress::{Progress, done};
+use crate::target::files_in_use;
+
+/// Copy the content of a disk to a new image, of any format that can be written
+///
+/// Zeroes take no space. The new image gets its name when it is complete and durable: who is interrupted
+/// has the old one, untouched (and perhaps a file .TARGET.PID.partial, or the data file).
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  blockhouse convert --format vmdk --to-format qcow2 appliance.vmdk vm.qcow2
+  blockhouse convert --format qcow2 --allow base.qcow2 --to-format qcow2 --compress overlay.qcow2 all.qcow2
+      One compressed image without a backing file.
+  blockhouse convert --format raw --to-format qcow2 --backing base.raw --backing-format raw vm.raw overlay.qcow2
+      Only what differs from the backing file, whichever that is.")]
+pub(crate) struct Args {
+    #[command(flatten)]
+    source: ImageArgs,
+
+    /// The new image
+    #[arg(value_name = "TARGET")]
+    target: PathBuf,
+
+    /// The format of the new image
+    #[arg(long, value_name = "FORMAT")]
+    to_format: String,
+
+    #[command(flatten)]
+    new: NewArgs,
+
+    /// Compress what gets smaller by it
+    #[arg(long, conflicts_with_all = ["preallocation", "data_file"])]
+    compress: bool,
+
+    /// Print progress and result as lines of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    #[serde(flatten)]
+    made: MadeReport,
+    #[serde(flatten)]
+    copied: Copied,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    if args.new.wants_help() {
+        bail!("`blockhouse create --format {} -o help` lists the options", printable(&args.to_format));
+    }
+    let source = args.source.opener()?.open(&args.source.request())?;
+    let opener = args.source.opener()?.locks(LockMode::Enforce);
+    let grants = grants(&args.source.allow, &[])?;
+    let virtual_size = source.disk.capacity();
+    let backing = args.new.open_backing(&args.target, &opener, &grants)?;
+
+    let in_use = files_in_use(&source.report);
+    let made = args.new.make(&args.target, &args.to_format, virtual_size, &opener, &grants, &in_use)?;
+    let target = made.open()?.disk;
+    if args.compress && !target.packs() {
+        let why = format!("the component for {} cannot compress", printable(&args.to_format));
+        return Err(Error::new(ErrorKind::Unsupported, why).into());
+    }
+    let mut progress = Progress::new(virtual_size, args.json);
+    let copy = CopyJob {
+        source: &source.disk,
+        below: backing.as_ref().map(|backing| &backing.disk),
+        target: &target,
+        only_below_top: false,
+        compress: args.compress,
+    };
+    let copied = copy.run(&mut progress)?;
+    target.flush()?;
+    target.close()?;
+    drop(target);
+    progress.finish();
+    made.target.finish()?;
+    if args.json {
+        let made = args.new.report(&args.target, &args.to_format, virtual_size);
+        done(&Report { made, copied })?;
+    } else {
+        println!(
+            "{}: {}, {}; {} written, {} compressed",
+            printable(&args.target.display().to_string()),
+            printable(&args.to_format),
+            size(virtual_size),
+            size(copied.written),
+            size(copied.packed)
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,123 @@
+//! `blockhouse create`: a new image.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use blockhouse_block::BlockBackend;
+use clap::error::ErrorKind;
+use clap::{ArgAction, CommandFactory};
+
+use crate::args::{HostArgs, beside, grants};
+use crate::new_image::NewArgs;
+use crate::output::{self, parse_size, printable, size};
+
+/// Make a new image
+///
+/// The image is written under a temporary name in its directory and gets its own when it is complete:
+/// who is interrupted leaves no half image (and perhaps a file .IMAGE.PID.partial, or the data file).
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  blockhouse create --format qcow2 --size 20G vm.qcow2
+  blockhouse create --format qcow2 --backing base.qcow2 --backing-format qcow2 overlay.qcow2
+      An overlay of the size of its backing file, which lies beside it.
+  blockhouse create --format qcow2 --size 20G -o cluster-size=2M --preallocation metadata vm.qcow2
+  blockhouse create --format qcow2 -o help
+      The options of the format.")]
+pub(crate) struct Args {
+    /// The image
+    #[arg(value_name = "IMAGE")]
+    image: Option<PathBuf>,
+
+    /// The format of the image
+    #[arg(long, value_name = "FORMAT")]
+    format: String,
+
+    /// The size of the disk in bytes; K, M, G, T multiply. That of the backing file if left out
+    #[arg(long, value_name = "N", value_parser = parse_size)]
+    size: Option<u64>,
+
+    #[command(flatten)]
+    new: NewArgs,
+
+    /// Let the backing file refer to PATH: a file, or every regular file below a directory. The backing
+    /// file itself is granted by naming it
+    #[arg(long, value_name = "PATH")]
+    allow: Vec<PathBuf>,
+
+    /// Do not look whether the backing file is there (needs --size)
+    #[arg(long, requires = "size")]
+    no_check: bool,
+
+    /// List the options of the format, as -o help does
+    #[arg(long, action = ArgAction::SetTrue)]
+    help_options: bool,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let opener = args.host.opener()?;
+    if args.help_options || args.new.wants_help() {
+        let options = opener.create_options(&args.format)?;
+        if args.json {
+            output::json(&options)?;
+        } else if options.is_empty() {
+            println!("images of the format {} have no options", printable(&args.format));
+        } else {
+            for option in options {
+                let line = format!("{:<17} {} (default {})", option.name, option.values, option.default);
+                println!("{}\n    {}", printable(&line), printable(&option.about));
+            }
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let Some(image) = &args.image else { usage("which IMAGE? (none was given)") };
+    if args.size.is_none() && args.new.backing.is_none() {
+        usage("--size N is missing, and there is no --backing file whose size it could be");
+    }
+    let grants = grants(&args.allow, &[])?;
+    let virtual_size = match (args.size, &args.new.backing) {
+        (Some(size), Some(name)) if !args.no_check => {
+            let path = beside(image, name.as_ref());
+            let found = fs::metadata(&path);
+            let found = found.with_context(|| {
+                format!("cannot find the backing file {} (--no-check names it all the same)", path.display())
+            })?;
+            if !found.is_file() {
+                bail!("the backing file {} is not a regular file", path.display());
+            }
+            size
+        }
+        (Some(size), _) => size,
+        (None, _) => {
+            let backing = args.new.open_backing(image, &opener, &grants)?;
+            backing.context("there is no backing file")?.disk.capacity()
+        }
+    };
+    let made = args.new.make(image, &args.format, virtual_size, &opener, &grants, &[])?;
+    made.target.finish()?;
+    if args.json {
+        output::json(&args.new.report(image, &args.format, virtual_size))?;
+    } else {
+        println!("{}: {}, {}", printable(&image.display().to_string()), printable(&args.format), size(virtual_size));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Ends as a wrong command line does.
+fn usage(why: &str) -> ! {
+    let mut program = crate::Cli::command();
+    program.build();
+    match program.find_subcommand_mut("create") {
+        Some(command) => command.error(ErrorKind::MissingRequiredArgument, why).exit(),
+        None => program.error(ErrorKind::MissingRequiredArgument, why).exit(),
+    }
+}
