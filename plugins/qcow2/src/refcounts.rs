@@ -7,18 +7,23 @@
 //! Counts go up in memory at once, and are written before anything refers to the cluster. They go down
 //! only after what referred to it is durably gone: until then the cluster waits in `freeing`.
 //!
+//! A change of the image as a whole (`transaction.rs`) changes no count in place. A block is copied to a
+//! new place before a count in it changes, a new table names the copies, and the header switches to it.
+//!
 //! QEMU, docs/interop/qcow2.rst, "Host cluster management".
 
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::format;
 use alloc::vec;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use blockhouse_plugin::{Error, File, Result};
 
 use crate::areas::Areas;
 use crate::cache::{Cache, PIECE};
 use crate::header::{self, Header, MAX_REFCOUNT_TABLE_BYTES, Table};
+use crate::writer::MAX_CHANGED;
 
 /// A search for free clusters looks at so many counts before it takes space at the end of the file.
 const MAX_SEARCH: u64 = 1 << 16;
@@ -59,6 +64,11 @@ pub(crate) struct Refcounts {
     uncounted: Vec<u64>,
     /// How often each count goes down once the mapping is durable.
     freeing: BTreeMap<u64, u64>,
+    /// Once the counts in the file are left alone: where the blocks were that have a new place now, by
+    /// their index in the table.
+    moved: Option<BTreeMap<u64, u64>>,
+    /// Free clusters that are about to get the count 1.
+    taking: Range<u64>,
 }
 
 impl Refcounts {
@@ -107,6 +117,8 @@ impl Refcounts {
             end: image_size.div_ceil(cluster_size),
             uncounted: Vec::new(),
             freeing: BTreeMap::new(),
+            moved: None,
+            taking: 0..0,
         })
     }
 
@@ -135,7 +147,14 @@ impl Refcounts {
 
     /// The count of a cluster.
     pub(crate) fn get(&mut self, image: &File, cluster: u64) -> Result<u64> {
-        let Some(block) = self.blocks.get(&(cluster / self.per_block())).copied() else { return Ok(0) };
+        match self.blocks.get(&(cluster / self.per_block())).copied() {
+            Some(block) => self.get_in(image, block, cluster),
+            None => Ok(0),
+        }
+    }
+
+    /// The count of a cluster in the block at `block`.
+    fn get_in(&mut self, image: &File, block: u64, cluster: u64) -> Result<u64> {
         let (offset, length, bit) = self.place(block, cluster);
         let order = self.order;
         let piece = self.cache.piece(image, offset, length, format_args!("a refcount block"))?;
@@ -216,12 +235,21 @@ impl Refcounts {
         Ok(Run { cluster, count: wanted, zeroed: true })
     }
 
+    /// Whether nothing refers to a cluster, and nothing does in the file as it still is.
     fn is_free(&mut self, image: &File, cluster: u64) -> Result<bool> {
-        Ok(self.get(image, cluster)? == 0)
+        if self.get(image, cluster)? != 0 {
+            return Ok(false);
+        }
+        let index = cluster / self.per_block();
+        match self.moved.as_ref().and_then(|moved| moved.get(&index)).copied() {
+            Some(block) => Ok(self.get_in(image, block, cluster)? == 0),
+            None => Ok(true),
+        }
     }
 
     /// Gives clusters that are free the count 1.
     fn own(&mut self, image: &File, cluster: u64, count: u64, areas: &mut Areas) -> Result<()> {
+        self.taking = cluster..cluster.saturating_add(count);
         for cluster in cluster..cluster.saturating_add(count) {
             self.ensure_block(image, cluster, areas)?;
             let offset = cluster.saturating_mul(self.cluster_size());
@@ -232,34 +260,71 @@ impl Refcounts {
             }
             self.set(image, cluster, 1)?;
         }
+        self.taking = 0..0;
         Ok(())
     }
 
-    /// Makes sure that the count of a cluster has a place.
+    /// A cluster for a new block or table: at the end of the file or, where counts are written anew, the
+    /// first free one.
+    fn vacant(&mut self, image: &File) -> Result<u64> {
+        let mut cluster = self.hint;
+        while self.moved.is_some() && cluster < self.end.min(self.hint.saturating_add(MAX_SEARCH)) {
+            let taken = self.taking.contains(&cluster) || self.uncounted.contains(&cluster);
+            if !taken && self.is_free(image, cluster)? {
+                return Ok(cluster);
+            }
+            cluster += 1;
+        }
+        self.end = self.end.saturating_add(1);
+        Ok(self.end - 1)
+    }
+
+    /// Makes sure that the count of a cluster has a place that may be changed.
     fn ensure_block(&mut self, image: &File, cluster: u64, areas: &mut Areas) -> Result<()> {
         let index = cluster / self.per_block();
-        if !self.blocks.contains_key(&index) {
-            self.add_block(index, areas)?;
+        if !self.may_change(index) {
+            self.add_block(image, index, areas)?;
         }
         self.count_new(image, areas)
     }
 
-    /// Makes a refcount block at the end of the file. Its own cluster waits in `uncounted`.
-    fn add_block(&mut self, index: u64, areas: &mut Areas) -> Result<()> {
+    /// Whether a block exists and may be changed where it is.
+    fn may_change(&self, index: u64) -> bool {
+        let in_place = |moved: &BTreeMap<u64, u64>| moved.contains_key(&index) || self.new_entries.contains(&index);
+        self.blocks.contains_key(&index) && self.moved.as_ref().is_none_or(in_place)
+    }
+
+    /// Makes a refcount block: empty, or a copy of the one with this index, which waits to be freed. Its own
+    /// cluster waits in `uncounted`.
+    fn add_block(&mut self, image: &File, index: u64, areas: &mut Areas) -> Result<()> {
         if areas.len() > MAX_AREAS {
             return Err(Error::unsupported("an image with so many refcount blocks"));
         }
-        let at = self.end;
+        let at = self.vacant(image)?;
         let offset = at.saturating_mul(self.cluster_size());
         areas.add(offset, self.cluster_size(), "a refcount block").map_err(Error::Corrupt)?;
-        self.end = at.saturating_add(1);
         let length = self.cluster_size().min(PIECE);
+        let old = self.blocks.get(&index).copied();
         for piece in 0..self.cluster_size() / length {
-            let bytes = vec![0; usize::try_from(length).unwrap_or_default()];
+            let bytes = match old {
+                Some(old) => {
+                    let at = old.saturating_add(piece * length);
+                    self.cache.piece(image, at, length, format_args!("a refcount block"))?.to_vec()
+                }
+                None => vec![0; usize::try_from(length).unwrap_or_default()],
+            };
             self.cache.create(offset.saturating_add(piece * length), bytes);
         }
         self.blocks.insert(index, offset);
-        self.new_entries.insert(index);
+        match (old, &mut self.moved) {
+            (Some(old), Some(moved)) => {
+                moved.insert(index, old);
+                self.free_later(old >> self.cluster_bits);
+            }
+            _ => {
+                self.new_entries.insert(index);
+            }
+        }
         self.uncounted.push(at);
         Ok(())
     }
@@ -270,24 +335,23 @@ impl Refcounts {
         loop {
             let needed = self.blocks.last_key_value().map_or(0, |(index, _)| index + 1);
             if needed > self.next_table.unwrap_or(self.table).entries {
-                self.grow_table(needed, areas)?;
+                self.plan_table(image, needed.saturating_add(needed / 2), areas)?;
                 continue;
             }
             let Some(cluster) = self.uncounted.last().copied() else { return Ok(()) };
             let index = cluster / self.per_block();
-            if self.blocks.contains_key(&index) {
+            if self.may_change(index) {
                 self.set(image, cluster, 1)?;
                 self.uncounted.pop();
             } else {
                 // One block counts 64 clusters at least, its own among them or soon: this ends.
-                self.add_block(index, areas)?;
+                self.add_block(image, index, areas)?;
             }
         }
     }
 
-    /// Plans a larger table at the end of the file; the next flush moves there.
-    fn grow_table(&mut self, needed: u64, areas: &mut Areas) -> Result<()> {
-        let entries = needed.saturating_add(needed / 2);
+    /// Plans another table; the next flush moves there.
+    fn plan_table(&mut self, image: &File, entries: u64, areas: &mut Areas) -> Result<()> {
         let bytes = entries.saturating_mul(8).next_multiple_of(self.cluster_size());
         if bytes > MAX_REFCOUNT_TABLE_BYTES {
             return Err(Error::unsupported("a refcount table of more than 8 MiB"));
@@ -297,10 +361,11 @@ impl Refcounts {
             self.free_table(unused);
         }
         let clusters = bytes >> self.cluster_bits;
-        let offset = self.file_size();
+        let first = if clusters == 1 { self.vacant(image)? } else { self.end };
+        let offset = first.saturating_mul(self.cluster_size());
         areas.add(offset, bytes, "the refcount table").map_err(Error::Corrupt)?;
-        self.uncounted.extend(self.end..self.end.saturating_add(clusters));
-        self.end = self.end.saturating_add(clusters);
+        self.end = self.end.max(first.saturating_add(clusters));
+        self.uncounted.extend(first..first.saturating_add(clusters));
         self.next_table = Some(Table { offset, entries: bytes / 8 });
         Ok(())
     }
@@ -350,17 +415,9 @@ impl Refcounts {
     ) -> Result<()> {
         self.cache.settle(|_| true);
         if let Some(next) = self.next_table {
-            let mut bytes = vec![0; usize::try_from(next.entries.saturating_mul(8)).unwrap_or_default()];
-            for (index, offset) in &self.blocks {
-                let at = usize::try_from(index.saturating_mul(8)).unwrap_or(usize::MAX);
-                if let Some(entry) = bytes.get_mut(at..at.saturating_add(8)) {
-                    entry.copy_from_slice(&offset.to_be_bytes());
-                }
-            }
-            image.write_at(next.offset, &bytes)?;
+            self.write_next_table(image, next)?;
             sync()?;
-            let clusters = u32::try_from(next.entries.saturating_mul(8) >> self.cluster_bits).unwrap_or(u32::MAX);
-            let fields = [next.offset.to_be_bytes().as_slice(), &clusters.to_be_bytes()].concat();
+            let fields = [next.offset.to_be_bytes().as_slice(), &self.table_clusters(next).to_be_bytes()].concat();
             image.write_at(header::REFCOUNT_TABLE_AT, &fields)?;
             sync()?;
             areas.remove(self.table.offset);
@@ -377,6 +434,22 @@ impl Refcounts {
             self.new_entries.clear();
         }
         Ok(())
+    }
+
+    fn write_next_table(&self, image: &File, next: Table) -> Result<()> {
+        let mut bytes = vec![0; usize::try_from(next.entries.saturating_mul(8)).unwrap_or_default()];
+        for (index, offset) in &self.blocks {
+            let at = usize::try_from(index.saturating_mul(8)).unwrap_or(usize::MAX);
+            if let Some(entry) = bytes.get_mut(at..at.saturating_add(8)) {
+                entry.copy_from_slice(&offset.to_be_bytes());
+            }
+        }
+        image.write_at(next.offset, &bytes)
+    }
+
+    /// How many clusters a table has, as the header says it.
+    pub(crate) fn table_clusters(&self, table: Table) -> u32 {
+        u32::try_from(table.entries.saturating_mul(8) >> self.cluster_bits).unwrap_or(u32::MAX)
     }
 
     /// Lowers the counts that wait for it, after the mapping is durable, and writes them. Returns the
@@ -399,5 +472,116 @@ impl Refcounts {
         self.cache.write(image, |_| true)?;
         self.cache.settle(|_| true);
         Ok(free)
+    }
+
+    /// Leaves the counts in the file alone from now on: what changes is written elsewhere, at any time and
+    /// in any order, until [`finish_anew`](Self::finish_anew) says where the table is that names it all.
+    pub(crate) fn anew(&mut self) {
+        self.moved.get_or_insert_default();
+    }
+
+    /// Adds `times` to the count of a cluster, now. For counts that are written anew.
+    pub(crate) fn raise(&mut self, image: &File, cluster: u64, times: u64, areas: &mut Areas) -> Result<()> {
+        let count = self.in_use(image, cluster)?;
+        let bits = 1u32 << self.order;
+        let most = u64::MAX >> (64 - bits);
+        let more = count.checked_add(times).filter(|count| *count <= most).ok_or_else(|| {
+            Error::unsupported(format!(
+                "so many references to the cluster at {:#x}: the image has {bits} bits for a count",
+                cluster.saturating_mul(self.cluster_size())
+            ))
+        })?;
+        self.ensure_block(image, cluster, areas)?;
+        self.set(image, cluster, more)?;
+        self.relieve(image)
+    }
+
+    /// Takes one from the count of a cluster, now. For counts that are written anew.
+    pub(crate) fn lower(&mut self, image: &File, cluster: u64, areas: &mut Areas) -> Result<()> {
+        let count = self.in_use(image, cluster)?;
+        self.ensure_block(image, cluster, areas)?;
+        self.set(image, cluster, count.saturating_sub(1))?;
+        self.relieve(image)
+    }
+
+    /// The count of a cluster that something refers to.
+    fn in_use(&mut self, image: &File, cluster: u64) -> Result<u64> {
+        match self.get(image, cluster)? {
+            0 => Err(Error::corrupt(format!(
+                "the cluster at {:#x} is referred to, and its reference count is 0, or less than the references",
+                cluster.saturating_mul(self.cluster_size())
+            ))),
+            count => Ok(count),
+        }
+    }
+
+    /// Writes blocks that have a new place, if many wait: nothing refers to them yet.
+    fn relieve(&mut self, image: &File) -> Result<()> {
+        if self.cache.changed_bytes() > MAX_CHANGED {
+            self.cache.write(image, |_| true)?;
+            self.cache.settle(|_| true);
+        }
+        Ok(())
+    }
+
+    /// Takes exactly `wanted` clusters in a row and gives each the count 1. For counts that are written anew.
+    pub(crate) fn allocate_row(&mut self, image: &File, wanted: u64, areas: &mut Areas) -> Result<u64> {
+        self.relieve(image)?;
+        let run = self.allocate(image, wanted, areas)?;
+        if run.count == wanted {
+            return Ok(run.cluster);
+        }
+        for cluster in run.cluster..run.cluster.saturating_add(run.count) {
+            self.set(image, cluster, 0)?;
+        }
+        self.hint = self.hint.min(run.cluster);
+        self.append(image, wanted, areas).map(|run| run.cluster)
+    }
+
+    /// Writes what is left of the counts that are written anew, and the table that names them: the header
+    /// may name it after a sync. It is the present one if no count changed.
+    pub(crate) fn finish_anew(&mut self, image: &File, areas: &mut Areas) -> Result<Table> {
+        if self.is_clean() && self.moved.as_ref().is_none_or(BTreeMap::is_empty) && self.freeing.is_empty() {
+            return Ok(self.table);
+        }
+        if self.next_table.is_none() {
+            self.plan_table(image, self.table.entries, areas)?;
+        }
+        self.free_table(self.table);
+        // A count that goes down can move a block, which is freed by that in turn. Each moves once.
+        loop {
+            self.count_new(image, areas)?;
+            let Some((cluster, times)) = self.freeing.first_key_value().map(|(cluster, times)| (*cluster, *times))
+            else {
+                break;
+            };
+            self.ensure_block(image, cluster, areas)?;
+            let left = self.get(image, cluster)?.saturating_sub(times);
+            self.set(image, cluster, left)?;
+            self.freeing.remove(&cluster);
+        }
+        self.cache.write(image, |_| true)?;
+        self.cache.settle(|_| true);
+        let next = self.next_table.unwrap_or(self.table);
+        self.write_next_table(image, next)?;
+        Ok(next)
+    }
+
+    /// The end of the last cluster that is in use, in clusters, or a later one if the search takes too long.
+    pub(crate) fn used_end(&mut self, image: &File) -> Result<u64> {
+        let mut end = self.end;
+        for _ in 0..MAX_SEARCH {
+            let Some(last) = end.checked_sub(1) else { break };
+            let index = last / self.per_block();
+            if !self.blocks.contains_key(&index) {
+                let before = self.blocks.range(..index).next_back();
+                end = before.map_or(0, |(index, _)| index.saturating_add(1)).saturating_mul(self.per_block());
+            } else if self.get(image, last)? == 0 {
+                end = last;
+            } else {
+                break;
+            }
+        }
+        Ok(end)
     }
 }

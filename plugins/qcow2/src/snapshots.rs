@@ -22,9 +22,9 @@ const FIXED: u64 = 40;
 /// QEMU's limit of extra data in an entry, in bytes.
 const MAX_EXTRA: u64 = 1024;
 /// QEMU's limit of the whole table, in bytes.
-const MAX_TABLE: u64 = 64 << 20;
+pub(crate) const MAX_TABLE: u64 = 64 << 20;
 /// All ids and names together, in bytes: they are kept in memory at once, of which a component has little.
-const MAX_TEXT: usize = 16 << 20;
+pub(crate) const MAX_TEXT: usize = 16 << 20;
 /// An error names so many snapshots.
 const NAMED: usize = 16;
 
@@ -32,11 +32,21 @@ const NAMED: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) snapshot: Snapshot,
+    /// Where the entry starts in the table, and its length with the padding, in bytes.
+    pub(crate) at: u64,
+    pub(crate) length: u64,
+    /// Whether it says how large the disk was. Else the disk has the size that it has now.
+    pub(crate) has_size: bool,
     l1_offset: u64,
     l1_entries: u32,
 }
 
 impl Entry {
+    /// Bytes of the id and the name.
+    pub(crate) fn text(&self) -> usize {
+        self.snapshot.id.len().saturating_add(self.snapshot.name.len())
+    }
+
     /// The L1 table of the snapshot, checked.
     pub(crate) fn l1(&self, header: &Header, image_size: u64) -> Result<Table> {
         let what = format!("the L1 table of snapshot {:?}", self.snapshot.id);
@@ -56,9 +66,10 @@ pub(crate) fn read_all(image: &File, header: &Header) -> Result<(Vec<Entry>, u64
     let mut text = 0usize;
     let mut at = start;
     for number in 0..header.snapshots {
-        let (entry, length) = read_entry(image, header, at, number)?;
-        text = text.saturating_add(entry.snapshot.id.len()).saturating_add(entry.snapshot.name.len());
-        at = at.saturating_add(length.next_multiple_of(8));
+        let mut entry = read_entry(image, header, at, number)?;
+        text = text.saturating_add(entry.text());
+        entry.at = at - start;
+        at = at.saturating_add(entry.length);
         if at - start > MAX_TABLE || text > MAX_TEXT {
             return Err(Error::corrupt(format!(
                 "the snapshot table is too large: {} bytes after {} of {} entries",
@@ -72,8 +83,8 @@ pub(crate) fn read_all(image: &File, header: &Header) -> Result<(Vec<Entry>, u64
     Ok((entries, at - start))
 }
 
-/// The entry at `at`, and its length without padding.
-fn read_entry(image: &File, header: &Header, at: u64, number: u32) -> Result<(Entry, u64)> {
+/// The entry at `at`.
+fn read_entry(image: &File, header: &Header, at: u64, number: u32) -> Result<Entry> {
     let what = format!("entry {number} of the snapshot table");
     let fixed = image.read_exact_at(&what, at, FIXED)?;
     let short = |at| u64::from(be_u16(&fixed, at).unwrap_or_default());
@@ -101,26 +112,38 @@ fn read_entry(image: &File, header: &Header, at: u64, number: u32) -> Result<(En
         vm_state_size: be_u64(&extra, 0).unwrap_or(u64::from(word(32))),
         created_at: u64::from(word(16)),
     };
-    let entry = Entry { snapshot, l1_offset: be_u64(&fixed, 0).unwrap_or_default(), l1_entries: word(8) };
-    Ok((entry, FIXED + extra_length + id_length + name_length))
+    Ok(Entry {
+        snapshot,
+        at,
+        length: (FIXED + extra_length + id_length + name_length).next_multiple_of(8),
+        has_size: extra_length >= 16,
+        l1_offset: be_u64(&fixed, 0).unwrap_or_default(),
+        l1_entries: word(8),
+    })
 }
 
 /// The entry that `wanted` means: an id or, if no id matches, the name of exactly one snapshot.
-pub(crate) fn find(entries: Vec<Entry>, wanted: &str) -> Result<Entry> {
-    let list = list(&entries);
+pub(crate) fn find(mut entries: Vec<Entry>, wanted: &str) -> Result<Entry> {
+    let number = position(&entries, wanted)?;
+    Ok(entries.swap_remove(number))
+}
+
+/// The number of the entry that `wanted` means.
+pub(crate) fn position(entries: &[Entry], wanted: &str) -> Result<usize> {
     for (kind, key) in [("id", (|s| &s.id) as fn(&Snapshot) -> &String), ("name", |s| &s.name)] {
-        let count = entries.iter().filter(|entry| key(&entry.snapshot) == wanted).count();
-        if count > 1 {
-            return Err(Error::Other(format!("{count} snapshots have the {kind} {wanted:?}; the image has {list}")));
-        }
-        if count == 1 {
-            return entries
-                .into_iter()
-                .find(|entry| key(&entry.snapshot) == wanted)
-                .ok_or_else(|| Error::Other(format!("no snapshot {wanted:?}")));
+        let mut matching = entries.iter().enumerate().filter(|(_, entry)| key(&entry.snapshot) == wanted);
+        if let Some((number, _)) = matching.next() {
+            let count = 1 + matching.count();
+            if count > 1 {
+                return Err(Error::Other(format!(
+                    "{count} snapshots have the {kind} {wanted:?}; the image has {}",
+                    list(entries)
+                )));
+            }
+            return Ok(number);
         }
     }
-    Err(Error::Other(format!("there is no snapshot with the id or name {wanted:?}; the image has {list}")))
+    Err(Error::Other(format!("there is no snapshot with the id or name {wanted:?}; the image has {}", list(entries))))
 }
 
 fn list(entries: &[Entry]) -> String {
