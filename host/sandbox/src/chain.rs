@@ -578,8 +578,11 @@ fn explain_denial(error: Error, events: &[OpenEvent]) -> Error {
     let refused = events.iter().rev().find(|event| event.outcome == Outcome::Denied);
     let (ErrorKind::Denied, Some(event)) = (error.kind(), refused) else { return error };
     let reason = event.reason.as_deref().unwrap_or("refused");
+    let option = if event.access == "read-write" { "--allow-write" } else { "--allow" };
     let hint = if event.grant.is_none() && reason.contains("not granted") {
-        format!(". If it is meant, allow it: --allow {:?}", event.path)
+        format!(". If it is meant, allow it: {option} {:?}", event.path)
+    } else if event.access == "read-write" && reason.contains("read-only") {
+        format!(". If it is meant, allow it: {option} {:?}", event.path)
     } else {
         String::new()
     };
