@@ -19,7 +19,9 @@
 //! ```
 //!
 //! `writer.rs` holds the order in which changes reach the file; `cache.rs` holds them until then, and
-//! `areas.rs` keeps data off metadata.
+//! `areas.rs` keeps data off metadata; `pack.rs` writes compressed clusters. What changes an image as a
+//! whole (`resize.rs`, `snapshot_edit.rs`) does so in one step (`transaction.rs`). `create.rs` makes images,
+//! `check.rs` holds them against their reference counts, `rebase.rs` names another backing file.
 //!
 //! Everything that QEMU 10 can create is read, versions 2 and 3, except encrypted images. The format is
 //! described in QEMU's docs/interop/qcow2.rst; where that leaves a choice, the answer is QEMU's.
@@ -224,4 +226,4 @@ impl Writer for Qcow2 {
     }
 }
 
-blockhouse_plugin::export!(Qcow2: snapshots, writer, packer, creator, checker);
+blockhouse_plugin::export!(Qcow2: snapshots, writer, packer, creator, checker, resizer, snapshot_editor);

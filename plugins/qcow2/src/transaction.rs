@@ -139,6 +139,7 @@ impl Qcow2 {
         if self.header.has(EXTERNAL_DATA) {
             return Err(Error::unsupported("this change of an image with an external data file"));
         }
+        self.repair_if_dirty()?;
         self.access = Access::ReadOnly;
         let Self { image, header, map, virtual_size, .. } = self;
         let shape = map.shape;
