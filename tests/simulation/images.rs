@@ -26,6 +26,12 @@ impl Template {
     pub(crate) fn is_version_2(&self) -> bool {
         self.options.contains("compat=0.10")
     }
+
+    /// Bits of a reference count.
+    pub(crate) fn refcount_bits(&self) -> u32 {
+        let stated = self.options.split(',').find_map(|option| option.strip_prefix("refcount_bits="));
+        stated.map_or(16, |bits| bits.parse().unwrap())
+    }
 }
 
 /// What is done to an image before it is used.

@@ -29,20 +29,26 @@ use blockhouse_sandbox::{Formats, Grants, Limits, Opener, Sandbox};
 use blockhouse_tests::{component, on_path, scratch, skip};
 
 use crate::images::Made;
-use crate::operations::{Operation, Random};
+use crate::operations::{Abilities, Operation, Random};
 
 /// Without `SEQUENCES`.
 const SEQUENCES: u64 = 400;
 /// A sequence that fails is run so often, at most, to make it shorter.
 const SHORTER_RUNS: usize = 200;
 
-fn opener(directory: &Path) -> Opener {
+fn opener(directory: &Path) -> (Opener, Abilities) {
+    let mut abilities = Abilities { resize: false, snapshots: false };
     let sandbox = Sandbox::new(Limits::default()).unwrap();
     let mut formats = Formats::new();
     for format in ["raw", "qcow2"] {
-        formats.add(format, sandbox.load_file(&component(format)).unwrap());
+        let plugin = sandbox.load_file(&component(format)).unwrap();
+        if format == "qcow2" {
+            let exports = |ability: &str| plugin.inspection().exports.iter().any(|name| name.contains(ability));
+            abilities = Abilities { resize: exports("/resizer"), snapshots: exports("/snapshot-editor") };
+        }
+        formats.add(format, plugin);
     }
-    Opener::new(&sandbox, formats).grants(Grants::new().allow(directory).unwrap())
+    (Opener::new(&sandbox, formats).grants(Grants::new().allow(directory).unwrap()), abilities)
 }
 
 /// What was done, by name.
@@ -98,7 +104,7 @@ fn random_sequences_agree_with_a_model_with_qemu_and_with_imago() {
         None => (0..number("SEQUENCES").unwrap_or(SEQUENCES)).collect(),
     };
     let directory = scratch();
-    let opener = opener(directory.path());
+    let (opener, abilities) = opener(directory.path());
     let made = images::make_all(directory.path());
 
     let started = Instant::now();
@@ -116,7 +122,7 @@ fn random_sequences_agree_with_a_model_with_qemu_and_with_imago() {
                     }
                     let mut random = Random::new(*seed);
                     let made = &made[random.below(made.len() as u64) as usize];
-                    let operations = operations::generate(&mut random, made);
+                    let operations = operations::generate(&mut random, made, abilities);
                     match attempt(opener, made, &image, &operations, replayed.is_some()) {
                         Ok(done) => {
                             let mut tally = tally.lock().unwrap();
@@ -126,9 +132,12 @@ fn random_sequences_agree_with_a_model_with_qemu_and_with_imago() {
                         }
                         Err(why) => {
                             let (operations, why) = shorten(opener, made, &image, operations, why);
+                            let mut lines = String::new();
+                            for operation in operations {
+                                lines += &format!("\n    {operation:?}");
+                            }
                             let mut failures = failures.lock().unwrap();
-                            failures
-                                .push(format!("SEQUENCE={seed}, image {}: {why}\n{operations:#?}", made.template.name));
+                            failures.push(format!("SEQUENCE={seed}, image {}: {why}{lines}", made.template.name));
                             stop.store(failures.len() >= 5, Ordering::Relaxed);
                         }
                     }
@@ -139,7 +148,7 @@ fn random_sequences_agree_with_a_model_with_qemu_and_with_imago() {
     let (tally, failures) = (tally.into_inner().unwrap(), failures.into_inner().unwrap());
     let took = started.elapsed().as_secs_f64();
     eprintln!(
-        "simulation: {} sequences in {took:.0} s, {:.1} each second; {tally:?}",
+        "simulation: {} sequences in {took:.0} s, {:.1} each second; {tally:?}; {abilities:?}",
         seeds.len(),
         seeds.len() as f64 / took
     );

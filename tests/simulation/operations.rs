@@ -54,6 +54,31 @@ pub(crate) enum Operation {
     Reopen,
     /// Closed, written by QEMU, opened again: bytes of one value, or zeroes.
     Qemu(Span, u8),
+    /// A new size of the disk, in bytes.
+    Resize(u64),
+    /// A new snapshot.
+    Snapshot,
+    /// The disk becomes what the snapshot of this number is. The number is taken modulo how many there are.
+    Apply(u64),
+    /// That snapshot goes.
+    Delete(u64),
+}
+
+/// What the component can do to an image as a whole.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Abilities {
+    pub(crate) resize: bool,
+    pub(crate) snapshots: bool,
+}
+
+impl Abilities {
+    fn allow(self, operation: &Operation) -> bool {
+        match operation {
+            Operation::Resize(_) => self.resize,
+            Operation::Snapshot | Operation::Apply(_) | Operation::Delete(_) => self.snapshots,
+            _ => true,
+        }
+    }
 }
 
 /// Whether zeroes may give space back.
@@ -64,12 +89,13 @@ pub(crate) enum Unmap {
 }
 
 /// Operations for one image: some dozens.
-pub(crate) fn generate(random: &mut Random, made: &Made) -> Vec<Operation> {
+pub(crate) fn generate(random: &mut Random, made: &Made, abilities: Abilities) -> Vec<Operation> {
     let count = 4 + random.below(36);
     let size = made.content.len() as u64;
     let cluster = made.template.cluster;
     // QEMU takes as long to start as a sequence takes.
     let with_qemu = random.below(4) == 0;
+    let with_changes = random.below(3) == 0;
     // Some sequences stay in one place, and change the same clusters again and again.
     let (first, width) = match random.below(3) {
         0 => (random.below(size), cluster * (2 + random.below(6))),
@@ -93,6 +119,17 @@ pub(crate) fn generate(random: &mut Random, made: &Made) -> Vec<Operation> {
     let mut operations = Vec::new();
     for _ in 0..count {
         let span = span(random);
+        if with_changes && random.below(6) == 0 {
+            let which = random.below(1 << 32);
+            operations.push(match random.below(10) {
+                0..=3 => Operation::Resize((1 + random.below(3 * size / 2 / SECTOR)) * SECTOR),
+                4 => Operation::Resize((1 + random.below(3 * size / 2 / cluster)) * cluster),
+                5..=7 => Operation::Snapshot,
+                8 => Operation::Apply(which),
+                _ => Operation::Delete(which),
+            });
+            continue;
+        }
         operations.push(match random.below(40) {
             0..=15 => Operation::Write(span, random.below(1 << 32)),
             16..=19 => Operation::Zero(span, Unmap::No),
@@ -109,5 +146,6 @@ pub(crate) fn generate(random: &mut Random, made: &Made) -> Vec<Operation> {
         // In any case one turn in the middle.
         operations.insert(operations.len() / 2, Operation::Qemu(span(random), 99));
     }
+    operations.retain(|operation| abilities.allow(operation));
     operations
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use blockhouse_sandbox::block::{Access, BlockBackend, Disk, Error, VolatileSlice};
+use blockhouse_sandbox::block::{Access, BlockBackend, Disk, Error, ErrorKind, VolatileSlice};
 use blockhouse_sandbox::{OpenRequest, Opener};
 use blockhouse_tests::noise;
 
@@ -10,6 +10,8 @@ use crate::Tally;
 use crate::images::Made;
 use crate::operations::{Operation, SECTOR, Unmap};
 use crate::oracles;
+
+const QCOW2: &str = "qcow2";
 
 struct Sequence<'a> {
     opener: &'a Opener,
@@ -73,7 +75,7 @@ fn read(disk: &Disk, offset: u64, length: u64) -> Result<Vec<u8>, String> {
 
 impl Sequence<'_> {
     fn open(&mut self) -> Result<(), String> {
-        let request = OpenRequest { access: Access::ReadWrite, ..OpenRequest::new(self.image, "qcow2") };
+        let request = OpenRequest { access: Access::ReadWrite, ..OpenRequest::new(self.image, QCOW2) };
         self.disk = Some(self.opener.open(&request).map_err(|error| said(&error))?.disk);
         Ok(())
     }
@@ -138,6 +140,41 @@ impl Sequence<'_> {
                 compare(&found, &self.model)?;
                 Ok("reopen")
             }
+            Operation::Resize(new) => {
+                // Version 2 has no zeroes that hide a backing file, and its snapshots do not know their sizes.
+                let refusable = self.made.template.is_version_2();
+                self.whole("resize", refusable, |opener, image| opener.resize(&OpenRequest::new(image, QCOW2), new))?
+                    .map_or(Ok("refused"), |()| {
+                        self.model.resize(new as usize, 0);
+                        Ok("resize")
+                    })
+            }
+            Operation::Snapshot => {
+                // More references than a count can hold.
+                let refusable = self.made.template.refcount_bits() < 16;
+                self.whole("snapshot", refusable, |opener, image| opener.create_snapshot(image, QCOW2, "a name"))?
+                    .map_or(Ok("refused"), |id| {
+                        self.snapshots.push((id, self.model.clone()));
+                        Ok("new snapshot")
+                    })
+            }
+            Operation::Apply(which) => {
+                let Some((id, content)) = self.snapshot(which).cloned() else { return Ok("nothing") };
+                let refusable = self.made.template.refcount_bits() < 16;
+                self.whole("apply", refusable, |opener, image| opener.apply_snapshot(image, QCOW2, &id))?.map_or(
+                    Ok("refused"),
+                    |()| {
+                        self.model = content;
+                        Ok("apply")
+                    },
+                )
+            }
+            Operation::Delete(which) => {
+                let Some((id, _)) = self.snapshot(which).cloned() else { return Ok("nothing") };
+                self.whole("delete", false, |opener, image| opener.delete_snapshot(image, QCOW2, &id))?;
+                self.snapshots.retain(|(other, _)| *other != id);
+                Ok("delete")
+            }
             Operation::Qemu(span, byte) => {
                 self.close()?;
                 if let Some((offset, length)) = span.within(size) {
@@ -150,6 +187,36 @@ impl Sequence<'_> {
                 Ok("QEMU")
             }
         }
+    }
+
+    fn snapshot(&self, which: u64) -> Option<&(String, Vec<u8>)> {
+        self.snapshots.get((which % self.snapshots.len().max(1) as u64) as usize)
+    }
+
+    /// Closes the disk, changes the image as a whole, and opens it again. `None` if the change was refused,
+    /// which is allowed if it is `refusable`.
+    fn whole<T>(
+        &mut self,
+        what: &str,
+        refusable: bool,
+        change: impl Fn(&Opener, &Path) -> blockhouse_sandbox::block::Result<T>,
+    ) -> Result<Option<T>, String> {
+        self.close()?;
+        let mut attempts = 0;
+        let changed = loop {
+            oracles::wait_for_locks(self.image)?;
+            attempts += 1;
+            match change(self.opener, self.image) {
+                Ok(changed) => break Some(changed),
+                // It opens the image more than once, and a child that starts may have it in between.
+                Err(error) if attempts < 100 && error.message().contains("the image is in use") => {}
+                Err(error) if refusable && error.kind() == ErrorKind::Unsupported => break None,
+                Err(error) => return Err(format!("{what}: {}", said(&error))),
+            }
+        };
+        oracles::wait_for_locks(self.image)?;
+        self.open()?;
+        Ok(changed)
     }
 
     /// What was discarded is zero where that is whole clusters, and elsewhere old or zero; which, stays so.
@@ -184,12 +251,12 @@ impl Sequence<'_> {
             compare(&oracles::imago(self.image)?, &self.model).map_err(|why| format!("imago reads {why}"))?;
             *tally.entry("imago").or_default() += 1;
         }
-        let request = OpenRequest::new(self.image, "qcow2");
+        let request = OpenRequest::new(self.image, QCOW2);
         let disk = self.opener.open(&request).map_err(|error| said(&error))?.disk;
         compare(&read(&disk, 0, disk.capacity())?, &self.model).map_err(|why| format!("it reads {why}"))?;
         drop(disk);
         for (name, content) in &self.snapshots {
-            let request = OpenRequest { snapshot: Some(name.clone()), ..OpenRequest::new(self.image, "qcow2") };
+            let request = OpenRequest { snapshot: Some(name.clone()), ..OpenRequest::new(self.image, QCOW2) };
             let disk = self.opener.open(&request).map_err(|error| said(&error))?.disk;
             compare(&read(&disk, 0, disk.capacity())?, content).map_err(|why| format!("snapshot {name}: {why}"))?;
             *tally.entry("snapshot").or_default() += 1;
