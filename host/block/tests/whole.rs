@@ -1,0 +1,136 @@
+//! What concerns a disk as a whole: its end before it grows, space for all of it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation
+)]
+
+mod support;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use blockhouse_block::{Access, BlockBackend, Disk, DiskOptions, ErrorKind, Layer, Preallocation, RunKind};
+use support::growing::{CLUSTER, Growing};
+use support::{Script, data, file, pattern, read, write};
+
+/// The part of the last cluster that belongs to the disk, in bytes.
+const TAIL: u64 = 1024;
+const SIZE: u64 = 3 * CLUSTER + TAIL;
+
+fn disk(top: &Arc<Growing>, base: Option<&[u8]>) -> Disk {
+    let mut layers: Vec<Arc<dyn Layer>> = vec![top.clone()];
+    if let Some(bytes) = base {
+        let base = Script::honest(vec![data(bytes.len() as u64, 0)], 1).file(file(bytes, Access::ReadOnly).0);
+        layers.push(Arc::new(base));
+    }
+    Disk::new(layers, DiskOptions { writable: true, ..DiskOptions::default() }).unwrap()
+}
+
+/// Where the last cluster is in the file, if it has space of its own.
+fn place_of_last(disk: &Disk) -> Option<u64> {
+    let last = disk.runs().map(Result::unwrap).last().unwrap();
+    match last.kind {
+        RunKind::Data { offset, .. } if last.depth == 0 => Some(offset + last.length - TAIL),
+        _ => None,
+    }
+}
+
+/// Space that is used again is full of rubbish, in the layer of these tests as in the world.
+fn leave_rubbish(disk: &Disk) {
+    write(disk, 0, &pattern(SIZE as usize, 1)).unwrap();
+    disk.discard(0, SIZE).unwrap();
+    disk.flush().unwrap();
+}
+
+#[test]
+fn the_end_of_the_last_cluster_is_zero_before_a_disk_grows() {
+    let base = pattern(SIZE as usize + 4096, 9);
+    for (what, packed, base, write_last, owned) in [
+        ("written", false, None, true, true),
+        ("packed", true, None, false, true),
+        ("over a longer base", false, Some(base.as_slice()), false, true),
+        ("over a base as long", false, Some(&base[..SIZE as usize]), false, false),
+        ("over nothing", false, None, false, false),
+    ] {
+        let units = if packed { HashMap::from([(3, pattern(TAIL as usize, 4))]) } else { HashMap::new() };
+        let top = Arc::new(Growing::new(SIZE, units));
+        let disk = disk(&top, base);
+        if packed {
+            // Space to use again, from another cluster.
+            write(&disk, 0, &[1; CLUSTER as usize]).unwrap();
+            disk.discard(0, CLUSTER).unwrap();
+            disk.flush().unwrap();
+        } else if base.is_none() {
+            leave_rubbish(&disk);
+        }
+        if write_last {
+            write(&disk, SIZE - TAIL, &pattern(TAIL as usize, 2)).unwrap();
+        }
+        let before = read(&disk, 0, SIZE as usize).unwrap();
+        disk.settle_end().unwrap();
+        disk.flush().unwrap();
+        assert!(read(&disk, 0, SIZE as usize).unwrap() == before, "{what}: the content changed");
+        let place = place_of_last(&disk);
+        assert_eq!(place.is_some(), owned, "{what}");
+        if let Some(place) = place {
+            let mut bytes = top.bytes();
+            bytes.resize((place + CLUSTER) as usize, 0);
+            let rest = &bytes[(place + TAIL) as usize..(place + CLUSTER) as usize];
+            assert!(rest.iter().all(|byte| *byte == 0), "{what}: the end of the cluster is {:x?}...", &rest[..8]);
+        }
+        top.check_tables();
+        disk.close().unwrap();
+    }
+}
+
+#[test]
+fn every_cluster_gets_space_and_keeps_its_content() {
+    let size = 64 * CLUSTER + TAIL;
+    for (how, with_base) in [
+        (Preallocation::Metadata, false),
+        (Preallocation::Metadata, true),
+        (Preallocation::Falloc, false),
+        (Preallocation::Full, false),
+        (Preallocation::Full, true),
+    ] {
+        let base = pattern(20 * CLUSTER as usize, 5);
+        let units = HashMap::from([(7, pattern(CLUSTER as usize, 6))]);
+        let top = Arc::new(Growing::new(size, units));
+        let disk = disk(&top, with_base.then_some(base.as_slice()));
+        write(&disk, 30 * CLUSTER, &pattern(5000, 8)).unwrap();
+        let before = read(&disk, 0, size as usize).unwrap();
+        let mut heard = Vec::new();
+        disk.preallocate(how, |done| heard.push(done)).unwrap();
+        disk.flush().unwrap();
+        assert_eq!(heard.last(), Some(&size));
+        assert!(read(&disk, 0, size as usize).unwrap() == before, "{how:?}: the content changed");
+        for run in disk.runs() {
+            let run = run.unwrap();
+            assert!(run.depth == 0 && matches!(run.kind, RunKind::Data { .. }), "{how:?}: {run:?}");
+        }
+        let taken = top.blocks() * 512;
+        if how == Preallocation::Metadata {
+            assert!(taken < size, "{how:?}: {taken} bytes");
+        } else {
+            assert!(taken >= size, "{how:?}: {taken} bytes");
+        }
+        top.check_tables();
+        disk.close().unwrap();
+    }
+}
+
+#[test]
+fn what_cannot_be_packed_is_refused() {
+    let top = Arc::new(Growing::new(SIZE, HashMap::new()));
+    let disk = disk(&top, None);
+    assert!(!disk.packs());
+    let cluster = [1; CLUSTER as usize];
+    assert_eq!(disk.write_packed(0, &cluster).unwrap_err().kind(), ErrorKind::Unsupported);
+    for (offset, length) in [(0, 0), (0, 512), (512, CLUSTER), (3 * CLUSTER, CLUSTER), (u64::MAX, 512)] {
+        let error = disk.write_packed(offset, &cluster[..length as usize]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{length} bytes at {offset}");
+    }
+}
