@@ -25,13 +25,15 @@ mod stored;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use blockhouse_plugin::{Access, CheckReport, Checker, Error, File, Repair, Result};
+use blockhouse_plugin::{Access, CheckReport, Checker, Error, File, Level, Repair, Result, log};
 
 use crate::Qcow2;
 use crate::header::{CORRUPT, DIRTY, EXTENDED_L2, EXTERNAL_DATA, Header};
 
 /// So many lines say what was found.
 const MAX_LINES: usize = 100;
+/// So many of them are logged where nobody asked for a check.
+const LOGGED_LINES: usize = 10;
 
 impl Checker for Qcow2 {
     fn check(image: File, repair: Option<Repair>) -> Result<CheckReport> {
@@ -80,6 +82,19 @@ fn check(file: &File, repair: Option<Repair>) -> Result<CheckReport> {
 /// changed.
 pub(crate) fn repair_dirty(file: &File) -> Result<Header> {
     let report = check(file, Some(Repair::All))?;
+    log(
+        Level::Warn,
+        &alloc::format!(
+            "the image was marked dirty, and was checked: {} of {} corruptions and {} of {} leaks were repaired",
+            report.corruptions_repaired,
+            report.corruptions,
+            report.leaks_repaired,
+            report.leaks
+        ),
+    );
+    for line in report.findings.iter().take(LOGGED_LINES) {
+        log(Level::Info, line);
+    }
     let left = report.corruptions.saturating_sub(report.corruptions_repaired);
     if left > 0 || report.leaks > report.leaks_repaired {
         return Err(Error::corrupt(alloc::format!(
@@ -151,5 +166,86 @@ impl<'a> Image<'a> {
     /// Bytes of one L2 entry.
     fn entry_bytes(&self) -> usize {
         if self.extended { 16 } else { 8 }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::cast_possible_truncation)]
+mod tests {
+    use blockhouse_plugin::testing::Storage;
+    use blockhouse_plugin::{Creator, NewImage, Writer};
+
+    use super::*;
+
+    const IMAGE: &str = "/image";
+    const SIZE: u64 = 6 << 20;
+
+    fn content() -> Vec<u8> {
+        (0..SIZE as u32 / 4).flat_map(|number| (number.wrapping_mul(0x9e37_79b9)).to_be_bytes()).collect()
+    }
+
+    /// 12000 clusters of data in 190 tables: of both, several times more than is looked at at a time.
+    fn image() -> Vec<u8> {
+        let storage = Storage::new();
+        storage.insert(IMAGE, Vec::new());
+        let options = Vec::from([("cluster-size".into(), "512".into())]);
+        let new = NewImage { virtual_size: SIZE, backing: None, options };
+        Qcow2::create(storage.file(IMAGE, Access::ReadWrite), new).unwrap();
+        let mut disk = storage.disk_with::<Qcow2>(IMAGE, Access::ReadWrite, |_| Ok(())).unwrap();
+        disk.format.begin().unwrap();
+        for (number, bytes) in (0..).zip(content().chunks(1 << 20)) {
+            disk.write_over(number << 20, bytes, &mut |_, to| to.fill(0)).unwrap();
+        }
+        disk.flush().unwrap();
+        disk.format.finish().unwrap();
+        storage.bytes(IMAGE)
+    }
+
+    fn repaired(bytes: Vec<u8>, words: &[&str]) {
+        let storage = Storage::new();
+        storage.insert(IMAGE, bytes);
+        let found = check(&storage.file(IMAGE, Access::ReadOnly), None).unwrap();
+        let report = check(&storage.file(IMAGE, Access::ReadWrite), Some(Repair::All)).unwrap();
+        assert_eq!((report.corruptions, report.leaks), (found.corruptions, found.leaks));
+        assert_eq!(
+            (report.corruptions, report.leaks),
+            (report.corruptions_repaired, report.leaks_repaired),
+            "{report:#?}"
+        );
+        for word in words {
+            assert!(report.findings.iter().any(|line| line.contains(word)), "{word} in {report:#?}");
+        }
+        let again = check(&storage.file(IMAGE, Access::ReadOnly), None).unwrap();
+        assert_eq!((again.corruptions, again.leaks), (0, 0), "{again:#?}");
+        assert_eq!(again.allocated_clusters, SIZE / 512);
+        let mut disk = storage.disk::<Qcow2>(IMAGE).unwrap();
+        assert!(disk.read(0, SIZE as usize).unwrap() == content());
+    }
+
+    fn long(bytes: &[u8], at: usize) -> usize {
+        u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize
+    }
+
+    #[test]
+    fn large_images_are_looked_at_in_parts() {
+        let whole = image();
+        assert!(whole.len() / 512 > 4 * 3 * 1024 - 1024);
+        repaired(whole.clone(), &[]);
+
+        let table = long(&whole, 48);
+        // Counts that are wrong from the first block to the last: 0, 2 and a free cluster that is counted.
+        let mut bytes = whole.clone();
+        bytes.resize(whole.len() + 512, 0);
+        for index in (0..40).step_by(3) {
+            let block = long(&bytes, table + 8 * index);
+            bytes[block + 33] = 0;
+            bytes[block + 35] = 2;
+        }
+        repaired(bytes, &["the count is 0, references are 1", "the count is 2, references are 1"]);
+
+        // No block at all.
+        let mut bytes = whole;
+        bytes[table..table + 512].fill(0);
+        repaired(bytes, &["a new refcount structure"]);
     }
 }

@@ -1,14 +1,15 @@
 //! Repairs, in an order that an interruption cannot make worse.
 //!
 //! ```text
-//!   1  counts go up, or a new refcount structure takes the place of the old one   ── sync
-//!   2  entries that cannot be right become what they can be                       ── sync
+//!   1  entries that cannot be right become what they can be: nothing is freed     ── sync
+//!   2  counts go up, or a new refcount structure takes the place of the old one   ── sync
 //!   3  all is read again; counts go down                                          ── sync
 //!   4  flags COPIED become what the counts say                                    ── sync
 //!   5  all is read again; only an image without findings loses its marks          ── sync
 //! ```
 //!
-//! So what is named is counted before anything else, and nothing is given free that a table still names.
+//! So what leads past the end of the file is gone before the file grows, what is named is counted before
+//! anything else, and nothing is given free that a table still names.
 //! An interruption leaves leaks and flags that contradict the counts; both are harmless, and the next
 //! repair goes on from there.
 
@@ -51,11 +52,6 @@ fn leaks(file: &File, found: &Found, said: &mut Lines) -> Result<()> {
 }
 
 fn all(file: &File, found: &Found, said: &mut Lines) -> Result<()> {
-    if found.short {
-        let image = Image::open(file)?;
-        file.set_size(image.clusters().saturating_mul(image.cluster_size))?;
-        file.sync_data()?;
-    }
     let mut image = Image::open(file)?;
     if found.incomplete {
         said.add(|| {
@@ -68,6 +64,21 @@ fn all(file: &File, found: &Found, said: &mut Lines) -> Result<()> {
         }
         return Ok(());
     }
+    // Before the file grows: what leads past its end now must not lead to what comes there.
+    if found.faults > 0 {
+        if found.bitmaps {
+            image.header.drop_bitmaps(file)?;
+            said.add(|| "the bitmaps are damaged, and were given up: the image says that they are not kept".into());
+        }
+        if !entries(&image, said)? {
+            return Ok(());
+        }
+    }
+    if found.short {
+        file.set_size(image.clusters().saturating_mul(image.cluster_size))?;
+        file.sync_data()?;
+        image = Image::open(file)?;
+    }
     if found.rebuild {
         if let Err(why) = rebuild(&image)? {
             said.add(|| format!("no new refcount structure can be made: {why}"));
@@ -78,20 +89,9 @@ fn all(file: &File, found: &Found, said: &mut Lines) -> Result<()> {
     } else if found.low > 0 {
         raise(&image)?;
     }
-    if found.faults > 0 {
-        if found.bitmaps {
-            image.header.drop_bitmaps(file)?;
-            said.add(|| "the bitmaps are damaged, and were given up: the image says that they are not kept".into());
-        }
-        entries(&image, said)?;
-        let now = scan::check(&image)?;
-        if now.faults > 0 {
-            said.add(|| "leaks are left alone: not all entries could be repaired".into());
-            return Ok(());
-        }
-        if now.low > 0 && !now.rebuild {
-            raise(&image)?;
-        }
+    if found.faults > 0 && scan::check(&image)?.faults > 0 {
+        said.add(|| "leaks are left alone: not all entries could be repaired".into());
+        return Ok(());
     }
     lower(&image)?;
     flags(&image)
@@ -122,12 +122,12 @@ fn flags(image: &Image<'_>) -> Result<()> {
     image.file.sync_data()
 }
 
-/// Replaces entries that cannot be right.
-fn entries(image: &Image<'_>, said: &mut Lines) -> Result<()> {
+/// Replaces entries that cannot be right. False if that is not safe, and nothing is changed.
+fn entries(image: &Image<'_>, said: &mut Lines) -> Result<bool> {
     let (scan, stored) = tables(image)?;
     let Some(shared) = shared(&scan, &stored)? else {
-        said.add(|| "no entry is changed: too many tables are used for something else besides".into());
-        return Ok(());
+        said.add(|| "nothing is repaired: too many tables are used for something else besides".into());
+        return Ok(false);
     };
     let mut remedies: BTreeMap<&'static str, u64> = BTreeMap::new();
     // Where a table and something else claim a cluster, and most entries cannot be right, it is no table.
@@ -148,11 +148,12 @@ fn entries(image: &Image<'_>, said: &mut Lines) -> Result<()> {
         let times = remedies.entry(remedy).or_default();
         *times = times.saturating_add(1);
     };
+    let mut left = false;
     scan.for_l1(&mut |at, _, entry| {
         let (table, fault) = entry::l1(image, entry);
         if shared.contains(&(at / image.cluster_size)) {
             if fault.is_some() {
-                done("it is left alone: the L1 table is used for something else besides");
+                left = true;
             }
             return Ok(None);
         }
@@ -184,7 +185,11 @@ fn entries(image: &Image<'_>, said: &mut Lines) -> Result<()> {
     for (remedy, times) in remedies {
         said.add(|| format!("entries that could not be right ({times}): {remedy}"));
     }
-    image.file.sync_data()
+    image.file.sync_data()?;
+    if left {
+        said.add(|| "nothing else is repaired: an L1 table is used for something else besides".into());
+    }
+    Ok(!left)
 }
 
 /// Clusters of L1 and L2 tables that something else refers to as well. `None` if there are too many.

@@ -6,6 +6,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use blockhouse_plugin::Result;
+use blockhouse_plugin::bytes::be_u64;
 
 use super::scan::PAGE;
 use super::{Image, Lines, counts};
@@ -57,11 +58,16 @@ impl Stored {
                 format!("the refcount table at {:#x} ({bytes} bytes) goes past the end of the file", table.offset)
             });
         }
-        let read = image.read(table.offset, bytes)?;
         let mut blocks = Vec::new();
         let mut short = false;
-        for (index, word) in read.as_chunks::<8>().0.iter().enumerate() {
-            let entry = u64::from_be_bytes(*word);
+        let mut piece = Vec::new();
+        for index in 0..table.entries {
+            let within = index.saturating_mul(8) % PIECE;
+            if within == 0 {
+                let at = table.offset.saturating_add(index.saturating_mul(8));
+                piece = image.read(at, PIECE.min(bytes.saturating_sub(index.saturating_mul(8))))?;
+            }
+            let entry = be_u64(&piece, usize::try_from(within).unwrap_or_default()).unwrap_or_default();
             let why = if entry & 511 != 0 {
                 Some("reserved bits are set")
             } else if !entry.is_multiple_of(image.cluster_size) {
