@@ -7,8 +7,8 @@
 //!                                                                         qemu-img check: not even a leak
 //! ```
 //!
-//! `SEQUENCES=N` says how many seeds are tried, `SEQUENCE=S` replays one and prints what it does. A sequence
-//! that fails is made shorter as long as it fails.
+//! `SEQUENCES=N` says how many seeds are tried, `SEQUENCES=A..B` which ones; `SEQUENCE=S` replays one and
+//! prints what it does. A sequence that fails is made shorter as long as it fails.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::cast_possible_truncation)]
@@ -97,11 +97,15 @@ fn random_sequences_agree_with_a_model_with_qemu_and_with_imago() {
     if !on_path("qemu-img") || !on_path("qemu-io") {
         return skip("qemu-img or qemu-io is not installed");
     }
-    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect(name));
-    let replayed = number("SEQUENCE");
-    let seeds: Vec<u64> = match replayed {
-        Some(seed) => vec![seed],
-        None => (0..number("SEQUENCES").unwrap_or(SEQUENCES)).collect(),
+    let number = |text: &str| text.parse::<u64>().expect("SEQUENCES and SEQUENCE are numbers");
+    let replayed = std::env::var("SEQUENCE").ok().map(|text| number(&text));
+    let seeds: Vec<u64> = match (replayed, std::env::var("SEQUENCES")) {
+        (Some(seed), _) => vec![seed],
+        (None, Ok(text)) => {
+            let (from, to) = text.split_once("..").unwrap_or(("0", &text));
+            (number(from)..number(to)).collect()
+        }
+        (None, Err(_)) => (0..SEQUENCES).collect(),
     };
     let directory = scratch();
     let (opener, abilities) = opener(directory.path());
