@@ -53,10 +53,14 @@ mod tests {
             let mut bytes = [0u8; 64];
             let count = (64 * 8) >> order;
             for index in 0..count {
-                set(&mut bytes, order, index, (index as u64 * 0x0123_4567_89ab_cdef) & max(order));
+                set(&mut bytes, order, index, (index as u64).wrapping_mul(0x0123_4567_89ab_cdef) & max(order));
             }
             for index in 0..count {
-                assert_eq!(get(&bytes, order, index), (index as u64 * 0x0123_4567_89ab_cdef) & max(order), "{order}");
+                assert_eq!(
+                    get(&bytes, order, index),
+                    (index as u64).wrapping_mul(0x0123_4567_89ab_cdef) & max(order),
+                    "{order}"
+                );
             }
             assert_eq!(get(&bytes, order, count), 0);
             set(&mut bytes, order, count, 1);

@@ -748,14 +748,14 @@ mod tests {
     fn counts_that_have_no_room_are_for_the_next_pass() {
         let clusters: Vec<u64> = (0..3 * MAX_PAGES as u64).rev().map(|page| page * PAGE * 7 + 3).collect();
         let mut first = 0;
-        let mut seen = Vec::new();
+        let mut seen: Vec<u64> = Vec::new();
         let mut passes = 0;
         loop {
             let mut counts = Counts::new(first);
             for cluster in &clusters {
                 counts.add(*cluster, 2);
             }
-            seen.extend(clusters.iter().filter(|cluster| counts.get(**cluster) == Some(2)));
+            seen.extend(clusters.iter().filter(|cluster| counts.get(**cluster) == Some(2)).copied());
             passes += 1;
             if counts.end == u64::MAX {
                 break;
