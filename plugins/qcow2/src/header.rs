@@ -26,7 +26,7 @@ pub(crate) const REFCOUNT_TABLE_AT: u64 = 48;
 /// Where incompatible_features is (version 3).
 const INCOMPATIBLE_AT: u64 = 72;
 /// Where autoclear_features is (version 3).
-const AUTOCLEAR_AT: u64 = 88;
+pub(crate) const AUTOCLEAR_AT: u64 = 88;
 
 /// `QFI\xfb`.
 pub(crate) const MAGIC: u32 = 0x5146_49fb;
@@ -51,7 +51,7 @@ pub(crate) const MAX_DATA_FILE_NAME: u64 = 4096;
 /// Feature names are for messages; a table larger than this goes unread.
 const MAX_FEATURE_TABLE: u64 = 64 << 10;
 
-const EXTENSION_END: u32 = 0;
+pub(crate) const EXTENSION_END: u32 = 0;
 pub(crate) const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 pub(crate) const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXTENSION_BITMAPS: u32 = 0x2385_2875;
@@ -67,7 +67,7 @@ const KNOWN_INCOMPATIBLE: u64 = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION_TY
 /// A compatible feature.
 pub(crate) const LAZY_REFCOUNTS: u64 = 1 << 0;
 /// Autoclear features.
-const BITMAPS: u64 = 1 << 0;
+pub(crate) const BITMAPS: u64 = 1 << 0;
 pub(crate) const RAW_EXTERNAL_DATA: u64 = 1 << 1;
 
 /// The features by set (incompatible, compatible, autoclear), bit, and the name that images give them.

@@ -156,7 +156,7 @@ fn sequences_agree_with_a_model_and_with_qemu() {
 fn sequence(seed: u64) {
     let (options, cluster, backing) = KINDS[seed as usize % KINDS.len()];
     let lab = Lab::new();
-    let size = 40 * cluster.min(65536) + if seed % 2 == 0 { 512 } else { 0 };
+    let size = 40 * cluster.min(65536) + if seed.is_multiple_of(2) { 512 } else { 0 };
     let base = material(size as usize * 5 / 4, 5);
     let disk = make(&lab, options, size, &base[..], backing);
     let disk = disk[..size as usize].to_vec();

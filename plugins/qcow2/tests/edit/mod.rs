@@ -192,7 +192,9 @@ pub fn cut(
     let (old, new) = (view(image, bases), view(&new_image, bases));
     let directory = tempfile::tempdir().unwrap();
     for (name, base) in bases {
-        std::fs::write(directory.path().join(name), base).unwrap();
+        let path = directory.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, base).unwrap();
     }
     let mut random = Random(seed | 1 << 63);
     let syncs: Vec<usize> = (0..changes.len()).filter(|at| changes[*at] == Change::Sync).collect();
