@@ -27,6 +27,8 @@ use crate::writer::MAX_CHANGED;
 
 /// A search for free clusters looks at so many counts before it takes space at the end of the file.
 const MAX_SEARCH: u64 = 1 << 16;
+/// A search for the last cluster in use looks at so many counts: 1 TiB with 64 KiB clusters.
+const MAX_CUT: u64 = 1 << 24;
 /// Areas of metadata that are kept in memory, at most: tables and blocks of an image of 128 TiB or more
 /// with 64 KiB clusters.
 pub(crate) const MAX_AREAS: usize = 1 << 18;
@@ -567,21 +569,37 @@ impl Refcounts {
         Ok(next)
     }
 
-    /// The end of the last cluster that is in use, in clusters, or a later one if the search takes too long.
-    pub(crate) fn used_end(&mut self, image: &File) -> Result<u64> {
+    /// The end of the last cluster that is in use and that `skip` does not want to skip, in clusters, or a
+    /// later one if the search takes too long.
+    pub(crate) fn used_end(&mut self, image: &File, mut skip: impl FnMut(u64) -> bool) -> Result<u64> {
         let mut end = self.end;
-        for _ in 0..MAX_SEARCH {
+        for _ in 0..MAX_CUT {
             let Some(last) = end.checked_sub(1) else { break };
             let index = last / self.per_block();
             if !self.blocks.contains_key(&index) {
                 let before = self.blocks.range(..index).next_back();
                 end = before.map_or(0, |(index, _)| index.saturating_add(1)).saturating_mul(self.per_block());
-            } else if self.get(image, last)? == 0 {
+            } else if self.get(image, last)? == 0 || skip(last) {
                 end = last;
             } else {
                 break;
             }
         }
         Ok(end)
+    }
+
+    /// Gives the blocks that are in cluster `first` or later new places, the first free ones from there on,
+    /// and looks for free space from there on. For counts that are written anew.
+    pub(crate) fn move_down(&mut self, image: &File, first: u64, areas: &mut Areas) -> Result<()> {
+        self.hint = first;
+        let last = self.blocks.iter().filter(|(_, offset)| **offset >> self.cluster_bits >= first);
+        let indexes: Vec<u64> = last.map(|(index, _)| *index).collect();
+        for index in indexes {
+            if !self.may_change(index) {
+                self.add_block(image, index, areas)?;
+                self.count_new(image, areas)?;
+            }
+        }
+        Ok(())
     }
 }

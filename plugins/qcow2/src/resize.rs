@@ -2,11 +2,11 @@
 //!
 //! One transaction: the size, a longer or shorter L1 table, and the counts of the clusters that a disk
 //! which shrinks gives up. Snapshots keep what they have. Bitmaps are ignored by everybody after that, as
-//! after any write.
+//! after any write. After a disk has shrunk a second transaction moves tables down, and the file gets shorter.
 
 use alloc::format;
 
-use blockhouse_plugin::{Error, Resizer, Result};
+use blockhouse_plugin::{Error, Level, Resizer, Result, log};
 
 use crate::Qcow2;
 use crate::tables::{OFFSET, ZERO};
@@ -28,7 +28,13 @@ impl Resizer for Qcow2 {
                 "hiding a longer backing file in a version 2 image, which has no zero clusters",
             ));
         }
-        self.change(|transaction| resize(transaction, virtual_size, hide))
+        let shrinks = virtual_size < self.header.virtual_size;
+        self.change(|transaction| resize(transaction, virtual_size, hide))?;
+        if shrinks && let Err(why) = self.shorten() {
+            // The size has changed.
+            log(Level::Warn, &format!("unused space stays at the end of the image: {why}"));
+        }
+        Ok(())
     }
 }
 

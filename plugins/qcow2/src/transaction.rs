@@ -31,11 +31,14 @@ use crate::cache::PIECE;
 use crate::header::{EXTERNAL_DATA, Header, SIZE_AT, Table};
 use crate::refcounts::{MAX_AREAS, Refcounts};
 use crate::snapshots::{self, Entry};
-use crate::tables::{COMPRESSED, COPIED, Cluster, OFFSET, Shape};
+use crate::tables::{COMPRESSED, COPIED, Cluster, Map, OFFSET, Shape};
 use crate::writer::{MAX_L1_ENTRIES, Parts, Writing};
 
 /// What `areas` calls the L2 tables of the disk.
 const L2_TABLE: &str = "an L2 table";
+
+/// What `areas` calls the tables that can be moved.
+const MOVABLE: [&str; 5] = [L2_TABLE, "the L1 table", "the refcount table", "a refcount block", "the snapshot table"];
 
 /// Whether a cluster gets a reference or loses one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -178,7 +181,59 @@ impl Qcow2 {
     }
 }
 
+impl Qcow2 {
+    /// After a change that freed space: moves the tables at the end of the file down to where space is free,
+    /// so that the file gets shorter. The new tables could not go there before, it was the old image's.
+    pub(crate) fn shorten(&mut self) -> Result<()> {
+        self.image_size = self.image.size()?;
+        self.header = Header::read(&self.image, self.image_size, Access::ReadWrite)?;
+        self.map = Map::new(&self.header, self.image_size);
+        self.virtual_size = self.header.virtual_size;
+        self.access = Access::ReadWrite;
+        self.change(|transaction| transaction.move_down())
+    }
+}
+
 impl Transaction<'_> {
+    fn move_down(&mut self) -> Result<()> {
+        let cluster_size = self.shape.cluster_size();
+        let mut tables = 0u64;
+        let areas = &self.areas;
+        let last = self.refcounts.used_end(self.image, |cluster| {
+            let what = areas.find(cluster.saturating_mul(cluster_size), cluster_size);
+            let table = what.is_some_and(|what| MOVABLE.contains(&what));
+            tables = tables.saturating_add(u64::from(table));
+            table
+        })?;
+        // Old and new are there at once, and each move can move a block or two.
+        let end = self.refcounts.file_size() / cluster_size;
+        if end.saturating_sub(last) <= tables.saturating_add(8).saturating_mul(2) {
+            return Ok(());
+        }
+        let from = last.saturating_mul(cluster_size);
+        self.refcounts.move_down(self.image, last, &mut self.areas)?;
+        let old = self.read_l1(self.l1)?;
+        let mut l1 = old.clone();
+        for l1_entry in &mut l1 {
+            let offset = *l1_entry & OFFSET;
+            if offset >= from && *l1_entry & COPIED != 0 && self.references(offset)? == 1 {
+                let table = self.read_l2(*l1_entry)?;
+                self.count(offset, Count::Down)?;
+                *l1_entry = self.add_l2(&table, 1)?;
+            }
+        }
+        if self.l1.offset >= from && l1 == old {
+            self.give_up(self.l1.offset, self.l1.entries.saturating_mul(8))?;
+            self.l1 = self.add_l1(&l1)?;
+        }
+        self.replace_l1(&old, &l1)?;
+        if self.snapshots > 0 && self.snapshots_offset >= from {
+            let length = self.read_snapshots()?.1;
+            self.replace_snapshots(length, &[(0, length)], &[], self.snapshots)?;
+        }
+        Ok(())
+    }
+
     /// All that is new is durable when it returns, except for the header. Returns the refcount table.
     fn finish(&mut self) -> Result<Table> {
         let table = self.refcounts.finish_anew(self.image, &mut self.areas)?;
@@ -205,7 +260,7 @@ impl Transaction<'_> {
         self.image.write_at(SIZE_AT, &fields)?;
         self.image.sync_data()?;
         // From here on the change is made; a file that stays long only takes space.
-        let cut = self.refcounts.used_end(self.image).and_then(|end| {
+        let cut = self.refcounts.used_end(self.image, |_| false).and_then(|end| {
             let size = end.saturating_mul(self.shape.cluster_size());
             if self.image.size()? > size { self.image.set_size(size) } else { Ok(()) }
         });

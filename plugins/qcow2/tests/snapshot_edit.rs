@@ -59,6 +59,14 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
+    /// Makes a change, and cuts the power in the middle of it on copies.
+    fn cut(&mut self, change: impl FnOnce(&mut Qcow2) -> Result<()>) {
+        let image = self.lab.bytes("top.qcow2");
+        let seed = self.random.next();
+        let new = cut(&image, &[("base.raw", self.base)], seed, 3, change);
+        self.lab.write("top.qcow2", &new);
+    }
+
     fn step(&mut self) {
         let ours = self.random.below(3) > 0;
         let who = if ours { "we" } else { "QEMU" };
@@ -82,7 +90,12 @@ impl Run<'_> {
                 let name = format!("s{}", self.random.next());
                 let _ = writeln!(self.log, "{who}: create {name}");
                 let id = if ours {
-                    edit(self.lab, |qcow2| qcow2.create_snapshot(&name, 1_700_000_000, 5)).unwrap()
+                    let mut id = String::new();
+                    self.cut(|qcow2| {
+                        id = qcow2.create_snapshot(&name, 1_700_000_000, 5)?;
+                        Ok(())
+                    });
+                    id
                 } else {
                     self.lab.qemu_img(&format!("snapshot -c {name} top.qcow2"));
                     let info = info(self.lab);
@@ -95,7 +108,7 @@ impl Run<'_> {
                 let (id, _, content) = self.model.snapshots[number].clone();
                 let _ = writeln!(self.log, "{who}: apply {id}");
                 if ours {
-                    edit(self.lab, |qcow2| qcow2.apply_snapshot(&id)).unwrap();
+                    self.cut(|qcow2| qcow2.apply_snapshot(&id));
                 } else {
                     self.lab.qemu_img(&format!("snapshot -a {id} top.qcow2"));
                 }
@@ -106,7 +119,7 @@ impl Run<'_> {
                 let (id, name, _) = self.model.snapshots.remove(number);
                 let _ = writeln!(self.log, "{who}: delete {id}");
                 if ours {
-                    edit(self.lab, |qcow2| qcow2.delete_snapshot(&id)).unwrap();
+                    self.cut(|qcow2| qcow2.delete_snapshot(&id));
                 } else {
                     // QEMU takes names here.
                     self.lab.qemu_img(&format!("snapshot -d {name} top.qcow2"));
@@ -117,7 +130,7 @@ impl Run<'_> {
                 let hide = self.model.backing.is_some() && (self.model.disk.len() < self.base.len());
                 let _ = writeln!(self.log, "we: resize {} to {size}, hide {hide}", self.model.disk.len());
                 let old = self.model.disk.len() as u64;
-                edit(self.lab, |qcow2| qcow2.resize(size, hide)).unwrap();
+                self.cut(|qcow2| qcow2.resize(size, hide));
                 // As a host does that settles the end.
                 let rest = size.min(old.next_multiple_of(self.cluster)).saturating_sub(old);
                 if rest > 0 {
@@ -130,7 +143,8 @@ impl Run<'_> {
     }
 }
 
-/// Writes, snapshots and new sizes, ours and QEMU's in turns.
+/// Writes, snapshots and new sizes, ours and QEMU's in turns, with power cuts in ours. `SNAPSHOT_SEEDS` says how
+/// many sequences.
 #[test]
 fn sequences_agree_with_a_model_and_with_qemu() {
     if !have_qemu() {
