@@ -21,11 +21,27 @@ pub(crate) struct HostArgs {
     /// Append one JSON line to FILE for every file that a component tries to open
     #[arg(long, value_name = "FILE", help_heading = "Components")]
     pub(crate) audit: Option<PathBuf>,
+
+    /// Keep compiled components in DIR, which must be yours alone, for a quick start; `off` keeps none.
+    /// ~/.cache/blockhouse if left out
+    #[arg(long, value_name = "DIR", env = "BLOCKHOUSE_CODE_CACHE", help_heading = "Components")]
+    pub(crate) code_cache: Option<PathBuf>,
 }
 
 impl HostArgs {
     pub(crate) fn sandbox(&self) -> anyhow::Result<Sandbox> {
-        Ok(Sandbox::new(Limits::default())?)
+        let sandbox = Sandbox::new(Limits::default())?;
+        match &self.code_cache {
+            Some(directory) if directory == Path::new("off") => Ok(sandbox),
+            // Asked for: what is wrong with it is an error.
+            Some(directory) => Ok(sandbox.code_cache(directory)?),
+            None => Ok(usual_cache().map_or(sandbox.clone(), |directory| {
+                sandbox.clone().code_cache(&directory).unwrap_or_else(|error| {
+                    tracing::info!("compiled components are not kept: {error}");
+                    sandbox
+                })
+            })),
+        }
     }
 
     /// The built-in formats, with those of `--plugin` in their place.
@@ -63,6 +79,13 @@ impl HostArgs {
         let formats = self.formats(&sandbox)?;
         Ok(Opener::new(&sandbox, formats).audit(self.audit()?))
     }
+}
+
+/// Where compiled components are kept if nobody says otherwise.
+fn usual_cache() -> Option<PathBuf> {
+    let set = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let base = set("XDG_CACHE_HOME").or_else(|| Some(set("HOME")?.join(".cache")))?;
+    Some(base.join("blockhouse"))
 }
 
 /// Looking at an image that is in use.

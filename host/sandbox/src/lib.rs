@@ -18,6 +18,7 @@
 //! | `locks.rs` | one writer or many readers, as QEMU sees it |
 //! | `host.rs` | the functions behind the table |
 //! | `instance.rs`, `clock.rs` | calling a component within its time, and throwing it away |
+//! | `sandbox.rs`, `cache.rs` | the engine; compiled components, kept between starts |
 //! | `chain.rs` | from an image to a disk |
 //! | `maintenance.rs` | calls that change an image as a whole: create, check, resize, snapshots |
 //! | `inspect.rs`, `probe.rs` | looking at a component; guessing a format |
@@ -42,6 +43,7 @@
 mod audit;
 pub mod authority;
 mod bindings;
+mod cache;
 mod chain;
 mod clock;
 mod grants;

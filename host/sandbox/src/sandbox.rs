@@ -21,6 +21,7 @@ use crate::bindings::resizer::ResizerAbilityPre;
 use crate::bindings::snapshot_editor::SnapshotEditorAbilityPre;
 use crate::bindings::snapshots::SnapshotAbilityPre;
 use crate::bindings::writer::WriterAbilityPre;
+use crate::cache::CodeCache;
 use crate::clock::Clock;
 use crate::host::{State, read_only_linker, read_write_linker};
 use crate::inspect::{Inspection, inspect};
@@ -35,6 +36,7 @@ pub struct Sandbox {
     engine: Engine,
     limits: Arc<Limits>,
     clock: Arc<Clock>,
+    cache: Option<Arc<CodeCache>>,
 }
 
 impl fmt::Debug for Sandbox {
@@ -65,7 +67,18 @@ impl Sandbox {
         })?;
         let clock = Clock::start(&engine)
             .map_err(|error| Error::new(ErrorKind::Storage, "cannot start the clock thread").with_source(error))?;
-        Ok(Self { engine, limits: Arc::new(limits), clock: Arc::new(clock) })
+        Ok(Self { engine, limits: Arc::new(limits), clock: Arc::new(clock), cache: None })
+    }
+
+    /// Keeps compiled components in `directory`, which is made if it does not exist, and takes them from there
+    /// at the next start. Compiled code runs with the rights of this process, so the directory must belong to
+    /// its user alone (mode 700).
+    ///
+    /// # Errors
+    /// [`Denied`](ErrorKind::Denied) if somebody else could write to it;
+    /// [`Storage`](ErrorKind::Storage) if it cannot be made or opened.
+    pub fn code_cache(self, directory: &Path) -> Result<Self> {
+        Ok(Self { cache: Some(Arc::new(CodeCache::open(directory)?)), ..self })
     }
 
     /// The limits in force.
@@ -182,15 +195,25 @@ impl Sandbox {
     }
 
     fn compile(&self, name: &str, bytes: &[u8]) -> Result<(Component, Inspection)> {
-        let component = Component::from_binary(&self.engine, bytes).map_err(|error| {
-            Error::new(
-                ErrorKind::Component,
-                format!("it is not a WebAssembly component that this host can run: {error}"),
-            )
-            .with_source(error)
-            .on_image(name)
-        })?;
         let digest = hex(&Sha256::digest(bytes));
+        let kept = self.cache.as_ref().and_then(|cache| cache.load(&self.engine, &digest));
+        let component = match kept {
+            Some(component) => component,
+            None => {
+                let component = Component::from_binary(&self.engine, bytes).map_err(|error| {
+                    Error::new(
+                        ErrorKind::Component,
+                        format!("it is not a WebAssembly component that this host can run: {error}"),
+                    )
+                    .with_source(error)
+                    .on_image(name)
+                })?;
+                if let Some(cache) = &self.cache {
+                    cache.store(&self.engine, &digest, &component);
+                }
+                component
+            }
+        };
         let inspection = inspect(&self.engine, &component, digest, bytes.len());
         Ok((component, inspection))
     }

@@ -1,0 +1,278 @@
+//! Compiled components on disk, so that a start does not compile them again.
+//!
+//! Compiled code is run as it is, with the rights of this process: whoever can write it owns the process. So
+//! a cache is used only if nobody but its user can have written it, and what is in it only if it is whole:
+//!
+//! | what | must be |
+//! |---|---|
+//! | directory | this user's, mode 0700, no symbolic link; held open from then on |
+//! | file | regular, this user's, writable by nobody else, one name, no symbolic link |
+//! | name | SHA-256 of the component, and a hash of engine version and settings |
+//! | content | the SHA-256 at its start is that of the rest, once it is in memory |
+//!
+//! Whatever is not so is not used, with a line in the log, and compiled anew.
+
+use std::fs::File;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use blockhouse_block::{Error, ErrorKind, Result};
+use rustix::fs::{AtFlags, Mode, OFlags};
+use sha2::{Digest, Sha256};
+use wasmtime::Engine;
+use wasmtime::component::Component;
+
+/// What each file starts with: the version of this layout.
+const MAGIC: &[u8; 8] = b"BHCODE1\n";
+/// Bytes of the SHA-256 that follows.
+const DIGEST: usize = 32;
+/// The largest file that is read: far above what the largest component compiles to.
+const MAX_BYTES: u64 = 1 << 30;
+/// Files that are kept; the oldest go first.
+const MAX_FILES: usize = 64;
+/// How the names of files end.
+const SUFFIX: &str = ".code";
+
+/// A directory of compiled components.
+#[derive(Debug)]
+pub(crate) struct CodeCache {
+    directory: File,
+    path: PathBuf,
+}
+
+impl CodeCache {
+    /// Opens the directory, or makes it, and sees that nobody else can write to it.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let failed = |what: &str, error: io::Error| {
+            Error::new(ErrorKind::Storage, format!("the code cache {}: {what}: {error}", path.display()))
+                .with_source(error)
+        };
+        if let Some(parent) = path.parent() {
+            std::fs::create_dir_all(parent).map_err(|error| failed("cannot be made", error))?;
+        }
+        match rustix::fs::mkdir(path, Mode::RWXU) {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Err(error) => return Err(failed("cannot be made", error.into())),
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let directory: File = rustix::fs::open(path, flags, Mode::empty())
+            .map_err(|error| failed("cannot be opened", error.into()))?
+            .into();
+        let metadata = directory.metadata().map_err(|error| failed("cannot be looked at", error))?;
+        if metadata.uid() != rustix::process::geteuid().as_raw() || metadata.mode() & 0o077 != 0 {
+            let why = format!(
+                "the code cache {} belongs to user {} with mode {:o}; it must be yours alone (mode 700)",
+                path.display(),
+                metadata.uid(),
+                metadata.mode() & 0o7777
+            );
+            return Err(Error::new(ErrorKind::Denied, why));
+        }
+        Ok(Self { directory, path: path.to_owned() })
+    }
+
+    /// The compiled code of the component with this SHA-256, if it is there and can be trusted.
+    pub(crate) fn load(&self, engine: &Engine, digest: &str) -> Option<Component> {
+        let name = name(engine, digest);
+        let code = match self.read(&name) {
+            Ok(code) => code?,
+            Err(error) => {
+                tracing::warn!(cache = %self.path.display(), file = %name, %error, "compiled code is not used");
+                return None;
+            }
+        };
+        match deserialize(engine, &code) {
+            Ok(component) => Some(component),
+            Err(error) => {
+                tracing::warn!(cache = %self.path.display(), file = %name, %error, "compiled code is not used");
+                None
+            }
+        }
+    }
+
+    /// Keeps the compiled code of a component. What goes wrong costs time at the next start, and no more.
+    pub(crate) fn store(&self, engine: &Engine, digest: &str, component: &Component) {
+        let name = name(engine, digest);
+        let stored = component
+            .serialize()
+            .map_err(|error| io::Error::other(error.to_string()))
+            .and_then(|code| self.write(&name, &code))
+            .and_then(|()| self.evict(&name));
+        if let Err(error) = stored {
+            tracing::warn!(cache = %self.path.display(), file = %name, %error, "compiled code cannot be kept");
+        }
+    }
+
+    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file: File = match rustix::fs::openat(&self.directory, name, flags, Mode::empty()) {
+            Ok(file) => file.into(),
+            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let metadata = file.metadata()?;
+        let own = metadata.uid() == rustix::process::geteuid().as_raw() && metadata.mode() & 0o022 == 0;
+        if !metadata.is_file() || !own || metadata.nlink() != 1 {
+            return Err(io::Error::other("somebody else can have written it"));
+        }
+        let mut bytes = Vec::new();
+        file.take(MAX_BYTES).read_to_end(&mut bytes)?;
+        let damaged = || io::Error::other("it is damaged");
+        let rest = bytes.strip_prefix(MAGIC.as_slice()).ok_or_else(damaged)?;
+        let (digest, code) = rest.split_at_checked(DIGEST).ok_or_else(damaged)?;
+        if Sha256::digest(code).as_slice() != digest {
+            return Err(damaged());
+        }
+        Ok(Some(code.to_vec()))
+    }
+
+    /// Writes under another name first: nobody sees a part of it.
+    fn write(&self, name: &str, code: &[u8]) -> io::Result<()> {
+        let draft = format!("{name}.{}", std::process::id());
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let mut file: File = rustix::fs::openat(&self.directory, &draft, flags, Mode::RUSR | Mode::WUSR)?.into();
+        let written = [MAGIC.as_slice(), Sha256::digest(code).as_slice(), code]
+            .iter()
+            .try_for_each(|part| file.write_all(part))
+            .and_then(|()| Ok(rustix::fs::renameat(&self.directory, &draft, &self.directory, name)?));
+        if written.is_err() {
+            let _ = rustix::fs::unlinkat(&self.directory, &draft, AtFlags::empty());
+        }
+        written
+    }
+
+    /// Removes the oldest files past the limit, but not the one that was just written.
+    fn evict(&self, newest: &str) -> io::Result<()> {
+        let mut files = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&self.directory)? {
+            let entry = entry?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.contains(SUFFIX) && name != newest {
+                let status = rustix::fs::statat(&self.directory, &name, AtFlags::SYMLINK_NOFOLLOW)?;
+                files.push((status.st_mtime, name));
+            }
+        }
+        files.sort();
+        let past = files.len().saturating_sub(MAX_FILES - 1);
+        for (_, name) in files.iter().take(past) {
+            match rustix::fs::unlinkat(&self.directory, name, AtFlags::empty()) {
+                Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The component and the engine decide: its version, its settings, the processor that it compiles for.
+fn name(engine: &Engine, digest: &str) -> String {
+    let mut hasher = DefaultHasher::new();
+    engine.precompile_compatibility_hash().hash(&mut hasher);
+    format!("{digest}-{:016x}{SUFFIX}", hasher.finish())
+}
+
+#[allow(unsafe_code)]
+fn deserialize(engine: &Engine, code: &[u8]) -> wasmtime::Result<Component> {
+    // SAFETY: the bytes must be what `Component::serialize` made. They come out of a file that only this user
+    // could write, in a directory that only this user can enter, and are what was written there: the digest
+    // was checked, and they are in memory that nobody else has. Who could make another file of that kind can
+    // replace this program as well. The engine checks version and settings itself.
+    unsafe { Component::deserialize(engine, code) }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::*;
+
+    /// The smallest component there is: the eight bytes that every one starts with.
+    const EMPTY: &[u8] = b"\0asm\x0d\0\x01\0";
+    const KEY: &str = "0123";
+
+    fn filled() -> (tempfile::TempDir, CodeCache, Engine, PathBuf) {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("code");
+        let cache = CodeCache::open(&path).unwrap();
+        let engine = Engine::default();
+        cache.store(&engine, KEY, &Component::from_binary(&engine, EMPTY).unwrap());
+        let file = path.join(name(&engine, KEY));
+        (parent, cache, engine, file)
+    }
+
+    #[test]
+    fn what_was_stored_is_loaded() {
+        let (_parent, cache, engine, file) = filled();
+        assert!(cache.load(&engine, KEY).is_some());
+        assert!(cache.load(&engine, "4567").is_none(), "another component");
+        let mut config = wasmtime::Config::new();
+        config.epoch_interruption(true);
+        assert!(cache.load(&Engine::new(&config).unwrap(), KEY).is_none(), "another engine");
+        assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+        let names: Vec<_> = std::fs::read_dir(file.parent().unwrap()).unwrap().collect();
+        assert_eq!(names.len(), 1, "a draft stayed: {names:?}");
+    }
+
+    #[test]
+    fn what_others_can_have_written_is_not_loaded() {
+        let (parent, cache, engine, file) = filled();
+        for mode in [0o620, 0o602, 0o666] {
+            std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+            assert!(cache.load(&engine, KEY).is_none(), "mode {mode:o}");
+        }
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+        assert!(cache.load(&engine, KEY).is_some());
+
+        let elsewhere = parent.path().join("elsewhere");
+        std::fs::hard_link(&file, &elsewhere).unwrap();
+        assert!(cache.load(&engine, KEY).is_none(), "it has two names");
+        std::fs::remove_file(&file).unwrap();
+        symlink(&elsewhere, &file).unwrap();
+        assert!(cache.load(&engine, KEY).is_none(), "it is a symbolic link");
+        std::fs::remove_file(&file).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &file, rustix::fs::FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        assert!(cache.load(&engine, KEY).is_none(), "it is a pipe");
+
+        let directory = file.parent().unwrap();
+        std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o770)).unwrap();
+        assert_eq!(CodeCache::open(directory).unwrap_err().kind(), ErrorKind::Denied);
+        std::fs::set_permissions(directory, std::fs::Permissions::from_mode(0o700)).unwrap();
+        let link = parent.path().join("link");
+        symlink(directory, &link).unwrap();
+        assert!(CodeCache::open(&link).is_err(), "the directory is a symbolic link");
+    }
+
+    #[test]
+    fn what_is_damaged_is_not_loaded() {
+        let (_parent, cache, engine, file) = filled();
+        let good = std::fs::read(&file).unwrap();
+        for at in (0..good.len()).step_by(good.len() / 97 + 1) {
+            let mut bad = good.clone();
+            bad[at] ^= 0x10;
+            std::fs::write(&file, &bad).unwrap();
+            assert!(cache.load(&engine, KEY).is_none(), "byte {at} was changed");
+            std::fs::write(&file, &good[..at]).unwrap();
+            assert!(cache.load(&engine, KEY).is_none(), "cut off at {at}");
+        }
+        std::fs::write(&file, &good).unwrap();
+        assert!(cache.load(&engine, KEY).is_some());
+    }
+
+    #[test]
+    fn the_oldest_go_first() {
+        let (_parent, cache, engine, file) = filled();
+        let component = Component::from_binary(&engine, EMPTY).unwrap();
+        let old = std::time::SystemTime::UNIX_EPOCH;
+        File::options().write(true).open(&file).unwrap().set_modified(old).unwrap();
+        for number in 0..MAX_FILES {
+            cache.store(&engine, &format!("key{number}"), &component);
+        }
+        let count = std::fs::read_dir(file.parent().unwrap()).unwrap().count();
+        assert_eq!(count, MAX_FILES);
+        assert!(cache.load(&engine, KEY).is_none());
+        assert!(cache.load(&engine, &format!("key{}", MAX_FILES - 1)).is_some());
+    }
+}
