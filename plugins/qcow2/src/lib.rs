@@ -226,4 +226,4 @@ impl Writer for Qcow2 {
     }
 }
 
-blockhouse_plugin::export!(Qcow2: snapshots, writer, packer, creator, checker, resizer, snapshot_editor);
+blockhouse_plugin::export!(Qcow2: snapshots, writer, packer, creator, checker, resizer, rebaser, snapshot_editor);

@@ -7,7 +7,9 @@
 mod support;
 
 use blockhouse_plugin::testing::Storage;
-use blockhouse_plugin::{Access, Checker, Error, Packer, Repair, Resizer, SnapshotEditor, Writer};
+use blockhouse_plugin::{
+    Access, BackingReference, Checker, Error, Packer, Rebaser, Repair, Resizer, SnapshotEditor, Writer,
+};
 use blockhouse_qcow2::Qcow2;
 
 use crate::support::{Lab, have_qemu};
@@ -21,7 +23,7 @@ fn opened(storage: &Storage) -> Result<Qcow2, Error> {
     storage.opened_image::<Qcow2>(IMAGE, Access::ReadWrite)
 }
 
-const CHANGES: [(&str, Change); 10] = [
+const CHANGES: [(&str, Change); 12] = [
     ("check", |storage| Qcow2::check(storage.file(IMAGE, Access::ReadOnly), None).map(drop)),
     ("repair leaks", |storage| Qcow2::check(storage.file(IMAGE, Access::ReadWrite), Some(Repair::Leaks)).map(drop)),
     ("repair all", |storage| Qcow2::check(storage.file(IMAGE, Access::ReadWrite), Some(Repair::All)).map(drop)),
@@ -31,6 +33,11 @@ const CHANGES: [(&str, Change); 10] = [
     ("create-snapshot", |storage| opened(storage)?.create_snapshot("new", 1, 2).map(drop)),
     ("apply-snapshot", |storage| opened(storage)?.apply_snapshot("1")),
     ("delete-snapshot", |storage| opened(storage)?.delete_snapshot("1")),
+    ("set-backing", |storage| {
+        let backing = BackingReference { name: "another/base.raw".into(), format: Some("raw".into()) };
+        opened(storage)?.set_backing(Some(backing))
+    }),
+    ("set no backing", |storage| opened(storage)?.set_backing(None)),
     ("write and pack", |storage| {
         let mut disk = storage.disk_with::<Qcow2>(IMAGE, Access::ReadWrite, |_| Ok(()))?;
         disk.format.begin()?;
