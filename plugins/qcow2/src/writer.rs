@@ -566,12 +566,13 @@ impl Writing {
             sync()?;
             refcounts.write_table(image, areas, &mut sync)?;
             map.cache().settle(is_fresh);
+            // The next write may name them, even if it fails: whatever changes in them is the disk's from here on.
+            fresh.clear();
             if !map.cache().is_clean() {
                 map.cache().write(image, |_| true)?;
                 sync()?;
                 map.cache().settle(|_| true);
             }
-            fresh.clear();
         }
         let free = self.refcounts.release(parts.image)?;
         if self.external {
