@@ -11,8 +11,8 @@ use crate::segments::{Pairs, Segment, Segments};
 const CHUNK: u64 = 2 << 20;
 /// The largest cluster that is handled as a whole.
 const LARGEST_UNIT: u64 = 16 << 20;
-/// The smallest range that is told from its neighbours: the block of file systems.
-const SMALLEST_UNIT: u64 = 4096;
+/// The range that is told from its neighbours where the target has no clusters: the block of file systems.
+const BLOCK: u64 = 4096;
 /// How many ranges are remembered that were made zero without writing: 16 bytes each.
 const REMEMBERED: usize = 1 << 16;
 
@@ -57,9 +57,11 @@ pub(crate) fn for_each_part(
 
 /// The size of the pieces in which a disk is best written: its clusters, where they are of a usual size.
 fn unit(disk: &Disk) -> u64 {
-    let cluster = disk.layers().next().map_or(0, |top| u64::from(top.cluster_size));
-    // A fraction or a multiple of the cluster: both are powers of two.
-    cluster.clamp(SMALLEST_UNIT, LARGEST_UNIT)
+    match disk.layers().next().map_or(0, |top| u64::from(top.cluster_size)) {
+        0 => BLOCK,
+        // A fraction or a multiple of the cluster: both are powers of two.
+        cluster => cluster.clamp(512, LARGEST_UNIT),
+    }
 }
 
 /// What to do with a unit of the target.

@@ -579,9 +579,8 @@ fn explain_denial(error: Error, events: &[OpenEvent]) -> Error {
     let (ErrorKind::Denied, Some(event)) = (error.kind(), refused) else { return error };
     let reason = event.reason.as_deref().unwrap_or("refused");
     let option = if event.access == "read-write" { "--allow-write" } else { "--allow" };
-    let hint = if event.grant.is_none() && reason.contains("not granted") {
-        format!(". If it is meant, allow it: {option} {:?}", event.path)
-    } else if event.access == "read-write" && reason.contains("read-only") {
+    let not_granted = event.grant.is_none() && reason.contains("not granted");
+    let hint = if not_granted || (event.access == "read-write" && reason.contains("read-only")) {
         format!(". If it is meant, allow it: {option} {:?}", event.path)
     } else {
         String::new()

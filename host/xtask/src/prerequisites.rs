@@ -84,6 +84,12 @@ fn prepare(workspace: &Workspace, purpose: Purpose) -> Vec<Needed> {
             found: program("qemu-img", "qemu-utils"),
         },
         Needed {
+            name: "strace",
+            why: "recording and failing system calls in the tests of power cuts",
+            essential: false,
+            found: program("strace", "strace"),
+        },
+        Needed {
             name: "/dev/kvm",
             why: "everything that runs a guest",
             essential: purpose == Purpose::Demo,

@@ -10,7 +10,8 @@
 //! All that says there is a backing file, and of which format, is in the first sector, which one write
 //! changes. A name that does not fit there as well is written before, where the old image uses nothing,
 //! and is durable by then. So a power cut leaves the old reference or the new one. Where the extensions do
-//! not fit into the first sector, the format is changed in place if it takes the same space.
+//! not fit into the first sector, the names of features are left out, which no program needs; or the format
+//! is changed in place if it takes the same space.
 //!
 //! QEMU, docs/interop/qcow2.rst, "Header" and "Header extensions".
 
@@ -24,8 +25,8 @@ use blockhouse_plugin::{Access, BackingReference, Error, Rebaser, Result};
 
 use crate::Qcow2;
 use crate::header::{
-    AUTOCLEAR_AT, BITMAPS, EXTENSION_BACKING_FORMAT, EXTENSION_END, MAX_BACKING_NAME, MAX_FORMAT_NAME,
-    RAW_EXTERNAL_DATA, V2_LENGTH,
+    AUTOCLEAR_AT, BITMAPS, EXTENSION_BACKING_FORMAT, EXTENSION_END, EXTENSION_FEATURE_NAMES, MAX_BACKING_NAME,
+    MAX_FORMAT_NAME, RAW_EXTERNAL_DATA, V2_LENGTH,
 };
 
 /// Written to the file as one: no power cut leaves a part of it.
@@ -118,6 +119,8 @@ struct Layout {
     end: usize,
     /// The extensions other than the backing format, as they are, if all are in the first sector.
     others: Option<Vec<u8>>,
+    /// The same without the names of features, which are for messages only and may be left out.
+    needed: Option<Vec<u8>>,
     /// The first backing format: where it is with its padding.
     format: Option<Range<usize>>,
     /// The name of the backing file.
@@ -137,7 +140,8 @@ impl Layout {
         let name_length = u64::from(be_u32(sector, BACKING_AT + 8).unwrap_or_default());
         let limit = if name == 0 { u64::from(qcow2.header.cluster_size()) } else { name };
         let mut at = start;
-        let mut others = Vec::new();
+        let mut others = Some(Vec::new());
+        let mut needed = Some(Vec::new());
         let mut format = None;
         while at < limit {
             let head = qcow2.image.read_exact_at("a header extension", at, 8)?;
@@ -151,8 +155,13 @@ impl Layout {
             let place = number(at)..number(next);
             if kind == EXTENSION_BACKING_FORMAT {
                 format = format.or(Some(place));
-            } else if let Some(bytes) = sector.get(place) {
-                others.extend(bytes);
+            } else {
+                let bytes = sector.get(place);
+                let add = |list: Option<Vec<u8>>| Some([list?.as_slice(), bytes?].concat());
+                others = add(others);
+                if kind != EXTENSION_FEATURE_NAMES {
+                    needed = add(needed);
+                }
             }
             at = next;
         }
@@ -160,7 +169,8 @@ impl Layout {
         Ok(Self {
             start: number(start),
             end,
-            others: Some(others).filter(|_| end <= SECTOR),
+            others,
+            needed,
             format,
             name: number(name)..number(name.saturating_add(name_length)),
         })
@@ -169,7 +179,7 @@ impl Layout {
     /// Makes the extensions in `sector` say `format`; empty is no format. Returns where they end.
     fn change_format(&self, sector: &mut [u8], format: &[u8]) -> Result<usize> {
         let new = if format.is_empty() { Vec::new() } else { extension(EXTENSION_BACKING_FORMAT, format) };
-        if let Some(others) = &self.others {
+        for others in [&self.others, &self.needed].into_iter().flatten() {
             let list = [new.as_slice(), others, &[0; 8]].concat();
             let end = self.start.saturating_add(list.len());
             if end <= SECTOR {

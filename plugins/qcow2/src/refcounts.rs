@@ -270,13 +270,17 @@ impl Refcounts {
     /// first free one.
     fn vacant(&mut self, image: &File) -> Result<u64> {
         let mut cluster = self.hint;
-        while self.moved.is_some() && cluster < self.end.min(self.hint.saturating_add(MAX_SEARCH)) {
+        let stop = self.end.min(self.hint.saturating_add(MAX_SEARCH));
+        while self.moved.is_some() && cluster < stop {
             let taken = self.taking.contains(&cluster) || self.uncounted.contains(&cluster);
             if !taken && self.is_free(image, cluster)? {
+                self.hint = cluster;
                 return Ok(cluster);
             }
             cluster += 1;
         }
+        // What is taken will be in use: the next search goes on from here.
+        self.hint = cluster;
         self.end = self.end.saturating_add(1);
         Ok(self.end - 1)
     }

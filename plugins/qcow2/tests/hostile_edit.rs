@@ -54,7 +54,7 @@ const CHANGES: [(&str, Change); 12] = [
 /// A small image with everything: data, compressed clusters, a snapshot, and a backing file.
 fn image(options: &str, backing: bool) -> Vec<u8> {
     let lab = Lab::new();
-    let content: Vec<u8> = (0..300 << 10).map(|at| (at / 700) as u8).collect();
+    let content: Vec<u8> = (0..300u32 << 10).map(|at| (at / 700) as u8).collect();
     lab.write("full.raw", &content);
     lab.write("base.raw", &content);
     if backing {
