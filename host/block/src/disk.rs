@@ -125,10 +125,6 @@ impl Disk {
         Runs::new(&self.chain, 0, self.capacity)
     }
 
-    pub(crate) fn runs_of(&self, start: u64, end: u64) -> Runs<'_> {
-        Runs::new(&self.chain, start, end)
-    }
-
     /// What the extent map did so far.
     pub fn map_stats(&self) -> MapStats {
         self.map.stats()

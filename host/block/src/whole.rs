@@ -5,7 +5,6 @@ use crate::chain::Questions;
 use crate::disk::Disk;
 use crate::error::{Error, ErrorKind, Result};
 use crate::flat::Target;
-use crate::runs::RunKind;
 use crate::write::{Source, write_zeroes};
 
 /// How far [`Disk::preallocate`] goes.
@@ -71,14 +70,8 @@ impl Disk {
             return Ok(());
         }
         let start = capacity - tail;
-        let mut below_shows = self.layers().nth(1).is_some_and(|below| below.virtual_size > capacity);
-        for run in self.runs_of(start, capacity) {
-            let run = run?;
-            below_shows |= run.depth == 0 && matches!(run.kind, RunKind::Data { .. } | RunKind::Packed);
-        }
-        if !below_shows {
-            return Ok(());
-        }
+        // What is past the end cannot be asked for, and may be anything, also where the part before the end is
+        // zero: clusters can have parts of their own. So the cluster gets space, and the rest of it zeroes.
         self.write_range(&Source::Space, start, capacity)?;
         let _alone = self.take(start, capacity)?;
         let mut place = None;
