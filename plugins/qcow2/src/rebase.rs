@@ -10,8 +10,8 @@
 //! All that says there is a backing file, and of which format, is in the first sector, which one write
 //! changes. A name that does not fit there as well is written before, where the old image uses nothing,
 //! and is durable by then. So a power cut leaves the old reference or the new one. Where the extensions do
-//! not fit into the first sector, the names of features are left out, which no program needs; or the format
-//! is changed in place if it takes the same space.
+//! not fit into the first sector, the format is changed in place if it takes the same space; else the names of
+//! features are left out, which no program needs.
 //!
 //! QEMU, docs/interop/qcow2.rst, "Header" and "Header extensions".
 
@@ -179,15 +179,19 @@ impl Layout {
     /// Makes the extensions in `sector` say `format`; empty is no format. Returns where they end.
     fn change_format(&self, sector: &mut [u8], format: &[u8]) -> Result<usize> {
         let new = if format.is_empty() { Vec::new() } else { extension(EXTENSION_BACKING_FORMAT, format) };
-        for others in [&self.others, &self.needed].into_iter().flatten() {
-            let list = [new.as_slice(), others, &[0; 8]].concat();
+        let rewrite = |sector: &mut [u8], others: &Option<Vec<u8>>| {
+            let list = [new.as_slice(), others.as_deref()?, &[0; 8]].concat();
             let end = self.start.saturating_add(list.len());
-            if end <= SECTOR {
-                let rest = vec![0; SECTOR.saturating_sub(self.start)];
-                put(sector, self.start, &rest);
-                put(sector, self.start, &list);
-                return Ok(end);
+            if end > SECTOR {
+                return None;
             }
+            let rest = vec![0; SECTOR.saturating_sub(self.start)];
+            put(sector, self.start, &rest);
+            put(sector, self.start, &list);
+            Some(end)
+        };
+        if let Some(end) = rewrite(sector, &self.others) {
+            return Ok(end);
         }
         match self.format.clone().filter(|place| place.end <= SECTOR) {
             // Without a backing file nobody asks for its format.
@@ -196,10 +200,12 @@ impl Layout {
                 put(sector, place.start, &new);
                 Ok(self.end)
             }
-            _ => Err(Error::unsupported(format!(
-                "naming this backing file: the header extensions of the image do not leave room for its format in \
-                 the first {SECTOR} bytes, which are what can be changed at once"
-            ))),
+            _ => rewrite(sector, &self.needed).ok_or_else(|| {
+                Error::unsupported(format!(
+                    "naming this backing file: the header extensions of the image do not leave room for its format \
+                     in the first {SECTOR} bytes, which are what can be changed at once"
+                ))
+            }),
         }
     }
 
