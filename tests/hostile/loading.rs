@@ -194,7 +194,7 @@ fn of_wasi_filesystem_only_the_table_is_offered() {
 #[test]
 fn the_twins_are_loaded() {
     for (format, level) in [
-        ("raw", Authority::ReadOnly),
+        ("raw", Authority::ReadWrite),
         ("vmdk", Authority::ReadOnly),
         ("qcow2", Authority::ReadWrite),
         ("hostile", Authority::ReadWrite),
