@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use blockhouse_tests::{noise, on_path, qemu_img, run, sha256};
+use blockhouse_tests::{noise, qemu_img, run, sha256};
+
+use crate::pieces::installed;
 
 /// Size of the file system.
 const SIZE: &str = "48M";
@@ -23,10 +25,7 @@ pub(crate) struct Chain {
 impl Chain {
     /// Makes the files in `directory`, or says what is missing for it.
     pub(crate) fn make(directory: &Path) -> Result<Self, String> {
-        let mke2fs = ["mke2fs", "/usr/sbin/mke2fs", "/sbin/mke2fs"]
-            .into_iter()
-            .find(|program| if program.starts_with('/') { Path::new(program).is_file() } else { on_path(program) })
-            .ok_or("no mke2fs; it comes with the package e2fsprogs")?;
+        let mke2fs = installed("mke2fs", "e2fsprogs")?;
         let images = directory.join("images");
         let golden = directory.join("golden");
         for directory in [&images, &golden] {
@@ -46,8 +45,8 @@ impl Chain {
 
         let base_raw = directory.join("base.raw");
         let raw = directory.join("disk.raw");
-        make_ext4(mke2fs, &directory.join("before"), &before, &base_raw);
-        make_ext4(mke2fs, &directory.join("after"), &after, &raw);
+        make_ext4(&mke2fs, &directory.join("before"), &before, &base_raw);
+        make_ext4(&mke2fs, &directory.join("after"), &after, &raw);
         let base = golden.join("base.qcow2");
         let overlay = images.join("overlay.qcow2");
         qemu_img(["convert".as_ref(), "-O".as_ref(), "qcow2".as_ref(), base_raw.as_os_str(), base.as_os_str()]);
@@ -87,7 +86,7 @@ fn has_data(line: &str) -> bool {
 
 /// An ext4 file system in a file, without mounting anything. Fixed identifiers and times
 /// keep two of them equal where their content is.
-fn make_ext4(mke2fs: &str, tree: &Path, files: &BTreeMap<&str, Vec<u8>>, image: &Path) {
+fn make_ext4(mke2fs: &Path, tree: &Path, files: &BTreeMap<&str, Vec<u8>>, image: &Path) {
     for (name, content) in files {
         let file = tree.join(name);
         std::fs::create_dir_all(file.parent().unwrap()).unwrap();

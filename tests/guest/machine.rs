@@ -19,12 +19,13 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use blockhouse_tests::{on_path, program, run, run_within, target_directory};
+use blockhouse_tests::{on_path, program, run, run_within, scratch, target_directory};
+use tempfile::TempDir;
 
 use crate::pieces::{self, INIT, Linux};
 
-/// From start to power-off; some 15 seconds are usual.
-const LIMIT: Duration = Duration::from_secs(240);
+/// From start to power-off, for a job that starts one guest; some 15 seconds are usual.
+pub(crate) const LIMIT: Duration = Duration::from_secs(240);
 
 /// A machine that runs jobs.
 pub(crate) enum Machine {
@@ -49,12 +50,19 @@ pub(crate) struct Job<'a> {
     /// Path below the job's directory, and where the file is now.
     pub(crate) files: Vec<(&'a str, PathBuf)>,
     pub(crate) script: String,
+    /// Time from start to end, after which the test fails.
+    pub(crate) limit: Duration,
+    /// If the job brings files out: how many bytes they have together, at most. The script
+    /// writes tar archives to its file descriptor 3, one after the other.
+    pub(crate) results: Option<u64>,
 }
 
-/// What a job printed.
+/// What a job left behind.
 pub(crate) struct Log {
+    /// What it printed.
     pub(crate) text: String,
     file: PathBuf,
+    results: TempDir,
 }
 
 impl Machine {
@@ -89,13 +97,20 @@ impl Machine {
         let logs = target_directory().join("guest");
         std::fs::create_dir_all(&logs).unwrap();
         let file = logs.join(format!("{}.log", job.name));
+        let results = scratch();
+        let archive = results.path().join(ARCHIVE);
         let started = Instant::now();
         let text = match self {
-            Self::Here => run_here(job, &file),
-            Self::Emulated(emulator) => emulator.run(job, &file),
+            Self::Here => run_here(job, &file, &archive),
+            Self::Emulated(emulator) => emulator.run(job, &file, &archive),
         };
         eprintln!("{}: {:.1} s, {}", job.name, started.elapsed().as_secs_f64(), file.display());
-        Log { text, file }
+        if job.results.is_some() {
+            // Zeroes lie between the archives and after them.
+            let mut tar = Command::new("tar");
+            run(tar.current_dir(results.path()).args(["--extract", "--ignore-zeros", "--file", ARCHIVE])).succeeded();
+        }
+        Log { text, file, results }
     }
 }
 
@@ -108,15 +123,23 @@ impl Log {
         panic!("{what}; all of the log is in {}, its end:\n{tail}", self.file.display());
     }
 
+    /// Where the files are that the job brought out.
+    pub(crate) fn results(&self) -> &Path {
+        self.results.path()
+    }
+
     /// The rest of each line that begins with `key`, without what the serial line adds.
     pub(crate) fn values(&self, key: &str) -> Vec<&str> {
         self.text.lines().filter_map(|line| line.trim_end().strip_prefix(key)).collect()
     }
 }
 
+/// The file with the archives that a job writes.
+const ARCHIVE: &str = "results.tar";
+
 /// Runs the shell with its output in a file, which stays when the limit kills it.
 #[track_caller]
-fn logged(command: Command, file: &Path) -> String {
+fn logged(limit: Duration, command: Command, file: &Path) -> String {
     let mut shell = Command::new("sh");
     // `exec`, so that the limit hits the program itself; the log is plain text for `less`.
     shell.args(["-c", "exec \"$@\" >\"$LOG\" 2>&1", "sh"]).env("LOG", file);
@@ -127,12 +150,12 @@ fn logged(command: Command, file: &Path) -> String {
     if let Some(directory) = command.get_current_dir() {
         shell.current_dir(directory);
     }
-    run_within(LIMIT, &mut shell);
+    run_within(limit, &mut shell);
     String::from_utf8_lossy(&std::fs::read(file).unwrap()).into_owned()
 }
 
-fn run_here(job: &Job<'_>, log: &Path) -> String {
-    let directory = blockhouse_tests::scratch();
+fn run_here(job: &Job<'_>, log: &Path, archive: &Path) -> String {
+    let directory = scratch();
     for (name, from) in &job.files {
         let to = directory.path().join(name);
         std::fs::create_dir_all(to.parent().unwrap()).unwrap();
@@ -140,27 +163,33 @@ fn run_here(job: &Job<'_>, log: &Path) -> String {
     }
     std::os::unix::fs::symlink(program(), directory.path().join("blockhouse")).unwrap();
     let mut shell = Command::new("sh");
-    shell.args(["-c", &job.script]).current_dir(directory.path());
-    logged(shell, log)
+    let script = format!("exec 3>\"$RESULTS\"\n{}", job.script);
+    shell.args(["-c", &script]).env("RESULTS", archive).current_dir(directory.path());
+    logged(job.limit, shell, log)
 }
 
 impl Emulator {
-    fn run(&self, job: &Job<'_>, log: &Path) -> String {
-        let directory = blockhouse_tests::scratch();
+    fn run(&self, job: &Job<'_>, log: &Path, archive: &Path) -> String {
+        let directory = scratch();
         let initramfs = directory.path().join("initramfs");
         std::fs::write(&initramfs, self.initramfs(job)).unwrap();
-        logged(self.command(&initramfs), log)
+        let mut command = self.command(&initramfs);
+        if let Some(size) = job.results {
+            // A disk of the emulated machine, without a file system: the archives as they are.
+            std::fs::File::create(archive).unwrap().set_len(size.next_multiple_of(1 << 20)).unwrap();
+            command.arg("-drive").arg(format!("if=virtio,format=raw,cache=unsafe,file={}", archive.display()));
+        }
+        logged(job.limit, command, log)
     }
 
     /// The root file system of the emulated machine: busybox, KVM, the program with its libraries, the job.
     fn initramfs(&self, job: &Job<'_>) -> Vec<u8> {
         let mut archive = pieces::busybox().unwrap();
-        let modules = self.linux.add_modules(&["kvm_amd"], &mut archive);
-        let stripped = strip(program());
-        archive.file("/job/blockhouse", &stripped);
-        for library in libraries(program()) {
-            archive.copy(&library, &library);
-        }
+        let disk = job.results.is_some();
+        let modules: &[&str] = if disk { &["kvm_amd", "virtio_pci", "virtio_blk"] } else { &["kvm_amd"] };
+        let modules = self.linux.add_modules(modules, &mut archive);
+        archive.file("/job/blockhouse", &strip(program()));
+        pieces::add_libraries(program(), &mut archive);
         for (name, from) in &job.files {
             archive.copy(Path::new("/job").join(name), from);
         }
@@ -168,7 +197,8 @@ impl Emulator {
         let mut init = String::from(INIT);
         init.push_str(&modules);
         init.push_str("[ -c /dev/kvm ] || echo 'init: no /dev/kvm'\n");
-        write!(init, "cd /job\nsh ./script\nsync\npoweroff -f\n").unwrap();
+        let results = if disk { " 3>/dev/vda" } else { "" };
+        write!(init, "cd /job\nsh ./script{results}\nsync\npoweroff -f\n").unwrap();
         archive.file("/init", init.as_bytes());
         archive.finish()
     }
@@ -207,18 +237,11 @@ pub(crate) const KERNEL_OPTIONS: &str =
 
 /// A program without symbols, if there is a `strip`: less to unpack inside.
 fn strip(program: &Path) -> Vec<u8> {
-    let directory = blockhouse_tests::scratch();
+    let directory = scratch();
     let copy = directory.path().join("program");
     if on_path("strip") {
         run(Command::new("strip").arg("-o").arg(&copy).arg(program)).succeeded();
         return std::fs::read(copy).unwrap();
     }
     std::fs::read(program).unwrap()
-}
-
-/// The shared libraries that a program loads, and the loader itself.
-fn libraries(program: &Path) -> Vec<PathBuf> {
-    let listed = run(Command::new("ldd").arg(program));
-    // A static program has none, and ldd says so with an error.
-    listed.text().split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from).collect()
 }

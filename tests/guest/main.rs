@@ -2,7 +2,9 @@
 //! the built-in guest.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+mod crashes;
 mod disks;
+mod fio;
 mod initramfs;
 mod machine;
 mod pieces;
@@ -12,7 +14,7 @@ use std::fmt::Write as _;
 use blockhouse_tests::{scratch, skip};
 
 use crate::disks::Chain;
-use crate::machine::{Job, KERNEL_OPTIONS, Machine};
+use crate::machine::{Job, KERNEL_OPTIONS, LIMIT, Machine};
 use crate::pieces::{INIT, Linux};
 
 /// Debian's kernel finds the disk through ACPI, mounts the ext4 on it and reads every file right.
@@ -43,6 +45,8 @@ fn linux_reads_ext4_on_a_qcow2_chain() {
              --disk file=images/overlay.qcow2,format=qcow2,allow=$PWD/golden,readonly=on,serial=chain-0\n\
              echo \"run: exit $?\"\n"
         ),
+        limit: LIMIT,
+        results: None,
     });
     if log.values("guest: done").is_empty() {
         log.fail("the guest did not come to its end");
@@ -82,6 +86,8 @@ fn built_in_guest_runs_on_hardware_kvm() {
         script: "./blockhouse run --disk file=images/overlay.qcow2,format=qcow2,allow=$PWD/golden,readonly=on\n\
                  echo \"run: exit $?\"\n"
             .into(),
+        limit: LIMIT,
+        results: None,
     });
     if !log.text.contains(&chain.digest()) {
         log.fail(format!("the guest did not print the disk's digest, {}", chain.digest()));

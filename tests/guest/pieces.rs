@@ -2,7 +2,7 @@
 //!
 //! `cargo xtask prerequisites` unpacks them below `<target>/cache`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -108,6 +108,44 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs tmp /tmp
 ";
+
+/// Adds the shared libraries that a program of this machine loads, and the loader itself.
+pub(crate) fn add_libraries(program: &Path, archive: &mut Initramfs) {
+    for (path, library) in libraries(program, None) {
+        archive.copy(path, library);
+    }
+}
+
+/// The shared libraries that a program loads, and the loader itself: where each belongs, and
+/// where it is. Those of an unpacked package belong where installing it would put them.
+pub(crate) fn libraries(program: &Path, package: Option<&Path>) -> Vec<(PathBuf, PathBuf)> {
+    let mut ldd = Command::new("ldd");
+    ldd.arg(program);
+    if let Some(package) = package {
+        ldd.env("LD_LIBRARY_PATH", std::env::join_paths(library_directories(package)).unwrap());
+    }
+    // A static program has none, and ldd says so with an error.
+    let listed = run(&mut ldd).text();
+    let files = listed.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from);
+    let installed = |file: &Path| Some(Path::new("/").join(file.strip_prefix(package?).ok()?));
+    files.map(|file| (installed(&file).unwrap_or_else(|| file.clone()), file)).collect()
+}
+
+/// The directories of an unpacked package that hold shared libraries.
+fn library_directories(package: &Path) -> BTreeSet<PathBuf> {
+    let is_library = |file: &&PathBuf| file.file_name().is_some_and(|name| name.to_string_lossy().contains(".so"));
+    files(package).iter().filter(is_library).filter_map(|file| file.parent()).map(Path::to_owned).collect()
+}
+
+/// A program of this machine, which need not be root's to be found, or what would bring it.
+pub(crate) fn installed(name: &str, package: &str) -> Result<PathBuf, String> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .map(|directory| directory.join(name))
+        .find(|file| file.is_file())
+        .ok_or_else(|| format!("no {name}; it comes with the package {package}"))
+}
 
 /// A directory that `cargo xtask prerequisites` makes, or why there is none.
 pub(crate) fn cache(name: &str) -> Result<PathBuf, String> {

@@ -115,6 +115,7 @@ fn guest(cache: &Path) -> Vec<Needed> {
             found: unpack("linux-image-cloud-amd64", Depth::Behind, "linux"),
         },
         Needed { name: "busybox", why, essential: false, found: unpack("busybox-static", Depth::Package, "busybox") },
+        Needed { name: "fio", why, essential: false, found: unpack("fio", Depth::Dependencies, "fio") },
     ];
     if !kvm_boots_linux() {
         // The emulator that gives Linux guests a KVM with hardware semantics.
