@@ -194,10 +194,10 @@ fn rounds(log: &Log) -> Vec<(i32, Round<'_>)> {
     for line in log.text.lines().map(str::trim_end) {
         if let Some((_, code)) = line.strip_prefix("round ").and_then(|rest| rest.split_once(": exit ")) {
             rounds.push((code.parse().unwrap(), Round(Vec::new())));
-        } else if let Some((said, (_, round))) = line.strip_prefix("guest: ").zip(rounds.last_mut()) {
-            if let Some(whole) = said.strip_suffix(" .") {
-                round.0.push(whole.split(' ').collect());
-            }
+        } else if let Some((said, (_, round))) = line.strip_prefix("guest: ").zip(rounds.last_mut())
+            && let Some(whole) = said.strip_suffix(" .")
+        {
+            round.0.push(whole.split(' ').collect());
         }
     }
     rounds
@@ -230,7 +230,7 @@ fn check_rounds(log: &Log) {
         }
         let mut expected: Vec<[String; 3]> = Vec::new();
         for (job, digest) in jobs.iter().rev().take(REMEMBERED) {
-            expected.push([format!("{job}"), "0".into(), format!("{digest}")]);
+            expected.push([job.to_string(), "0".into(), digest.to_string()]);
         }
         verified += expected.len();
         if round.all("verified") != expected {
