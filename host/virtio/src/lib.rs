@@ -1,7 +1,7 @@
 //! The virtio-blk device: it reads requests off a virtqueue and asks a disk to answer them.
 //!
 //! ```text
-//!  transport (virtio-mmio in blockhouse-vmm, vhost-user later)
+//!  transport (virtio-mmio in blockhouse-vmm, vhost-user in blockhouse-vhost)
 //!      │ features, config space          │ a notified queue
 //!      ▼                                 ▼
 //!  ┌─ device ───────────┐        ┌─ queue ──────────────┐   one per virtqueue,
@@ -18,7 +18,8 @@
 //! [`BlockDevice::features`] and [`BlockDevice::read_config`] say, tells it what the driver accepted
 //! ([`BlockDevice::accept_features`]) and writes ([`BlockDevice::write_config`]), sets up a
 //! [`Queue`](virtio_queue::Queue) from what the guest writes, wraps it in a [`BlockQueue`], and
-//! calls [`BlockQueue::process`] when the guest notifies. Everything else is here.
+//! hands it to a [`Worker`] with the eventfd that the guest's notifications arrive on and a
+//! [`Notifier`] for interrupts. Everything else is here.
 //!
 //! # What the guest may do
 //! Everything in guest memory is hostile and may change while it is read. So the header of a request
@@ -37,10 +38,12 @@ mod queue;
 mod ranges;
 mod report;
 mod request;
+mod worker;
 
 #[cfg(test)]
 mod driver;
 
 pub use device::{BlockDevice, BlockDeviceOptions, CacheMode, DEVICE_ID, MAX_QUEUES, QUEUE_SIZE, SERIAL_LEN};
-pub use queue::{BlockQueue, Progress, QueueError};
+pub use queue::{BlockQueue, Position, Progress, QueueError};
 pub use request::{MAX_DESCRIPTORS, Malformed};
+pub use worker::{Notifier, Worker};

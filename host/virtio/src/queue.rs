@@ -33,6 +33,15 @@ pub enum Progress {
     More,
 }
 
+/// How far a queue has come, in ring indexes as section 2.7 has them: free-running, modulo 2^16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position {
+    /// The next entry of the available ring to take.
+    pub next_avail: u16,
+    /// The next entry of the used ring to fill. The same, unless requests are in flight.
+    pub next_used: u16,
+}
+
 /// One queue of a device. It belongs to one worker at a time.
 pub struct BlockQueue {
     device: Arc<BlockDevice>,
@@ -47,6 +56,11 @@ impl BlockQueue {
     pub fn new(device: Arc<BlockDevice>, index: u16, mut queue: Queue, features: u64) -> Self {
         queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
         Self { device, index, queue, features }
+    }
+
+    /// How far the queue has come.
+    pub fn position(&self) -> Position {
+        Position { next_avail: self.queue.next_avail(), next_used: self.queue.next_used() }
     }
 
     /// Serves up to `budget` requests and calls `interrupt` whenever the driver has to be told of a

@@ -53,6 +53,7 @@ mod control;
 mod cpu;
 mod devices;
 mod error;
+mod interrupt;
 pub mod layout;
 mod linux;
 mod machine;
@@ -61,7 +62,6 @@ mod mmio;
 mod power;
 mod serial;
 mod vcpu;
-mod worker;
 
 pub use blockhouse_virtio::CacheMode;
 pub use builtin::{DiskReport, DiskResult};

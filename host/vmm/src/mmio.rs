@@ -13,7 +13,7 @@
 
 use std::sync::Arc;
 
-use blockhouse_virtio::{BlockDevice, BlockQueue, DEVICE_ID, QUEUE_SIZE};
+use blockhouse_virtio::{BlockDevice, BlockQueue, DEVICE_ID, QUEUE_SIZE, Worker};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FAILED,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
@@ -31,8 +31,8 @@ use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::{Error, Result};
+use crate::interrupt::Interrupt;
 use crate::memory::Memory;
-use crate::worker::{Interrupt, Worker};
 
 /// Where a guest notifies: the register behind every queue's ioeventfd.
 pub(crate) const NOTIFY_OFFSET: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
@@ -279,7 +279,8 @@ impl MmioDevice {
             let queue = BlockQueue::new(self.device.clone(), index, queue, self.driver_features);
             let kick = state.kick.try_clone().map_err(Error::host("duplicate an eventfd"))?;
             let name = format!("{}-queue{index}", self.name);
-            let worker = Worker::start(name, queue, self.memory.clone(), kick, self.interrupt.clone())?;
+            let worker = Worker::start(name, queue, self.memory.clone(), kick, self.interrupt.clone())
+                .map_err(Error::host("start a thread for a disk"))?;
             state.worker = Some(worker);
         }
         Ok(())

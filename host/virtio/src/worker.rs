@@ -1,0 +1,255 @@
+//! The thread that serves one queue, for every transport.
+//!
+//! ```text
+//!  guest ──kick──▶ Worker ── BlockQueue ──▶ disk
+//!                    │
+//!                    └─▶ Notifier: used (an interrupt), broken (the device waits for a reset)
+//! ```
+//!
+//! The kick is an eventfd that somebody else may hold as well, and perhaps read or fill: a worker only
+//! waits for it to change, and hears that it has to stop through an eventfd of its own.
+
+use std::io;
+use std::ops::Deref;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+
+use vm_memory::GuestMemory;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::queue::{BlockQueue, Position, Progress};
+
+/// Requests between two looks at the stop flag: one, because whoever stops a queue waits for what is
+/// done in between, and a request can be large.
+const BUDGET: u16 = 1;
+
+/// How a worker reaches the driver. Called from the worker's thread; must not block.
+pub trait Notifier: Send + Sync + 'static {
+    /// There is something in the used ring that the driver wants to hear of.
+    fn used(&self);
+
+    /// The queue can go no further until the device is reset (section 2.1.2): the driver broke it, or
+    /// the worker died. Called once at most.
+    fn broken(&self);
+}
+
+/// A queue being served by a thread of its own. Dropping it stops the thread, as [`stop`](Self::stop) does.
+pub struct Worker {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<Position>>,
+}
+
+struct Shared {
+    stop: AtomicBool,
+    wake: EventFd,
+}
+
+impl Worker {
+    /// Serves `queue`, at once and whenever `kick` (an eventfd) is signalled.
+    ///
+    /// `name` is that of the thread.
+    ///
+    /// # Errors
+    /// If the system has no thread or no file descriptor left, or `kick` cannot be waited for.
+    pub fn start<M>(
+        name: String,
+        mut queue: BlockQueue,
+        memory: M,
+        kick: EventFd,
+        notifier: Arc<dyn Notifier>,
+    ) -> io::Result<Self>
+    where
+        M: Deref<Target: GuestMemory<Bitmap = ()> + Sized> + Send + 'static,
+    {
+        let wake = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+        let epoll = Epoll::new()?;
+        // Edge-triggered: who waits for changes need not read, and so cannot be made to block.
+        for fd in [kick.as_raw_fd(), wake.as_raw_fd()] {
+            epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0))?;
+        }
+        let shared = Arc::new(Shared { stop: AtomicBool::new(false), wake });
+        let thread = {
+            let shared = Arc::clone(&shared);
+            thread::Builder::new().name(name).spawn(move || {
+                let _watch = Watch(notifier.as_ref());
+                shared.serve(&mut queue, &*memory, &epoll, notifier.as_ref());
+                // It is waited for as long as the thread is there.
+                drop(kick);
+                queue.position()
+            })?
+        };
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Stops the thread. When this returns, no request is in flight any more: nothing of this queue
+    /// touches guest memory or the disk.
+    ///
+    /// Returns where the queue stopped, or nothing if the worker died.
+    pub fn stop(mut self) -> Option<Position> {
+        self.join()
+    }
+
+    fn join(&mut self) -> Option<Position> {
+        let thread = self.thread.take()?;
+        self.shared.stop.store(true, Ordering::Release);
+        if let Err(error) = self.shared.wake.write(1) {
+            tracing::error!(%error, "cannot wake the worker of a queue");
+        }
+        let position = thread.join().ok();
+        if position.is_none() {
+            tracing::error!("the worker of a queue panicked");
+        }
+        position
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.join();
+    }
+}
+
+/// Tells the driver if a worker dies, so that it does not wait for an answer for ever.
+struct Watch<'a>(&'a dyn Notifier);
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.broken();
+        }
+    }
+}
+
+impl Shared {
+    fn serve<M>(&self, queue: &mut BlockQueue, memory: &M, epoll: &Epoll, notifier: &dyn Notifier)
+    where
+        M: GuestMemory<Bitmap = ()>,
+    {
+        let mut events = [EpollEvent::default(); 2];
+        loop {
+            if self.stop.load(Ordering::Acquire) {
+                return;
+            }
+            match queue.process(memory, BUDGET, || notifier.used()) {
+                Ok(Progress::More) => {}
+                Ok(Progress::Drained) => match epoll.wait(-1, &mut events) {
+                    Ok(_) => {}
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => {
+                        tracing::error!(%error, "cannot wait for a queue");
+                        notifier.broken();
+                        return;
+                    }
+                },
+                // The device has logged it.
+                Err(_) => {
+                    notifier.broken();
+                    return;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
+
+    use super::*;
+    use crate::device::{BlockDevice, BlockDeviceOptions};
+    use crate::driver::{DATA, Driver, HEADER, MemoryDisk, STATUS, readable, writable};
+
+    #[derive(Debug, PartialEq, Eq)]
+    enum Said {
+        Used,
+        Broken,
+    }
+
+    struct Channel(mpsc::SyncSender<Said>);
+
+    impl Notifier for Channel {
+        fn used(&self) {
+            self.0.send(Said::Used).unwrap();
+        }
+
+        fn broken(&self) {
+            self.0.send(Said::Broken).unwrap();
+        }
+    }
+
+    /// A worker, its kick, and what it says.
+    fn worker(driver: &Driver) -> (Worker, EventFd, mpsc::Receiver<Said>) {
+        let device = BlockDevice::new(Arc::new(MemoryDisk::new(4096)), &BlockDeviceOptions::default());
+        let queue = BlockQueue::new(Arc::new(device), 0, driver.queue(), 0);
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        let (sender, receiver) = mpsc::sync_channel(64);
+        let worker = Worker::start(
+            "queue".into(),
+            queue,
+            Arc::clone(&driver.memory),
+            kick.try_clone().unwrap(),
+            Arc::new(Channel(sender)),
+        );
+        (worker.unwrap(), kick, receiver)
+    }
+
+    fn submit(driver: &mut Driver) {
+        driver.header(VIRTIO_BLK_T_IN, 0);
+        driver.submit(&[readable(HEADER, 16), writable(DATA, 512), writable(STATUS, 1)]);
+    }
+
+    /// Far longer than anything here takes.
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn requests_are_served_at_the_start_and_at_each_kick() {
+        let mut driver = Driver::new();
+        submit(&mut driver);
+        let (worker, kick, said) = worker(&driver);
+        assert_eq!(said.recv_timeout(LIMIT), Ok(Said::Used), "what was there at the start");
+        for _ in 0..20 {
+            submit(&mut driver);
+            kick.write(1).unwrap();
+            assert_eq!(said.recv_timeout(LIMIT), Ok(Said::Used));
+        }
+        assert_eq!(worker.stop(), Some(Position { next_avail: 21, next_used: 21 }));
+        assert_eq!(said.try_iter().count(), 0);
+    }
+
+    /// Others hold the kick: they may read it before the worker does, or leave it signalled for ever. A
+    /// kick that is read away may be lost; the worker is not.
+    #[test]
+    fn a_kick_that_others_read_or_fill_cannot_hold_a_worker() {
+        let mut driver = Driver::new();
+        let (worker, kick, said) = worker(&driver);
+        for _ in 0..100 {
+            kick.write(1).unwrap();
+            let _ = kick.read();
+        }
+        submit(&mut driver);
+        kick.write(u64::MAX - 1).unwrap();
+        assert_eq!(said.recv_timeout(LIMIT), Ok(Said::Used));
+        assert_eq!(worker.stop(), Some(Position { next_avail: 1, next_used: 1 }));
+    }
+
+    #[test]
+    fn a_broken_queue_is_said_once_and_served_no_more() {
+        let mut driver = Driver::new();
+        let (worker, kick, said) = worker(&driver);
+        driver.set_avail_idx(1000);
+        kick.write(1).unwrap();
+        assert_eq!(said.recv_timeout(LIMIT), Ok(Said::Broken));
+        submit(&mut driver);
+        kick.write(1).unwrap();
+        assert_eq!(worker.stop(), Some(Position { next_avail: 0, next_used: 0 }));
+        assert_eq!(said.try_iter().count(), 0);
+    }
+}
