@@ -154,9 +154,9 @@ pub(crate) fn writable(addr: u64, len: u32) -> Desc {
 }
 
 pub(crate) const SIZE: u16 = 16;
-const TABLE: u64 = 0x1000;
+pub(crate) const TABLE: u64 = 0x1000;
 const AVAIL: u64 = 0x2000;
-const USED: u64 = 0x3000;
+pub(crate) const USED: u64 = 0x3000;
 /// Where tests put headers, status bytes and data; memory from here to [`REGION_2`] is free.
 pub(crate) const HEADER: u64 = 0x8000;
 pub(crate) const STATUS: u64 = 0x9000;

@@ -44,6 +44,6 @@ mod worker;
 mod driver;
 
 pub use device::{BlockDevice, BlockDeviceOptions, CacheMode, DEVICE_ID, MAX_QUEUES, QUEUE_SIZE, SERIAL_LEN};
-pub use queue::{BlockQueue, Position, Progress, QueueError};
+pub use queue::{BlockQueue, InFlightRecord, Position, Progress, QueueError};
 pub use request::{MAX_DESCRIPTORS, Malformed};
 pub use worker::{Notifier, Worker};

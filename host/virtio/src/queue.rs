@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, VolatileSlice};
 
 use crate::device::BlockDevice;
 use crate::execute::Status;
 use crate::report::Fault;
-use crate::request::Request;
+use crate::request::{ChainAgain, Request};
 
 /// The driver broke the queue itself: nothing that it holds can be trusted any more.
 ///
@@ -42,12 +43,31 @@ pub struct Position {
     pub next_used: u16,
 }
 
+/// A record of the requests that were taken and are not answered yet, which outlasts this process: who
+/// takes over the queue executes them again.
+///
+/// A request is named by its head, the index of its first descriptor.
+pub trait InFlightRecord: Send {
+    /// A request was taken off the available ring, where they are taken in order. Called before it is
+    /// executed.
+    fn taken(&mut self, head: u16);
+
+    /// A request was executed and is about to be put on the used ring, alone.
+    fn answering(&mut self, head: u16);
+
+    /// It is there: the ring's index is now `used_idx`.
+    fn answered(&mut self, head: u16, used_idx: u16);
+}
+
 /// One queue of a device. It belongs to one worker at a time.
 pub struct BlockQueue {
     device: Arc<BlockDevice>,
     index: u16,
     queue: Queue,
     features: u64,
+    record: Option<Box<dyn InFlightRecord>>,
+    /// Heads of requests that another process took and did not answer, the first one last.
+    again: Vec<u16>,
 }
 
 impl BlockQueue {
@@ -55,7 +75,17 @@ impl BlockQueue {
     /// and is ready; `features` are those that the driver accepted.
     pub fn new(device: Arc<BlockDevice>, index: u16, mut queue: Queue, features: u64) -> Self {
         queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
-        Self { device, index, queue, features }
+        Self { device, index, queue, features, record: None, again: Vec::new() }
+    }
+
+    /// Keeps `record`. It has the requests at the heads `again` already, in the order in which they were
+    /// taken; they are executed first.
+    #[must_use]
+    pub fn recorded(mut self, record: Box<dyn InFlightRecord>, mut again: Vec<u16>) -> Self {
+        again.reverse();
+        self.record = Some(record);
+        self.again = again;
+        self
     }
 
     /// How far the queue has come.
@@ -94,6 +124,13 @@ impl BlockQueue {
     {
         self.queue.disable_notification(memory)?;
         for _ in 0..budget {
+            if let Some(head) = self.again.pop() {
+                let table = GuestAddress(self.queue.desc_table());
+                let chain = ChainAgain::new(memory, table, self.queue.size(), head);
+                let written = self.answer(chain, memory);
+                self.give_back(memory, head, written, interrupt)?;
+                continue;
+            }
             let Some(chain) = self.queue.iter(memory)?.next() else {
                 // A request may slip in between the last look and the switching on; then this
                 // returns true and the loop goes on.
@@ -104,18 +141,42 @@ impl BlockQueue {
                 continue;
             };
             let head = chain.head_index();
-            let written = self.answer(chain, memory);
-            self.queue.add_used(memory, head, written)?;
-            if self.driver_wants_interrupt(memory)? {
-                interrupt();
+            if let Some(record) = &mut self.record {
+                record.taken(head);
             }
+            let written = self.answer(chain, memory);
+            self.give_back(memory, head, written, interrupt)?;
         }
         Ok(Progress::More)
     }
 
+    /// Puts a request on the used ring.
+    fn give_back<M>(
+        &mut self,
+        memory: &M,
+        head: u16,
+        written: u32,
+        interrupt: &mut dyn FnMut(),
+    ) -> Result<(), virtio_queue::Error>
+    where
+        M: GuestMemory<Bitmap = ()>,
+    {
+        if let Some(record) = &mut self.record {
+            record.answering(head);
+        }
+        self.queue.add_used(memory, head, written)?;
+        if let Some(record) = &mut self.record {
+            record.answered(head, self.queue.next_used());
+        }
+        if self.driver_wants_interrupt(memory)? {
+            interrupt();
+        }
+        Ok(())
+    }
+
     /// Executes one chain and writes its status. Returns the length for the used ring: the bytes
     /// from the start of the writable part that were certainly written (section 2.7.8.2).
-    fn answer<M>(&self, chain: DescriptorChain<&M>, memory: &M) -> u32
+    fn answer<M>(&self, chain: impl Iterator<Item = Descriptor>, memory: &M) -> u32
     where
         M: GuestMemory<Bitmap = ()>,
     {

@@ -14,12 +14,14 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
     VIRTIO_BLK_T_WRITE_ZEROES,
 };
-use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Bytes, GuestMemory, Permissions, VolatileSlice};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
 /// The most descriptors that one request may have, whether in the queue's table or an indirect one.
 pub const MAX_DESCRIPTORS: u16 = 256;
+
+/// Bytes of a descriptor in a table (section 2.7.5).
+const DESCRIPTOR_LEN: u32 = 16;
 
 /// Bytes of `type`, `reserved` and `sector`.
 const HEADER_LEN: usize = 16;
@@ -88,7 +90,7 @@ pub(crate) struct Rejected<'m> {
 impl<'m> Request<'m> {
     /// Reads `chain`. Each descriptor and each byte of the header is read once, so a guest that
     /// changes them meanwhile changes nothing.
-    pub(crate) fn parse<M>(chain: DescriptorChain<&'m M>, memory: &'m M) -> Result<Self, Rejected<'m>>
+    pub(crate) fn parse<M>(chain: impl Iterator<Item = Descriptor>, memory: &'m M) -> Result<Self, Rejected<'m>>
     where
         M: GuestMemory<Bitmap = ()>,
     {
@@ -106,6 +108,64 @@ impl<'m> Request<'m> {
             return Err(Rejected { reason: Malformed::Unending, status: None });
         }
         parts.finish()
+    }
+}
+
+/// The descriptors of a chain that starts at a known head. virtio-queue gives out chains only for heads
+/// that it takes off the available ring itself.
+pub(crate) struct ChainAgain<'m, M> {
+    memory: &'m M,
+    table: GuestAddress,
+    /// Descriptors in the table.
+    len: u32,
+    next: Option<u32>,
+    /// How many may follow: a chain visits each at most once.
+    left: u32,
+    indirect: bool,
+}
+
+impl<'m, M> ChainAgain<'m, M>
+where
+    M: GuestMemory<Bitmap = ()>,
+{
+    /// The chain from `head` on in a queue of `size` descriptors at `table`.
+    pub(crate) fn new(memory: &'m M, table: GuestAddress, size: u16, head: u16) -> Self {
+        Self { memory, table, len: size.into(), next: Some(head.into()), left: size.into(), indirect: false }
+    }
+
+    fn read(&mut self) -> Option<Descriptor> {
+        let index = self.next.take().filter(|index| *index < self.len)?;
+        self.left = self.left.checked_sub(1)?;
+        let at = self.table.checked_add(u64::from(index).checked_mul(DESCRIPTOR_LEN.into())?)?;
+        let descriptor: Descriptor = self.memory.read_obj(at).ok()?;
+        self.next = descriptor.has_next().then(|| descriptor.next().into());
+        Some(descriptor)
+    }
+}
+
+impl<M> Iterator for ChainAgain<'_, M>
+where
+    M: GuestMemory<Bitmap = ()>,
+{
+    type Item = Descriptor;
+
+    /// Ends early, after a descriptor that is not the last, where a chain makes no sense.
+    fn next(&mut self) -> Option<Descriptor> {
+        let descriptor = self.read()?;
+        if !descriptor.refers_to_indirect_table() {
+            return Some(descriptor);
+        }
+        // An indirect table is the rest of the chain, and holds no other (section 2.7.5.3).
+        if self.indirect || descriptor.len() % DESCRIPTOR_LEN != 0 {
+            self.next = None;
+            return None;
+        }
+        self.indirect = true;
+        self.table = descriptor.addr();
+        self.len = descriptor.len() / DESCRIPTOR_LEN;
+        self.left = self.len;
+        self.next = Some(0);
+        self.read().filter(|descriptor| !descriptor.refers_to_indirect_table())
     }
 }
 

@@ -9,11 +9,13 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
+use vm_memory::GuestMemoryMmap;
+
 use super::*;
 use crate::device::{BlockDeviceOptions, CacheMode};
 use crate::driver::{
-    Call, DATA, Desc, Driver, END, HEADER, INDIRECT, MemoryDisk, NEXT, REGION_2, SIZE, STATUS, WRITE, readable,
-    writable,
+    Call, DATA, Desc, Driver, END, HEADER, INDIRECT, MemoryDisk, NEXT, REGION_2, SIZE, STATUS, TABLE, USED, WRITE,
+    readable, writable,
 };
 use crate::request::{MAX_DESCRIPTORS, Malformed};
 
@@ -722,4 +724,115 @@ fn without_a_way_to_flush_the_cache_stays_off() {
     let mut rig = Rig::with(MemoryDisk::new(64 * 512), DISCARD | ZEROES | WCE);
     rig.device.write_config(32, &[1]);
     assert_eq!(flushes(&mut rig), [1; 3]);
+}
+
+/// What a record was told, with the index of the used ring at that time.
+#[derive(Clone, Default)]
+struct Told(Arc<Mutex<Vec<(&'static str, u16)>>>);
+
+struct Recorder(Told, Arc<GuestMemoryMmap>);
+
+impl Recorder {
+    fn tell(&self, what: &'static str) {
+        let used_idx: u16 = self.1.load(GuestAddress(USED + 2), Ordering::Acquire).unwrap();
+        self.0.0.lock().unwrap().push((what, used_idx));
+    }
+}
+
+impl InFlightRecord for Recorder {
+    fn taken(&mut self, head: u16) {
+        self.tell(if head == 0 { "taken 0" } else { "taken other" });
+    }
+
+    fn answering(&mut self, head: u16) {
+        self.tell(if head == 0 { "answering 0" } else { "answering other" });
+    }
+
+    fn answered(&mut self, head: u16, used_idx: u16) {
+        self.tell(if head == 0 { "answered 0" } else { "answered other" });
+        assert_eq!(self.0.0.lock().unwrap().last().unwrap().1, used_idx);
+    }
+}
+
+impl Rig {
+    fn recorded(mut self, again: Vec<u16>) -> (Self, Told) {
+        let told = Told::default();
+        let recorder = Recorder(told.clone(), self.driver.memory.clone());
+        self.queue = self.queue.recorded(Box::new(recorder), again);
+        (self, told)
+    }
+}
+
+#[test]
+fn a_record_hears_of_each_request_before_and_after() {
+    let (mut rig, told) = Rig::new().recorded(Vec::new());
+    rig.driver.header(VIRTIO_BLK_T_IN, 0);
+    rig.run(&[readable(HEADER, 16), writable(DATA, 512), writable(STATUS, 1)]);
+    // What makes no sense is answered as well.
+    rig.run(&[writable(STATUS, 1)]);
+    let once = |at| [("taken 0", at), ("answering 0", at), ("answered 0", at + 1)];
+    assert_eq!(*told.0.lock().unwrap(), [once(0), once(1)].concat());
+}
+
+/// Requests that nobody answered are executed again, first, and in their order.
+#[test]
+fn requests_in_flight_are_executed_again() {
+    let (mut rig, told) = Rig::new().recorded(vec![8, 4]);
+    for (head, byte) in [(4, b'b'), (8, b'a'), (0, b'c')] {
+        let at = u64::from(head);
+        rig.driver.header(VIRTIO_BLK_T_OUT, 0);
+        let header = rig.driver.get(HEADER, 16);
+        rig.driver.put(HEADER + 16 * at, &header);
+        rig.driver.put(DATA + 512 * at, &[byte; 512]);
+        let chain = [readable(HEADER + 16 * at, 16), readable(DATA + 512 * at, 512), writable(STATUS + at, 1)];
+        rig.driver.chain_in(TABLE, head, &chain);
+    }
+    rig.driver.offer(0);
+    rig.process();
+    assert_eq!([(); 3].map(|()| rig.driver.used().unwrap().0), [8, 4, 0]);
+    assert_eq!(rig.disk.content(0, 512), [b'c'; 512]);
+    let told = told.0.lock().unwrap();
+    let told: Vec<&str> = told.iter().map(|(what, _)| *what).collect();
+    let other = ["answering other", "answered other"];
+    assert_eq!(told, [&other[..], &other, &["taken 0", "answering 0", "answered 0"]].concat());
+    assert_eq!(rig.queue.position(), Position { next_avail: 1, next_used: 3 });
+}
+
+#[test]
+fn a_request_that_is_executed_again_may_be_in_an_indirect_table() {
+    let (mut rig, _) = Rig::new().recorded(vec![2]);
+    rig.driver.header(VIRTIO_BLK_T_IN, 1);
+    rig.driver.chain_in(DATA, 0, &[readable(HEADER, 16), writable(DATA + 512, 512), writable(STATUS, 1)]);
+    rig.driver.table(TABLE, 2, &[Desc { addr: DATA, len: 48, flags: INDIRECT, next: 0 }]);
+    rig.process();
+    assert_eq!(rig.driver.used(), Some((2, 513)));
+    assert_eq!(rig.driver.get(DATA + 512, 512), rig.disk.content(512, 512));
+}
+
+#[test]
+fn chains_that_make_no_sense_are_refused_the_second_time_too() {
+    let table = |addr, len| Desc { addr, len, flags: INDIRECT, next: 0 };
+    let loops = Desc { addr: HEADER, len: 16, flags: NEXT, next: 0 };
+    for (descriptors, inner, reason) in [
+        (vec![loops], vec![], Malformed::Unending),
+        (vec![Desc { next: SIZE, ..loops }], vec![], Malformed::Unending),
+        (vec![table(DATA, 20)], vec![], Malformed::Unending),
+        (vec![table(DATA, 0)], vec![], Malformed::Unending),
+        (vec![table(END, 16)], vec![], Malformed::Unending),
+        (vec![table(u64::MAX - 15, 32)], vec![], Malformed::Unending),
+        (vec![table(DATA, 16)], vec![table(DATA, 16)], Malformed::Unending),
+        (vec![table(DATA, 16)], vec![loops], Malformed::Unending),
+        (vec![readable(HEADER, 16)], vec![], Malformed::NoStatus),
+    ] {
+        let (mut rig, _) = Rig::new().recorded(vec![0]);
+        rig.driver.raw(&descriptors);
+        rig.driver.table(DATA, 0, &inner);
+        rig.process();
+        assert_eq!(rig.driver.used(), Some((0, 0)));
+        assert_eq!(rig.malformed(reason), 1, "{:?}", descriptors.first().map(|d| (d.addr, d.len, d.flags)));
+    }
+    // The head itself is outside of the table.
+    let (mut rig, _) = Rig::new().recorded(vec![SIZE]);
+    assert!(rig.process_some(100).is_err());
+    assert_eq!(rig.malformed(Malformed::Unending), 1);
 }
