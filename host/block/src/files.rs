@@ -15,6 +15,18 @@ pub const MAX_FILES: usize = 4096;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct FileId(u16);
 
+impl FileId {
+    /// The number, below [`MAX_FILES`].
+    pub(crate) fn bits(self) -> u16 {
+        self.0
+    }
+
+    /// The id with this number. One that was not given out names no file.
+    pub(crate) fn from_bits(bits: u16) -> Self {
+        Self(bits)
+    }
+}
+
 /// The table is full.
 #[derive(Debug)]
 pub(crate) struct TableFull;

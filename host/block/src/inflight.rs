@@ -11,11 +11,13 @@
 //! Reads and overwrites in place share a range. Whoever changes where bytes live (an allocating write,
 //! zeroes, a discard) has it alone. So when space is unmapped no request is on its way to it any more,
 //! and none can find it afterwards. Ranges whose slots are the same by chance wait for each other, which is
-//! slow at worst. Slots are taken in ascending order and no thread takes two holds, so that nobody waits
-//! in a circle.
+//! slow at worst. Slots are taken in ascending order, and no thread waits for a hold while it has another
+//! one, so that nobody waits in a circle: the holds of requests that go on in the kernel are taken only
+//! where they can be had without waiting, by a thread that ends them without waiting.
 
 use std::ops::Range;
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Locks of one disk.
 const SLOTS: usize = 256;
@@ -23,12 +25,104 @@ const SLOTS: usize = 256;
 /// The smallest unit that is locked: 64 KiB.
 const MIN_SHIFT: u32 = 16;
 
-/// Slots of a hold that need no allocation: a request of 128 KiB covers at most three granules.
-const NEAR: usize = 4;
+// The bits of a slot's state. The rest counts those who share it.
+const ALONE: u32 = 1 << 31;
+/// Somebody sleeps, or is about to: whoever lets go wakes, and who comes goes the slow way.
+const WAITED_FOR: u32 = 1 << 30;
 
+/// A readers-writer lock whose holds are not tied to a thread or a borrow, so that a request which goes on
+/// in the kernel can keep one. Who waits to be alone goes before those who come later to share.
 #[derive(Debug, Default)]
 #[repr(align(64))]
-struct Slot(RwLock<()>);
+struct Slot {
+    state: AtomicU32,
+    waiting: Mutex<Waiting>,
+    released: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    /// Who wants to be alone.
+    alone: u32,
+    all: u32,
+}
+
+impl Slot {
+    /// Shares the slot if that is possible without waiting.
+    fn try_share(&self) -> bool {
+        let share = |state: u32| (state & (ALONE | WAITED_FOR) == 0).then(|| state.wrapping_add(1));
+        self.state.fetch_update(Ordering::Acquire, Ordering::Relaxed, share).is_ok()
+    }
+
+    fn share(&self) {
+        if self.try_share() {
+            return;
+        }
+        let mut waiting = self.wait_for();
+        while waiting.alone > 0 || self.state.load(Ordering::Acquire) & ALONE != 0 {
+            waiting = self.sleep(waiting);
+        }
+        self.state.fetch_add(1, Ordering::Acquire);
+        self.waited(waiting);
+    }
+
+    fn take(&self) {
+        if self.state.compare_exchange(0, ALONE, Ordering::Acquire, Ordering::Relaxed).is_ok() {
+            return;
+        }
+        let mut waiting = self.wait_for();
+        waiting.alone += 1;
+        while self.state.load(Ordering::Acquire) & !WAITED_FOR != 0 {
+            waiting = self.sleep(waiting);
+        }
+        self.state.fetch_or(ALONE, Ordering::Acquire);
+        waiting.alone -= 1;
+        self.waited(waiting);
+    }
+
+    fn let_go(&self) {
+        let before = self.state.fetch_sub(1, Ordering::Release);
+        debug_assert!(before & !(ALONE | WAITED_FOR) > 0, "a hold ended twice");
+        self.wake(before);
+    }
+
+    fn let_go_alone(&self) {
+        self.wake(self.state.fetch_and(!ALONE, Ordering::Release));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_for(&self) -> MutexGuard<'_, Waiting> {
+        let mut waiting = self.lock();
+        waiting.all += 1;
+        self.state.fetch_or(WAITED_FOR, Ordering::AcqRel);
+        waiting
+    }
+
+    fn sleep<'s>(&self, waiting: MutexGuard<'s, Waiting>) -> MutexGuard<'s, Waiting> {
+        self.released.wait(waiting).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn waited(&self, mut waiting: MutexGuard<'_, Waiting>) {
+        waiting.all -= 1;
+        if waiting.all == 0 {
+            self.state.fetch_and(!WAITED_FOR, Ordering::AcqRel);
+        } else {
+            // Others may share what was just shared.
+            self.released.notify_all();
+        }
+    }
+
+    fn wake(&self, before: u32) {
+        if before & WAITED_FOR != 0 {
+            // Under the lock: who has looked at the state and is about to sleep does sleep by now.
+            let _waiting = self.lock();
+            self.released.notify_all();
+        }
+    }
+}
 
 /// The table of one disk.
 #[derive(Debug)]
@@ -38,16 +132,42 @@ pub(crate) struct InFlight {
 }
 
 /// A range that is read, or overwritten in place. Ends when dropped.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Shared<'t> {
-    _near: [Option<RwLockReadGuard<'t, ()>>; NEAR],
-    _far: Vec<RwLockReadGuard<'t, ()>>,
+    table: &'t InFlight,
+    range: Range<u64>,
 }
 
 /// A range whose mapping may change. Ends when dropped.
 #[derive(Debug)]
 pub(crate) struct Exclusive<'t> {
-    _slots: Vec<RwLockWriteGuard<'t, ()>>,
+    table: &'t InFlight,
+    range: Range<u64>,
+}
+
+/// A shared range that outlives the call which took it. Must be given to [`InFlight::end`].
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Kept(Range<u64>);
+
+impl Shared<'_> {
+    pub(crate) fn keep(self) -> Kept {
+        let range = self.range.clone();
+        std::mem::forget(self);
+        Kept(range)
+    }
+}
+
+impl Drop for Shared<'_> {
+    fn drop(&mut self) {
+        self.table.slots(&self.range).for_each(Slot::let_go);
+    }
+}
+
+impl Drop for Exclusive<'_> {
+    fn drop(&mut self) {
+        self.table.slots(&self.range).for_each(Slot::let_go_alone);
+    }
 }
 
 impl InFlight {
@@ -59,15 +179,32 @@ impl InFlight {
 
     /// Waits until nobody has a part of `start..end` alone.
     pub(crate) fn shared(&self, start: u64, end: u64) -> Shared<'_> {
-        let mut slots = self.slots(start, end).map(|slot| slot.0.read().unwrap_or_else(PoisonError::into_inner));
-        let near = std::array::from_fn(|_| slots.next());
-        Shared { _near: near, _far: slots.collect() }
+        let range = start..end;
+        self.slots(&range).for_each(Slot::share);
+        Shared { table: self, range }
+    }
+
+    /// As [`shared`](Self::shared), or `None` where that would have to wait.
+    pub(crate) fn try_shared(&self, start: u64, end: u64) -> Option<Shared<'_>> {
+        let range = start..end;
+        let shared = self.slots(&range).take_while(|slot| slot.try_share()).count();
+        if shared < self.slots(&range).count() {
+            self.slots(&range).take(shared).for_each(Slot::let_go);
+            return None;
+        }
+        Some(Shared { table: self, range })
+    }
+
+    /// Ends a hold that was kept.
+    pub(crate) fn end(&self, kept: Kept) {
+        drop(Shared { table: self, range: kept.0 });
     }
 
     /// Waits until nobody has any of the clusters that `start..end` touches.
     pub(crate) fn exclusive(&self, start: u64, end: u64) -> Exclusive<'_> {
-        let slots = self.slots(start, end).map(|slot| slot.0.write().unwrap_or_else(PoisonError::into_inner));
-        Exclusive { _slots: slots.collect() }
+        let range = start..end;
+        self.slots(&range).for_each(Slot::take);
+        Exclusive { table: self, range }
     }
 
     /// Waits until no request is in flight.
@@ -76,8 +213,8 @@ impl InFlight {
     }
 
     /// The slots of a range, each once, in ascending order.
-    fn slots(&self, start: u64, end: u64) -> impl Iterator<Item = &Slot> {
-        let (low, high) = self.indices(start, end);
+    fn slots(&self, range: &Range<u64>) -> impl Iterator<Item = &Slot> {
+        let (low, high) = self.indices(range.start, range.end);
         low.chain(high).filter_map(|index| self.slots.get(index))
     }
 
@@ -103,6 +240,65 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+
+    /// Eight threads on four slots: nobody is alone with anybody, everybody comes through.
+    #[test]
+    fn holds_exclude_each_other_under_load() {
+        use std::sync::atomic::AtomicI32;
+        let table = InFlight::new(1 << 16);
+        let users: [AtomicI32; 4] = Default::default();
+        thread::scope(|scope| {
+            for thread in 0..8u64 {
+                let (table, users) = (&table, &users);
+                scope.spawn(move || {
+                    for step in 0..20_000u64 {
+                        let from = (thread * 7 + step * 5) % 4;
+                        let to = (from + 1 + step % 2).min(4);
+                        let (start, end) = (from << 16, to << 16);
+                        let mine = &users[usize::try_from(from).unwrap()..usize::try_from(to).unwrap()];
+                        if (step + thread) % 3 == 0 {
+                            let hold = table.exclusive(start, end);
+                            for user in mine {
+                                assert_eq!(user.swap(-1, Ordering::SeqCst), 0, "somebody else was there");
+                            }
+                            mine.iter().for_each(|user| user.store(0, Ordering::SeqCst));
+                            drop(hold);
+                            continue;
+                        }
+                        let hold = match table.try_shared(start, end) {
+                            Some(hold) if step % 2 == 0 => {
+                                let kept = hold.keep();
+                                table.end(kept);
+                                continue;
+                            }
+                            Some(hold) => hold,
+                            None => table.shared(start, end),
+                        };
+                        for user in mine {
+                            assert!(user.fetch_add(1, Ordering::SeqCst) >= 0, "somebody was alone");
+                        }
+                        for user in mine {
+                            assert!(user.fetch_sub(1, Ordering::SeqCst) > 0);
+                        }
+                        drop(hold);
+                    }
+                });
+            }
+        });
+        assert!(table.slots.iter().all(|slot| slot.state.load(Ordering::SeqCst) == 0));
+    }
+
+    #[test]
+    fn a_hold_that_would_wait_is_not_had_and_leaves_nothing() {
+        let table = InFlight::new(1 << 16);
+        let alone = table.exclusive(2 << 16, 3 << 16);
+        assert!(table.try_shared(0, 3 << 16).is_none());
+        drop(alone);
+        drop(table.exclusive(0, u64::MAX));
+        let kept = table.try_shared(0, 3 << 16).unwrap().keep();
+        table.end(kept);
+        drop(table.exclusive(0, u64::MAX));
+    }
 
     fn covered(table: &InFlight, start: u64, end: u64) -> Vec<usize> {
         let (low, high) = table.indices(start, end);

@@ -2,46 +2,60 @@
 //!
 //! ```text
 //!   offset >> shift
-//!        │      ┌───────────┬───────────┬─────     one lock for each stripe of the disk,
-//!        └────▶ │ stripe 0  │ stripe 1  │ …        at most MAX_STRIPES stripes
+//!        │      ┌───────────┬───────────┬─────     stripes: the range of about a thousand clusters each
+//!        └────▶ │ stripe 0  │ stripe 1  │ …
 //!               └────┬──────┴───────────┴─────
-//!                    ▼ sorted, non-overlapping, each inside its stripe
-//!               [ extent ]   [ extent ][ extent ]       gaps: not known
+//!                    ▼ a table that never changes: whoever changes the stripe puts another one in its place
+//!               starts   [ 0      ][ 128    ][ 512 …        sorted, in sectors from the start of the stripe
+//!               entries  [ extent ][ extent ][ extent …     non-overlapping; gaps: not known
 //! ```
 //!
-//! A look-up takes one shared lock and searches one ordered tree; the cost depends on neither the size
-//! of the disk nor the depth of the chain. Eviction is second-chance: one hand goes around the disk and
-//! drops the extents that no look-up has met since it last came by.
+//! A look-up takes no lock and writes to no memory that other threads read: it loads the table of its
+//! stripe and searches in a thousand numbers that lie together. The cost depends on neither the size of
+//! the disk nor the depth of the chain. Eviction is second-chance, a table at a time: one hand goes around
+//! the disk and drops the tables that no look-up has met since it last came by.
+//!
+//! An extent takes 20 bytes, so positions are kept in sectors. What does not begin and end between
+//! sectors, which no image of a known format has, is remembered as far as it does.
 
-use std::collections::BTreeMap;
 use std::mem;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::flat::Flat;
+use arc_swap::ArcSwapOption;
 
-/// What an extent in the map costs. A B-tree that is filled in order keeps its nodes half full.
-pub const EXTENT_BYTES: usize = 2 * (mem::size_of::<u64>() + mem::size_of::<Entry>());
+use crate::backend::SECTOR_SIZE;
+use crate::chain::MAX_CHAIN_DEPTH;
+use crate::files::{FileId, MAX_FILES};
+use crate::flat::{Flat, Target};
 
-/// The smallest stripe: 64 MiB, the range of a question to a layer.
-const MIN_STRIPE_SHIFT: u32 = 26;
+/// What an extent in the map costs, with its part of the table that holds it.
+pub const EXTENT_BYTES: usize = 24;
 
-/// The most stripes. Larger disks get larger stripes.
-const MAX_STRIPES: u64 = 4096;
+/// Extents that the clusters of a stripe can be divided into, if no cluster is divided.
+const STRIPE_CLUSTERS_SHIFT: u32 = 10;
 
-#[derive(Debug)]
-struct Entry {
-    flat: Flat,
-    /// Whether a look-up met it since the hand came by.
-    used: AtomicBool,
-}
+/// The smallest stripe: 1 MiB.
+const MIN_STRIPE_SHIFT: u32 = 20;
 
-#[derive(Debug, Default)]
-struct Stripe {
-    extents: RwLock<BTreeMap<u64, Entry>>,
-    hits: AtomicU64,
-    misses: AtomicU64,
-}
+/// The most stripes, which take 24 bytes each. Larger disks get larger stripes.
+const MAX_STRIPES: u64 = 1 << 17;
+
+/// The most stripes of a disk whose top layer has no clusters: its extents are large.
+const MAX_STRIPES_WITHOUT_CLUSTERS: u64 = 1 << 10;
+
+/// The largest stripe, 2 TiB: its sectors are counted in 32 bits. What is beyond `MAX_STRIPES` of these
+/// (2^58 bytes) is not remembered.
+const MAX_STRIPE_SHIFT: u32 = 41;
+
+/// The most extents of one table, which bounds what a change costs.
+const MAX_TABLE_EXTENTS: usize = 16 << 10;
+
+/// The most stripes that one answer is remembered in.
+const MAX_STRIPES_OF_AN_ANSWER: usize = 1 << 10;
+
+/// Parts of the counters, so that threads which look up at the same time do not write to the same memory.
+const COUNTERS: usize = 16;
 
 /// What the map did so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -62,69 +76,134 @@ pub struct MapStats {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Generation(u64);
 
-/// Position of the hand: a stripe and an offset.
 #[derive(Debug, Default)]
-struct Hand {
-    stripe: usize,
-    offset: u64,
+struct Stripe {
+    table: ArcSwapOption<Table>,
+    /// The generation that its last invalidation began.
+    invalidated: AtomicU64,
+    changing: Mutex<()>,
+}
+
+/// The extents of a stripe.
+#[derive(Debug)]
+struct Table {
+    /// Where each begins, in sectors from the start of the stripe.
+    starts: Box<[u32]>,
+    entries: Box<[Entry]>,
+    /// What entries of packed units point to.
+    units: Box<[Unit]>,
+    /// Whether a look-up met it since the hand came by.
+    used: AtomicBool,
+}
+
+/// An extent without its start.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, packed(4))]
+struct Entry {
+    /// Offset in a file, or the place in `units`.
+    value: u64,
+    /// In sectors.
+    length: u32,
+    /// Kind, file or nothing, layer: see the constants.
+    what: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Unit {
+    token: u64,
+    skip: u32,
+    unit: u32,
+}
+
+// The bits of `Entry::what`.
+const KIND_SHIFT: u32 = 30;
+const OVERWRITE: u32 = 1 << 29;
+const FILE_SHIFT: u32 = 16;
+const FILE_MASK: u32 = 0xfff;
+const DEPTH_MASK: u32 = 0xffff;
+const DATA: u32 = 0;
+const ZERO: u32 = 1;
+const UNALLOCATED: u32 = 2;
+const PACKED: u32 = 3;
+
+const _: () = assert!(MAX_FILES <= FILE_MASK as usize + 1 && MAX_CHAIN_DEPTH <= DEPTH_MASK as usize);
+const _: () = assert!(mem::size_of::<Entry>() + mem::size_of::<u32>() < EXTENT_BYTES);
+
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Counter {
+    hits: AtomicU64,
+    misses: AtomicU64,
 }
 
 #[derive(Debug)]
 pub(crate) struct ExtentMap {
     stripes: Box<[Stripe]>,
     shift: u32,
-    count: AtomicUsize,
+    extents: AtomicUsize,
     max_extents: usize,
-    hand: Mutex<Hand>,
+    /// The stripe that the hand of the eviction points to.
+    hand: Mutex<usize>,
     evictions: AtomicU64,
+    /// Counts invalidations.
     generation: AtomicU64,
+    counters: [Counter; COUNTERS],
 }
 
 impl ExtentMap {
-    /// A map for a disk of `capacity` bytes that uses about `budget` bytes of memory, and room for at
-    /// least one extent.
-    pub(crate) fn new(capacity: u64, budget: usize) -> Self {
-        let mut shift = MIN_STRIPE_SHIFT;
-        while capacity.div_ceil(1 << shift) > MAX_STRIPES {
+    /// A map for a disk of `capacity` bytes in clusters of `cluster_size` (0: none) that uses about
+    /// `budget` bytes of memory. With a budget of less than one extent it remembers nothing.
+    pub(crate) fn new(capacity: u64, cluster_size: u32, budget: usize) -> Self {
+        let (mut shift, most) = match cluster_size.checked_ilog2() {
+            Some(cluster) => (cluster + STRIPE_CLUSTERS_SHIFT, MAX_STRIPES),
+            None => (MIN_STRIPE_SHIFT, MAX_STRIPES_WITHOUT_CLUSTERS),
+        };
+        shift = shift.clamp(MIN_STRIPE_SHIFT, MAX_STRIPE_SHIFT);
+        while shift < MAX_STRIPE_SHIFT && capacity.div_ceil(1 << shift) > most {
             shift += 1;
         }
-        let stripes = (0..capacity.div_ceil(1 << shift)).map(|_| Stripe::default()).collect();
+        let stripes = (0..capacity.div_ceil(1 << shift).min(MAX_STRIPES)).map(|_| Stripe::default()).collect();
         Self {
             stripes,
             shift,
-            count: AtomicUsize::new(0),
-            max_extents: (budget / EXTENT_BYTES).max(1),
+            extents: AtomicUsize::new(0),
+            max_extents: budget / EXTENT_BYTES,
             hand: Mutex::default(),
             evictions: AtomicU64::new(0),
             generation: AtomicU64::new(0),
+            counters: Default::default(),
         }
     }
 
-    /// Which part of the disk shares a lock with `offset`.
+    /// Which stripe `offset` is in. May be past the last one.
     pub(crate) fn stripe_of(&self, offset: u64) -> usize {
         usize::try_from(offset >> self.shift).unwrap_or(usize::MAX)
     }
 
-    /// The end of a stripe in bytes.
-    fn stripe_end(&self, stripe: usize) -> u64 {
-        u64::try_from(stripe).unwrap_or(u64::MAX).saturating_add(1).saturating_mul(1 << self.shift)
+    /// Where a stripe starts, in bytes.
+    fn stripe_start(&self, stripe: usize) -> u64 {
+        u64::try_from(stripe).unwrap_or(u64::MAX).saturating_mul(1 << self.shift)
     }
 
     /// What is known from `offset` on: an extent that starts there.
     pub(crate) fn lookup(&self, offset: u64) -> Option<Flat> {
-        let stripe = self.stripes.get(self.stripe_of(offset))?;
-        let extents = stripe.extents.read().unwrap_or_else(PoisonError::into_inner);
-        let found = extents.range(..=offset).next_back().filter(|(_, entry)| offset < entry.flat.end());
-        let Some((_, entry)) = found else {
-            stripe.misses.fetch_add(1, Ordering::Relaxed);
-            return None;
-        };
-        stripe.hits.fetch_add(1, Ordering::Relaxed);
-        // A load first: a store would take the cache line from the other readers every time.
-        if !entry.used.load(Ordering::Relaxed) {
-            entry.used.store(true, Ordering::Relaxed);
+        let index = self.stripe_of(offset);
+        let stripe = self.stripes.get(index)?;
+        let table = stripe.table.load();
+        let found = table.as_ref().and_then(|table| {
+            let base = self.stripe_start(index);
+            let flat = table.find(base, offset)?;
+            // A load first: a store would take the cache line from the other readers every time.
+            if !table.used.load(Ordering::Relaxed) {
+                table.used.store(true, Ordering::Relaxed);
+            }
+            Some(flat)
+        });
+        if let Some(counter) = self.counters.get(counter_of_thread()) {
+            let counter = if found.is_some() { &counter.hits } else { &counter.misses };
+            counter.fetch_add(1, Ordering::Relaxed);
         }
-        Some(entry.flat.tail(offset))
+        found
     }
 
     /// To be taken *before* layers are asked for what is inserted afterwards.
@@ -133,146 +212,285 @@ impl ExtentMap {
     }
 
     /// Remembers extents, which replace what was known of their ranges. At most half of the budget is
-    /// taken, from the first extent on. Does nothing if a range was invalidated since `since`: the
-    /// answers may be older than that.
+    /// taken, from the first extent on. Does nothing for stripes of which a range was invalidated since
+    /// `since`: the answers may be older than that.
     pub(crate) fn insert(&self, flats: &[Flat], since: Generation) {
-        let mut room = self.max_extents.div_ceil(2);
-        'flats: for flat in flats {
-            let mut rest = *flat;
-            while rest.length > 0 {
-                if room == 0 {
-                    break 'flats;
+        let mut room = self.max_extents.div_ceil(2).min(self.max_extents);
+        let mut stripes = MAX_STRIPES_OF_AN_ANSWER;
+        let mut flats = flats.iter().filter_map(whole_sectors);
+        let mut next = flats.next();
+        // One run after the other: extents that follow each other, inside of one stripe.
+        while let Some(first) = next.take().or_else(|| flats.next()) {
+            let index = self.stripe_of(first.start);
+            let end = self.stripe_start(index.saturating_add(1));
+            let Some(stripe) = self.stripes.get(index).filter(|_| stripes > 0 && room > 0) else { break };
+            stripes -= 1;
+            let mut run = Vec::new();
+            let mut flat = first;
+            loop {
+                room = room.saturating_sub(1);
+                let inside = flat.head(end);
+                let position = inside.end();
+                run.push(inside);
+                if flat.end() > position {
+                    next = Some(flat.tail(position));
+                    break;
                 }
-                room -= 1;
-                let index = self.stripe_of(rest.start);
-                let cut = self.stripe_end(index).min(rest.end());
-                let Some(stripe) = self.stripes.get(index) else { break 'flats };
-                let mut extents = stripe.extents.write().unwrap_or_else(PoisonError::into_inner);
-                // Under the lock: an invalidation that comes later finds what is inserted here.
-                if self.generation() != since {
-                    break 'flats;
+                match flats.next() {
+                    Some(follower) if follower.start == position && position < end && room > 0 => flat = follower,
+                    other => {
+                        next = other;
+                        break;
+                    }
                 }
-                let before = extents.len();
-                insert_one(&mut extents, rest.head(cut));
-                let after = extents.len();
-                drop(extents);
-                self.count_change(before, after);
-                rest = rest.tail(cut);
             }
+            self.change(stripe, index, Some(since), &run);
         }
         self.evict();
     }
 
     /// Forgets a range, and makes sure that answers which are on their way are not remembered.
     pub(crate) fn invalidate(&self, start: u64, length: u64) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
         let end = start.saturating_add(length);
+        let generation = self.generation.fetch_add(1, Ordering::SeqCst).saturating_add(1);
+        let mut index = self.stripe_of(start);
         let mut position = start;
-        while position < end {
-            let index = self.stripe_of(position);
-            let cut = self.stripe_end(index).min(end);
-            let Some(stripe) = self.stripes.get(index) else { return };
-            let mut extents = stripe.extents.write().unwrap_or_else(PoisonError::into_inner);
-            let before = extents.len();
-            clear(&mut extents, position, cut);
-            let after = extents.len();
-            drop(extents);
-            self.count_change(before, after);
+        while position < end
+            && let Some(stripe) = self.stripes.get(index)
+        {
+            let cut = self.stripe_start(index.saturating_add(1)).min(end);
+            {
+                let _changing = stripe.changing.lock().unwrap_or_else(PoisonError::into_inner);
+                stripe.invalidated.store(generation, Ordering::SeqCst);
+                let table = stripe.table.load_full();
+                if let Some(table) = table {
+                    let base = self.stripe_start(index);
+                    self.replace(stripe, Some(&table), table.without(base, position, cut).build(base, table.is_used()));
+                }
+            }
             position = cut;
+            index = index.saturating_add(1);
+        }
+    }
+
+    /// Remembers where a range lives from now on, whatever was known or is on its way.
+    pub(crate) fn publish(&self, flat: &Flat) {
+        if whole_sectors(flat) != Some(*flat) {
+            return self.invalidate(flat.start, flat.length);
+        }
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        let mut rest = *flat;
+        while rest.length > 0 {
+            let index = self.stripe_of(rest.start);
+            let end = self.stripe_start(index.saturating_add(1));
+            let Some(stripe) = self.stripes.get(index) else { break };
+            self.change(stripe, index, None, &[rest.head(end)]);
+            rest = rest.tail(end.min(rest.end()));
+        }
+        self.evict();
+    }
+
+    /// Puts a run of extents into a stripe; without `since`, as the newest truth.
+    fn change(&self, stripe: &Stripe, index: usize, since: Option<Generation>, run: &[Flat]) {
+        let (Some(first), Some(last)) = (run.first(), run.last()) else { return };
+        let base = self.stripe_start(index);
+        let _changing = stripe.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock: an invalidation that comes later finds what is inserted here.
+        match since {
+            Some(since) if stripe.invalidated.load(Ordering::SeqCst) > since.0 => return,
+            Some(_) => {}
+            None => stripe.invalidated.store(self.generation().0, Ordering::SeqCst),
+        }
+        let old = stripe.table.load_full();
+        let most = MAX_TABLE_EXTENTS.min(self.max_extents);
+        let mut draft = match &old {
+            // Too much for one table: what was asked for last stays.
+            Some(old) if old.entries.len().saturating_add(run.len()) <= most => {
+                old.merged(base, first.start, last.end(), run)
+            }
+            _ => Draft(run.iter().take(most).copied().collect()),
+        };
+        draft.join();
+        let used = old.as_ref().is_some_and(|old| old.is_used());
+        self.replace(stripe, old.as_deref(), draft.build(base, used));
+    }
+
+    fn replace(&self, stripe: &Stripe, old: Option<&Table>, new: Option<Table>) {
+        let (before, after) = (old.map_or(0, Table::len), new.as_ref().map_or(0, Table::len));
+        stripe.table.store(new.map(Arc::new));
+        if after >= before {
+            self.extents.fetch_add(after - before, Ordering::Relaxed);
+        } else {
+            self.extents.fetch_sub(before - after, Ordering::Relaxed);
         }
     }
 
     pub(crate) fn stats(&self) -> MapStats {
-        let sum = |counter: fn(&Stripe) -> &AtomicU64| {
-            self.stripes.iter().map(|stripe| counter(stripe).load(Ordering::Relaxed)).sum()
+        let sum = |of: fn(&Counter) -> &AtomicU64| {
+            self.counters.iter().map(|counter| of(counter).load(Ordering::Relaxed)).sum()
         };
         MapStats {
-            hits: sum(|stripe| &stripe.hits),
-            misses: sum(|stripe| &stripe.misses),
+            hits: sum(|counter| &counter.hits),
+            misses: sum(|counter| &counter.misses),
             evictions: self.evictions.load(Ordering::Relaxed),
-            extents: u64::try_from(self.count.load(Ordering::Relaxed)).unwrap_or(u64::MAX),
+            extents: u64::try_from(self.extents.load(Ordering::Relaxed)).unwrap_or(u64::MAX),
             max_extents: u64::try_from(self.max_extents).unwrap_or(u64::MAX),
         }
     }
 
-    fn count_change(&self, before: usize, after: usize) {
-        if after >= before {
-            self.count.fetch_add(after - before, Ordering::Relaxed);
-        } else {
-            self.count.fetch_sub(before - after, Ordering::Relaxed);
-        }
-    }
-
-    /// Drops extents until the map is within its budget, and a sixteenth below, so that the next
-    /// insertion does not pay again.
+    /// Drops tables until the map is within its budget, and a sixteenth below, so that the next insertion
+    /// does not pay again.
     fn evict(&self) {
-        if self.count.load(Ordering::Relaxed) <= self.max_extents {
+        if self.extents.load(Ordering::Relaxed) <= self.max_extents {
             return;
         }
         let goal = self.max_extents - self.max_extents / 16;
         let mut hand = self.hand.lock().unwrap_or_else(PoisonError::into_inner);
         // Twice around: the first time may only take the marks of use away. Look-ups that put marks
         // back all the while cannot keep this here.
-        let mut visits = self.stripes.len().saturating_mul(2).saturating_add(1);
-        while visits > 0 {
-            let excess = self.count.load(Ordering::Relaxed).saturating_sub(goal);
-            if excess == 0 {
+        for _ in 0..self.stripes.len().saturating_mul(2) {
+            if self.extents.load(Ordering::Relaxed) <= goal {
                 break;
             }
-            let Some(stripe) = self.stripes.get(hand.stripe) else {
-                *hand = Hand::default();
+            let stripe = match self.stripes.get(*hand) {
+                Some(stripe) => stripe,
+                None => {
+                    *hand = 0;
+                    let Some(stripe) = self.stripes.first() else { break };
+                    stripe
+                }
+            };
+            *hand = hand.saturating_add(1);
+            let _changing = stripe.changing.lock().unwrap_or_else(PoisonError::into_inner);
+            let table = stripe.table.load_full();
+            if let Some(table) = table
+                && !table.used.swap(false, Ordering::Relaxed)
+            {
+                self.replace(stripe, Some(&table), None);
+                let dropped = u64::try_from(table.len()).unwrap_or(u64::MAX);
+                self.evictions.fetch_add(dropped, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// The counter that this thread adds to.
+fn counter_of_thread() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local! {
+        static OWN: usize = NEXT.fetch_add(1, Ordering::Relaxed) % COUNTERS;
+    }
+    OWN.with(|own| *own)
+}
+
+/// The part of an extent that is made of whole sectors.
+fn whole_sectors(flat: &Flat) -> Option<Flat> {
+    let start = flat.start.checked_next_multiple_of(SECTOR_SIZE)?;
+    let end = flat.end() / SECTOR_SIZE * SECTOR_SIZE;
+    (start < end).then(|| flat.tail(start).head(end))
+}
+
+impl Table {
+    fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    fn is_used(&self) -> bool {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    /// The extent at `offset`, from there on, in a stripe that starts at `base`.
+    fn find(&self, base: u64, offset: u64) -> Option<Flat> {
+        let sector = u32::try_from(offset.checked_sub(base)? / SECTOR_SIZE).ok()?;
+        let index = self.starts.partition_point(|start| *start <= sector).checked_sub(1)?;
+        let flat = self.flat(base, index)?;
+        (offset < flat.end()).then(|| flat.tail(offset))
+    }
+
+    fn flat(&self, base: u64, index: usize) -> Option<Flat> {
+        let start = *self.starts.get(index)?;
+        let Entry { value, length, what } = *self.entries.get(index)?;
+        let target = match what >> KIND_SHIFT {
+            DATA => Target::Data {
+                file: FileId::from_bits(u16::try_from(what >> FILE_SHIFT & FILE_MASK).ok()?),
+                offset: value,
+                overwrite: what & OVERWRITE != 0,
+            },
+            ZERO => Target::Zero,
+            UNALLOCATED => Target::Unallocated,
+            _ => {
+                let Unit { token, skip, unit } = *self.units.get(usize::try_from(value).ok()?)?;
+                Target::Packed { token, skip, unit }
+            }
+        };
+        Some(Flat {
+            start: base.saturating_add(u64::from(start) * SECTOR_SIZE),
+            length: u64::from(length) * SECTOR_SIZE,
+            depth: u16::try_from(what & DEPTH_MASK).ok()?,
+            target,
+        })
+    }
+
+    fn flats(&self, base: u64) -> impl Iterator<Item = Flat> {
+        (0..self.len()).filter_map(move |index| self.flat(base, index))
+    }
+
+    /// All of it but `start..end`.
+    fn without(&self, base: u64, start: u64, end: u64) -> Draft {
+        self.merged(base, start, end, &[])
+    }
+
+    /// All of it, with `run` in the place of `start..end`.
+    fn merged(&self, base: u64, start: u64, end: u64, run: &[Flat]) -> Draft {
+        let mut draft = Vec::with_capacity(self.len().saturating_add(run.len()).saturating_add(1));
+        let before = self.flats(base).take_while(|flat| flat.start < start).map(|flat| flat.head(start));
+        draft.extend(before);
+        draft.extend(run);
+        let after = self.flats(base).skip_while(|flat| flat.end() <= end);
+        draft.extend(after.map(|flat| if flat.start < end { flat.tail(end) } else { flat }));
+        Draft(draft)
+    }
+}
+
+/// The extents of a table that is being made, sorted.
+struct Draft(Vec<Flat>);
+
+impl Draft {
+    /// Makes one of neighbours that continue each other.
+    fn join(&mut self) {
+        self.0.dedup_by(|next, left| left.merge(next));
+    }
+
+    fn build(self, base: u64, used: bool) -> Option<Table> {
+        if self.0.is_empty() {
+            return None;
+        }
+        let mut starts = Vec::with_capacity(self.0.len());
+        let mut entries = Vec::with_capacity(self.0.len());
+        let mut units = Vec::new();
+        for flat in &self.0 {
+            let sectors = |bytes: u64| u32::try_from(bytes / SECTOR_SIZE).ok();
+            let (Some(start), Some(length)) = (sectors(flat.start.saturating_sub(base)), sectors(flat.length)) else {
                 continue;
             };
-            let mut extents = stripe.extents.write().unwrap_or_else(PoisonError::into_inner);
-            let mut dropped = 0;
-            let mut last = 0;
-            let unused = extents.extract_if(hand.offset.., |_, entry| !mem::take(entry.used.get_mut()));
-            for (start, _) in unused.take(excess) {
-                dropped += 1;
-                last = start;
-            }
-            drop(extents);
-            self.count.fetch_sub(dropped, Ordering::Relaxed);
-            self.evictions.fetch_add(u64::try_from(dropped).unwrap_or(u64::MAX), Ordering::Relaxed);
-            if dropped == excess {
-                hand.offset = last.saturating_add(1);
-            } else {
-                *hand = Hand { stripe: hand.stripe + 1, offset: 0 };
-                visits -= 1;
-            }
+            let depth = u32::from(flat.depth);
+            let (value, what) = match flat.target {
+                Target::Data { file, offset, overwrite } => {
+                    let overwrite = if overwrite { OVERWRITE } else { 0 };
+                    (offset, DATA << KIND_SHIFT | overwrite | u32::from(file.bits()) << FILE_SHIFT)
+                }
+                Target::Zero => (0, ZERO << KIND_SHIFT),
+                Target::Unallocated => (0, UNALLOCATED << KIND_SHIFT),
+                Target::Packed { token, skip, unit } => {
+                    units.push(Unit { token, skip, unit });
+                    (u64::try_from(units.len() - 1).unwrap_or(u64::MAX), PACKED << KIND_SHIFT)
+                }
+            };
+            starts.push(start);
+            entries.push(Entry { value, length, what: what | depth });
         }
-    }
-}
-
-/// Puts one extent into a stripe, as part of its left neighbour where it continues that.
-fn insert_one(extents: &mut BTreeMap<u64, Entry>, flat: Flat) {
-    clear(extents, flat.start, flat.end());
-    if let Some((_, left)) = extents.range_mut(..flat.start).next_back()
-        && left.flat.merge(&flat)
-    {
-        return;
-    }
-    extents.insert(flat.start, Entry { flat, used: AtomicBool::new(false) });
-}
-
-/// Forgets `start..end` in a stripe.
-fn clear(extents: &mut BTreeMap<u64, Entry>, start: u64, end: u64) {
-    let mut rests: [Option<Flat>; 2] = [None, None];
-    if let Some((_, left)) = extents.range_mut(..start).next_back()
-        && left.flat.end() > start
-    {
-        if left.flat.end() > end {
-            rests[0] = Some(left.flat.tail(end));
-        }
-        left.flat = left.flat.head(start);
-    }
-    for (_, entry) in extents.extract_if(start..end, |_, _| true) {
-        if entry.flat.end() > end {
-            rests[1] = Some(entry.flat.tail(end));
-        }
-    }
-    for flat in rests.into_iter().flatten() {
-        extents.insert(flat.start, Entry { flat, used: AtomicBool::new(false) });
+        let (starts, entries, units) = (starts.into(), entries.into(), units.into());
+        Some(Table { starts, entries, units, used: AtomicBool::new(used) })
     }
 }
 
@@ -294,20 +512,20 @@ mod tests {
     }
 
     fn map(capacity: u64, extents: usize) -> ExtentMap {
-        ExtentMap::new(capacity, extents * EXTENT_BYTES)
+        ExtentMap::new(capacity, 65536, extents * EXTENT_BYTES)
     }
 
     #[test]
     fn an_extent_in_the_middle_of_another_leaves_both_ends() {
         let map = map(1 << 20, 100);
-        map.insert(&[flat(0, 100, 1)], map.generation());
-        map.insert(&[flat(40, 20, 2)], map.generation());
-        assert_eq!(map.lookup(10), Some(flat(10, 30, 1)));
-        assert_eq!(map.lookup(50), Some(flat(50, 10, 2)));
-        assert_eq!(map.lookup(60), Some(flat(60, 40, 1)));
-        map.invalidate(45, 5);
-        assert_eq!(map.lookup(45), None);
-        assert_eq!(map.lookup(50), Some(flat(50, 10, 2)));
+        map.insert(&[flat(0, 51200, 1)], map.generation());
+        map.insert(&[flat(20480, 10240, 2)], map.generation());
+        assert_eq!(map.lookup(5120), Some(flat(5120, 15360, 1)));
+        assert_eq!(map.lookup(25601), Some(flat(25601, 5119, 2)));
+        assert_eq!(map.lookup(30720), Some(flat(30720, 20480, 1)));
+        map.invalidate(23000, 2600);
+        assert_eq!(map.lookup(23100), None);
+        assert_eq!(map.lookup(25600), Some(flat(25600, 5120, 2)));
         assert_eq!(map.stats().extents, 4);
     }
 
@@ -323,15 +541,38 @@ mod tests {
     }
 
     #[test]
-    fn what_is_used_outlives_what_is_not() {
+    fn what_is_published_is_newer_than_answers_on_their_way() {
         let map = map(1 << 30, 100);
+        let since = map.generation();
+        map.publish(&flat(65536, 65536, 7));
+        map.insert(&[flat(0, 1 << 20, 1)], since);
+        assert_eq!(map.lookup(65536), Some(flat(65536, 65536, 7)));
+        assert_eq!(map.lookup(0), None);
+        // Another stripe is not concerned.
+        map.insert(&[flat(512 << 20, 1 << 20, 1)], since);
+        assert_eq!(map.lookup(512 << 20), Some(flat(512 << 20, 1 << 20, 1)));
+    }
+
+    #[test]
+    fn what_is_used_outlives_what_is_not() {
+        let map = map(1 << 40, 100);
         map.insert(&[flat(0, 512, 1)], map.generation());
         for index in 1..1000u64 {
             assert!(map.lookup(0).is_some(), "the used extent was dropped at {index}");
-            map.insert(&[flat(index * 1024, 512, 1)], map.generation());
+            map.insert(&[flat(index << 26, 512, 1)], map.generation());
         }
         let stats = map.stats();
         assert!(stats.extents <= 100 && stats.evictions >= 900, "{stats:?}");
+    }
+
+    #[test]
+    fn one_stripe_does_not_take_more_than_the_budget() {
+        let map = map(1 << 26, 100);
+        for index in 0..1000u64 {
+            map.insert(&[flat(index * 1024, 512, 1)], map.generation());
+            assert!(map.lookup(index * 1024).is_some());
+            assert!(map.stats().extents <= 100);
+        }
     }
 
     #[test]
@@ -343,6 +584,35 @@ mod tests {
         }
         assert_eq!(map.stats().extents, 1);
         assert_eq!(map.lookup(512), Some(flat(512, 999 * 512, 3)));
+    }
+
+    #[test]
+    fn what_has_no_whole_sector_is_not_remembered() {
+        let map = map(1 << 20, 100);
+        map.insert(&[flat(0, 1000, 1), flat(1000, 100, 2), flat(1100, 1000, 3)], map.generation());
+        assert_eq!(map.lookup(0), Some(flat(0, 512, 1)));
+        assert_eq!(map.lookup(1000), None);
+        assert_eq!(map.lookup(1536), Some(flat(1536, 512, 3)));
+        assert_eq!(map.lookup(2048), None);
+    }
+
+    #[test]
+    fn every_kind_comes_back_as_it_was() {
+        let map = map(1 << 30, 100);
+        let target = |index| match index % 5 {
+            0 => Target::Data { file: FileId::from_bits(4095), offset: u64::MAX >> 1, overwrite: true },
+            1 => Target::Packed { token: u64::MAX, skip: (16 << 20) - 512, unit: 16 << 20 },
+            2 => Target::Zero,
+            3 => Target::Data { file: FileId::from_bits(0), offset: 3, overwrite: false },
+            _ => Target::Unallocated,
+        };
+        let flats: Vec<_> = (0..20)
+            .map(|index| Flat { start: index << 20, length: 1 << 20, depth: 1023, target: target(index) })
+            .collect();
+        map.insert(&flats, map.generation());
+        for flat in &flats {
+            assert_eq!(map.lookup(flat.start), Some(*flat));
+        }
     }
 
     proptest! {
@@ -381,7 +651,7 @@ mod tests {
         const EXTENTS: u64 = 100_000;
         let map = map(EXTENTS << 16, 4 * EXTENTS as usize);
         let flats: Vec<_> = (0..EXTENTS).map(|index| flat(index << 16, 1 << 16, (index % 2) as u16)).collect();
-        flats.iter().for_each(|flat| map.insert(std::slice::from_ref(flat), map.generation()));
+        flats.chunks(1024).for_each(|flats| map.insert(flats, map.generation()));
         assert_eq!(map.stats().extents, EXTENTS);
         let mut offset = 0u64;
         let start = Instant::now();

@@ -28,7 +28,7 @@ use vm_memory::VolatileSlice;
 use crate::backend::BlockBackend;
 use crate::buffers::Buffers;
 use crate::chain::{Questions, Reserved};
-use crate::disk::Disk;
+use crate::disk::{Disk, Stream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::ImageFile;
 use crate::flat::{Flat, Target};
@@ -188,11 +188,30 @@ impl Disk {
         let mut position = start;
         while position < end {
             let stop = self.piece_end(position, end, WRITE_PIECE);
-            let _alone = self.take(position, stop)?;
-            self.write_alone(source, position, stop)?;
+            let reserve = self.reserve_up_to(source, position, stop);
+            let _alone = self.take(position, reserve)?;
+            self.write_alone(source, position, stop, reserve)?;
             position = stop;
         }
         Ok(())
+    }
+
+    /// How far space is reserved for a write of `start..end`: further than its end if it goes on where the
+    /// last allocation ended, twice as far each time.
+    fn reserve_up_to(&self, source: &Source<'_, '_>, start: u64, end: u64) -> u64 {
+        if self.allocate_ahead == 0 || !matches!(source, Source::Bytes { .. }) {
+            return end;
+        }
+        // A guess, so nobody minds if another thread changes it meanwhile.
+        let Stream { end: last, ahead } = &self.stream;
+        if last.load(Ordering::Relaxed) != start {
+            ahead.store(0, Ordering::Relaxed);
+            return end;
+        }
+        let length = end.saturating_sub(start);
+        let more = ahead.load(Ordering::Relaxed).max(length).saturating_mul(2).min(self.allocate_ahead);
+        ahead.store(more, Ordering::Relaxed);
+        self.piece_end(end, end.saturating_add(more), more).min(self.capacity()).max(end)
     }
 
     /// Writes in place if all of the range allows it. All of it is looked up before any of it is written: a
@@ -225,8 +244,9 @@ impl Disk {
         }
     }
 
-    /// Writes a range whose clusters the caller has alone.
-    fn write_alone(&self, source: &Source<'_, '_>, start: u64, end: u64) -> Result<()> {
+    /// Writes a range whose clusters the caller has alone, as well as those up to `reserve`, for which space
+    /// may be reserved.
+    fn write_alone(&self, source: &Source<'_, '_>, start: u64, end: u64, reserve: u64) -> Result<()> {
         // What is written has to be looked up again, and kept bytes around it as well.
         let around = end.saturating_sub(start).saturating_add(self.cluster().saturating_mul(2));
         let mut questions = self.questions(0, around.saturating_mul(2));
@@ -237,7 +257,7 @@ impl Disk {
                 flats.push(*flat);
                 Ok(())
             })?;
-            position = self.write_up_to_next_allocation(source, &flats, end, &mut questions)?;
+            position = self.write_up_to_next_allocation(source, &flats, (end, reserve), &mut questions)?;
         }
         Ok(())
     }
@@ -248,7 +268,7 @@ impl Disk {
         &self,
         source: &Source<'_, '_>,
         flats: &[Flat],
-        end: u64,
+        (end, reserve): (u64, u64),
         questions: &mut Questions,
     ) -> Result<u64> {
         let in_place =
@@ -263,18 +283,48 @@ impl Disk {
                 continue;
             }
             let run_end = flats.take_while(|next| !in_place(next)).last().unwrap_or(flat).end();
-            return self.allocate(source, flat.start, run_end, questions);
+            let reserve = if run_end == end { self.empty_up_to(end, reserve) } else { run_end };
+            return self.allocate(source, flat.start, run_end, reserve, questions);
         }
         Ok(end)
     }
 
-    /// Writes `start..end`, none of which may be overwritten, to space that is reserved for it. Returns up to
-    /// where that reached.
-    fn allocate(&self, source: &Source<'_, '_>, start: u64, end: u64, questions: &mut Questions) -> Result<u64> {
-        let reserved = {
+    /// The end of what has no space of its own and reads as zero from `start` on: space can be reserved for
+    /// that before anything is written to it, and nothing has to be copied there.
+    fn empty_up_to(&self, start: u64, end: u64) -> u64 {
+        let mut position = start;
+        // An error is for the request that needs an answer.
+        let _ = self.for_each_extent(start, end, &mut self.questions(start, end), |flat| {
+            if flat.reads_as_zero() && flat.start == position {
+                position = flat.end();
+            }
+            Ok(())
+        });
+        position.min(end)
+    }
+
+    /// Writes `start..end`, none of which may be overwritten, to space that is reserved for it, and reserves
+    /// space up to `reserve`, which reads as zero from `end` on. Returns up to where that reached.
+    fn allocate(
+        &self,
+        source: &Source<'_, '_>,
+        start: u64,
+        end: u64,
+        reserve: u64,
+        questions: &mut Questions,
+    ) -> Result<u64> {
+        let mut reserved = {
             let _space = self.lock_space();
-            self.chain.prepare(start, end)?
+            let mut reserved = self.chain.prepare(start, reserve)?;
+            // Space that was used before would have to be overwritten with zeroes.
+            let spare: Vec<u64> =
+                reserved.extract_if(.., |run| run.start >= end && !run.zeroed).map(|run| run.ticket).collect();
+            if !spare.is_empty() {
+                self.chain.abandon(&spare);
+            }
+            reserved
         };
+        reserved.sort_unstable_by_key(|run| run.start);
         let tickets: Vec<u64> = reserved.iter().map(|run| run.ticket).collect();
         let filled = reserved.iter().try_for_each(|run| self.fill(source, start, end, run, questions));
 
@@ -287,15 +337,22 @@ impl Disk {
         let committed =
             self.chain.writer(|writer| writer.commit(&tickets)).inspect_err(|_| self.chain.abandon(&tickets));
         drop(space);
-        // Whatever was said: after an error nobody knows.
         let mut reached = start;
         for run in &reserved {
-            self.map.invalidate(run.start, run.end.saturating_sub(run.start));
+            let length = run.end.saturating_sub(run.start);
+            if committed.is_ok() {
+                let target = Target::Data { file: run.file, offset: run.offset, overwrite: true };
+                self.map.publish(&Flat { start: run.start, length, depth: 0, target });
+            } else {
+                // Whatever was said: after an error nobody knows.
+                self.map.invalidate(run.start, length);
+            }
             // What was left out in between may be overwritten by now.
             if run.start <= reached {
                 reached = run.end;
             }
         }
+        self.stream.end.store(reserved.last().map_or(end, |run| run.end), Ordering::Relaxed);
         committed.map(|()| reached.min(end))
     }
 
@@ -312,12 +369,29 @@ impl Disk {
             Source::Space => (run.start, run.start),
             Source::Bytes { .. } | Source::Zeroes => (start.max(run.start), end.min(run.end)),
         };
-        self.keep(run, run.start, from, questions)?;
+        // Nothing of it is written yet if space was reserved ahead.
+        let (from, to) = (from.min(run.end), to.max(run.start));
+        if run.zeroed && run.end.saturating_sub(to) >= self.cluster() {
+            self.reach(run)?;
+        }
+        self.keep(run, run.start, from.min(to), questions)?;
         if !(run.zeroed && matches!(source, Source::Zeroes)) {
             let offset = run.offset.saturating_add(from.saturating_sub(run.start));
             source.write(self.file(run.file)?, offset, from, to.saturating_sub(from))?;
         }
         self.keep(run, to, run.end, questions)
+    }
+
+    /// Lets the file reach to the end of reserved space: an image that says where something is which its file
+    /// does not have would be taken for damaged.
+    fn reach(&self, run: &Reserved) -> Result<()> {
+        let file = self.file(run.file)?;
+        let end = run.offset.saturating_add(run.end.saturating_sub(run.start));
+        if file.size()? >= end {
+            return Ok(());
+        }
+        // Not by setting the size, which would cut off what another thread has written past it by now.
+        write_zeroes(file, end.saturating_sub(1), 1, false)
     }
 
     /// Copies what the disk holds in `from..to` to reserved space.
@@ -414,7 +488,7 @@ impl Disk {
         let mut position = start;
         while position < end {
             let stop = self.piece_end(position, end, WRITE_PIECE);
-            self.write_alone(&Source::Zeroes, position, stop)?;
+            self.write_alone(&Source::Zeroes, position, stop, stop)?;
             position = stop;
         }
         Ok(())

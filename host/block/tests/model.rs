@@ -78,6 +78,7 @@ proptest! {
             writable: false,
             extent_map_bytes: map_extents * EXTENT_BYTES,
             unpacked_cache_bytes: unpacked,
+            ..DiskOptions::default()
         };
         let disk = Disk::new(layers, options).unwrap();
         prop_assert_eq!(disk.capacity(), model.len() as u64);
@@ -121,6 +122,7 @@ proptest! {
             writable: false,
             extent_map_bytes: map_extents * EXTENT_BYTES,
             unpacked_cache_bytes: 10_000,
+            ..DiskOptions::default()
         };
         let disk = Disk::new(layers, options).unwrap();
         thread::scope(|scope| {

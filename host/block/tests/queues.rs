@@ -36,13 +36,22 @@ impl Random {
 }
 
 fn disk_over(top: Arc<Growing>, base: Option<&[u8]>, map_extents: usize) -> Disk {
+    disk_ahead(top, base, map_extents, 0)
+}
+
+/// As `disk_over`, with space that is reserved ahead of writes.
+fn disk_ahead(top: Arc<Growing>, base: Option<&[u8]>, map_extents: usize, clusters: u64) -> Disk {
     let mut layers: Vec<Arc<dyn Layer>> = vec![top];
     if let Some(bytes) = base {
         let size = bytes.len() as u64;
         layers.push(Arc::new(Script::honest(vec![data(size, 0)], 1).file(file(bytes, Access::ReadOnly).0)));
     }
-    let options =
-        DiskOptions { writable: true, extent_map_bytes: map_extents * EXTENT_BYTES, ..DiskOptions::default() };
+    let options = DiskOptions {
+        writable: true,
+        extent_map_bytes: map_extents * EXTENT_BYTES,
+        allocate_ahead_bytes: clusters * CLUSTER,
+        ..DiskOptions::default()
+    };
     Disk::new(layers, options).unwrap()
 }
 
@@ -113,7 +122,7 @@ fn run_queues(top: &Growing, disk: &Disk, initial: &[u8], steps: u64, flushes: b
 fn cloud_hypervisor_7660_queues_share_one_image() {
     for round in 0..10 {
         let top = Arc::new(Growing::new(64 * CLUSTER, HashMap::new()));
-        let disk = disk_over(top.clone(), None, 1 + round * 3);
+        let disk = disk_ahead(top.clone(), None, 1 + round * 3, round as u64 % 6);
         run_queues(&top, &disk, &vec![0; 64 * CLUSTER as usize], 300, true);
     }
 }
@@ -131,7 +140,7 @@ fn cloud_hypervisor_8621_queues_copy_from_a_base() {
             units.insert(cluster, bytes);
         }
         let top = Arc::new(Growing::new(64 * CLUSTER, units));
-        let disk = disk_over(top.clone(), Some(&base), 1 + round as usize * 5);
+        let disk = disk_ahead(top.clone(), Some(&base), 1 + round as usize * 5, round % 6);
         run_queues(&top, &disk, &shown, 300, round % 2 == 0);
     }
 }
@@ -142,7 +151,7 @@ fn storm(seed: u64, map_extents: usize) -> Arc<Growing> {
     const CLUSTERS: u64 = 40;
     let base = pattern((CLUSTERS * CLUSTER) as usize, seed);
     let top = Arc::new(Growing::new(CLUSTERS * CLUSTER, HashMap::new()));
-    let disk = disk_over(top.clone(), Some(&base), map_extents);
+    let disk = disk_ahead(top.clone(), Some(&base), map_extents, seed % 6);
     let per_cluster = CLUSTER / SECTOR;
     let check = |found: &[u8], first: u64| {
         for (at, bytes) in found.chunks(SECTOR as usize).enumerate() {

@@ -12,7 +12,7 @@ mod support;
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use blockhouse_block::{
     Access, Allocation, BlockBackend, Disk, DiskOptions, EXTENT_BYTES, ErrorKind, FileIndex, Layer, MAX_FILE_OFFSET,
@@ -38,9 +38,26 @@ fn over_base(top: Growing, size: u64) -> (Arc<Growing>, Disk, Vec<u8>) {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Write { at: u64, length: usize, seed: u64, pieces: usize },
-    Zero { at: u64, length: usize, may_unmap: bool },
-    Discard { at: u64, length: usize },
+    Write {
+        at: u64,
+        length: usize,
+        seed: u64,
+        pieces: usize,
+    },
+    /// A write that begins where the last one ended.
+    WriteOn {
+        length: usize,
+        seed: u64,
+    },
+    Zero {
+        at: u64,
+        length: usize,
+        may_unmap: bool,
+    },
+    Discard {
+        at: u64,
+        length: usize,
+    },
     Flush,
 }
 
@@ -49,6 +66,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         4 => (range.clone(), 0u64..200, 1usize..9000)
             .prop_map(|((at, length), seed, pieces)| Step::Write { at, length, seed, pieces }),
+        3 => (1usize..20_000, 0u64..200).prop_map(|(length, seed)| Step::WriteOn { length, seed }),
         2 => (range.clone(), any::<bool>()).prop_map(|((at, length), may_unmap)| Step::Zero { at, length, may_unmap }),
         2 => range.prop_map(|(at, length)| Step::Discard { at, length }),
         1 => Just(Step::Flush),
@@ -67,6 +85,7 @@ proptest! {
         unmaps in any::<bool>(),
         per_answer in prop::sample::select(vec![1usize, 2, 3, 1000]),
         map_extents in prop::sample::select(vec![0usize, 1, 3, 20, 10_000]),
+        ahead in prop::sample::select(vec![0u64, 1, 3, 100]),
     ) {
         let size = sectors * 512;
         // The base: raw bytes and one packed unit at its end.
@@ -92,11 +111,20 @@ proptest! {
         top.unmaps = unmaps;
         top.per_answer = per_answer;
         let top = Arc::new(top);
-        let options =
-            DiskOptions { writable: true, extent_map_bytes: map_extents * EXTENT_BYTES, unpacked_cache_bytes: 9000 };
+        let options = DiskOptions {
+            writable: true,
+            extent_map_bytes: map_extents * EXTENT_BYTES,
+            unpacked_cache_bytes: 9000,
+            allocate_ahead_bytes: ahead * CLUSTER,
+        };
         let disk = Disk::new(vec![top.clone(), Arc::new(base)], options).unwrap();
 
+        let mut last_end = 0;
         for step in steps {
+            let step = match step {
+                Step::WriteOn { length, seed } => Step::Write { at: last_end, length, seed, pieces: 4096 },
+                step => step,
+            };
             let range = |at: u64, length: usize| {
                 let start = (at % size) as usize;
                 start..start + length.min(size as usize - start)
@@ -104,6 +132,7 @@ proptest! {
             match step {
                 Step::Write { at, length, seed, pieces } => {
                     let range = range(at, length);
+                    last_end = range.end as u64;
                     let mut bytes = pattern(range.len(), seed);
                     model[range.clone()].copy_from_slice(&bytes);
                     let buffers: Vec<_> = bytes.chunks_mut(pieces).map(VolatileSlice::from).collect();
@@ -125,6 +154,7 @@ proptest! {
                     }
                 }
                 Step::Flush => disk.flush().unwrap(),
+                Step::WriteOn { .. } => unreachable!("became a write"),
             }
             prop_assert_eq!(top.reserved(), 0);
             let found = read(&disk, 0, size as usize).unwrap();
@@ -138,6 +168,47 @@ proptest! {
         base_outside.read_exact_at(&mut base_now, 0).unwrap();
         prop_assert!(base_now == raw, "the base was changed");
     }
+}
+
+#[test]
+fn writes_that_follow_each_other_ask_for_space_ahead() {
+    const CLUSTERS: u64 = 1024;
+    let calls = |ahead: u64, base: u64| {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let mut top = Growing::new(CLUSTERS * CLUSTER, HashMap::new());
+        let counter = asked.clone();
+        top.twist = Some(Box::new(move |_| {
+            counter.fetch_add(1, Ordering::SeqCst);
+        }));
+        let top = Arc::new(top);
+        let below = pattern((base * CLUSTER) as usize, 7);
+        let below = Script::honest(vec![data(base * CLUSTER, 0)], 1).file(file(&below, Access::ReadOnly).0);
+        let options = DiskOptions { writable: true, allocate_ahead_bytes: ahead * CLUSTER, ..DiskOptions::default() };
+        let disk = Disk::new(vec![top.clone(), Arc::new(below)], options).unwrap();
+        let bytes = pattern(CLUSTER as usize, 9);
+        for cluster in 0..CLUSTERS / 2 {
+            write(&disk, cluster * CLUSTER, &bytes).unwrap();
+            if cluster == 20 {
+                // What is reserved is there: the file of an image reaches to the end of what it refers to.
+                disk.flush().unwrap();
+                assert!(top.allocated_end() <= top.bytes().len() as u64);
+            }
+        }
+        for cluster in 0..CLUSTERS / 2 {
+            assert!(read(&disk, cluster * CLUSTER, CLUSTER as usize).unwrap() == bytes, "cluster {cluster}");
+        }
+        let rest = read(&disk, CLUSTERS / 2 * CLUSTER, (CLUSTERS / 2 * CLUSTER) as usize).unwrap();
+        let mut shown = pattern((base * CLUSTER) as usize, 7);
+        shown.resize((CLUSTERS * CLUSTER) as usize, 0);
+        assert!(rest == shown[(CLUSTERS / 2 * CLUSTER) as usize..], "what was reserved ahead changed the disk");
+        asked.load(Ordering::SeqCst)
+    };
+    assert_eq!(calls(0, 1), 512);
+    // 1, 2, 4, … 64 clusters, then 64 at a time.
+    let few = calls(64, 1);
+    assert!(few <= 20, "{few} calls");
+    // Where the base has bytes, space ahead would have to be filled with them.
+    assert_eq!(calls(64, CLUSTERS), 512);
 }
 
 #[test]

@@ -130,6 +130,12 @@ impl Growing {
         bytes
     }
 
+    /// Where the last host cluster that holds data ends in the file.
+    pub fn allocated_end(&self) -> u64 {
+        let state = self.state.lock().unwrap();
+        state.host.iter().rposition(|used| *used == Host::Data).map_or(0, |host| (host as u64 + 1) * CLUSTER)
+    }
+
     /// Blocks of 512 bytes that the file takes.
     pub fn blocks(&self) -> u64 {
         std::os::unix::fs::MetadataExt::blocks(&self.outside.metadata().unwrap())
