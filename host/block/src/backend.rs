@@ -1,8 +1,11 @@
 //! What a device may ask of a disk. Devices and transports see this trait and nothing else of the disk.
 
+use std::sync::Arc;
+
 use vm_memory::VolatileSlice;
 
 use crate::error::Result;
+use crate::lane::Lane;
 
 /// Bytes in a sector, the unit of every virtio-blk request (virtio 1.3, 5.2.6).
 pub const SECTOR_SIZE: u64 = 512;
@@ -19,8 +22,7 @@ pub struct Topology {
 /// A disk as a device sees it: a fixed number of bytes that can be read, and perhaps written.
 ///
 /// Every call may be made from any thread, and calls may overlap in time. A call returns when its
-/// bytes have been moved; a later asynchronous engine keeps these promises and adds a way to submit
-/// without waiting.
+/// bytes have been moved; who has many requests at a time and must not wait uses a [`lane`](Self::lane).
 ///
 /// Buffers are volatile: they may be guest memory, which a guest can change while they are read.
 pub trait BlockBackend: Send + Sync {
@@ -68,4 +70,11 @@ pub trait BlockBackend: Send + Sync {
     /// # Errors
     /// As [`write`](Self::write).
     fn discard(&self, offset: u64, length: u64) -> Result<()>;
+
+    /// A lane to the disk, for one thread. A backend that has nothing better returns a
+    /// [`PoolLane`](crate::PoolLane), whose threads call the functions above.
+    ///
+    /// # Errors
+    /// [`Storage`](crate::ErrorKind::Storage) if the host has no descriptor left for it.
+    fn lane(self: Arc<Self>) -> Result<Box<dyn Lane>>;
 }

@@ -21,7 +21,7 @@ impl<'s, 'b> Buffers<'s, 'b> {
     }
 
     /// The next part, in one buffer and of at most `length` bytes. `None` at the end.
-    fn next_part(&mut self, length: usize) -> Option<VolatileSlice<'b>> {
+    pub(crate) fn next_part(&mut self, length: usize) -> Option<VolatileSlice<'b>> {
         loop {
             let (first, others) = self.rest.split_first()?;
             let left = first.len().saturating_sub(self.skip);

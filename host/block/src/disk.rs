@@ -14,6 +14,7 @@ use crate::file::ImageFile;
 use crate::files::FileId;
 use crate::flat::{Flat, Target};
 use crate::inflight::InFlight;
+use crate::lane::{DiskLane, Lane, Pool};
 use crate::layer::{Layer, LayerInfo};
 use crate::map::{ExtentMap, MapStats};
 use crate::runs::Runs;
@@ -36,6 +37,16 @@ const ASKING_LOCKS: usize = 64;
 /// Locks that keep threads from unpacking the same unit at the same time.
 const UNPACK_LOCKS: usize = 16;
 
+/// What moves the bytes of requests on lanes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Engine {
+    /// io_uring; threads where the host refuses it.
+    #[default]
+    Auto,
+    /// Threads that wait for each request.
+    Threads,
+}
+
 /// How a disk is used, and how much memory it may take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskOptions {
@@ -49,11 +60,19 @@ pub struct DiskOptions {
     /// How far space is reserved ahead of writes that follow each other, in bytes. Saves calls of the layer;
     /// when the writes end, up to this much space that holds nothing stays allocated in the image. Default: 0.
     pub allocate_ahead_bytes: u64,
+    /// What moves the bytes of requests on lanes.
+    pub engine: Engine,
 }
 
 impl Default for DiskOptions {
     fn default() -> Self {
-        Self { writable: false, extent_map_bytes: 16 << 20, unpacked_cache_bytes: 32 << 20, allocate_ahead_bytes: 0 }
+        Self {
+            writable: false,
+            extent_map_bytes: 16 << 20,
+            unpacked_cache_bytes: 32 << 20,
+            allocate_ahead_bytes: 0,
+            engine: Engine::Auto,
+        }
     }
 }
 
@@ -89,6 +108,8 @@ pub struct Disk {
     /// Set once, while nothing is in flight.
     pub(crate) closed: AtomicBool,
     topology: Topology,
+    pool: Pool,
+    engine: Engine,
 }
 
 impl Disk {
@@ -135,6 +156,8 @@ impl Disk {
             space: Mutex::default(),
             closed: AtomicBool::new(false),
             topology: Topology { physical_block_size, optimal_io_size },
+            pool: Pool::new(),
+            engine: options.engine,
         })
     }
 
@@ -161,6 +184,20 @@ impl Disk {
     /// Forgets what is known about a range, which a layer now answers differently.
     pub fn invalidate(&self, offset: u64, length: u64) {
         self.map.invalidate(offset, length);
+    }
+
+    /// Has lanes use these threads for what may wait, instead of threads of the disk's own.
+    #[must_use]
+    pub fn with_pool(self, pool: Pool) -> Self {
+        Self { pool, ..self }
+    }
+
+    pub(crate) fn engine(&self) -> Engine {
+        self.engine
+    }
+
+    pub(crate) fn pool(&self) -> &Pool {
+        &self.pool
     }
 
     /// The end of a request that starts at `offset`.
@@ -357,6 +394,10 @@ impl BlockBackend for Disk {
     fn discard(&self, offset: u64, length: u64) -> Result<()> {
         let end = self.change_end(offset, length)?;
         self.discard_range(offset, end)
+    }
+
+    fn lane(self: Arc<Self>) -> Result<Box<dyn Lane>> {
+        Ok(Box::new(DiskLane::new(self)?))
     }
 }
 

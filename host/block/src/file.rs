@@ -18,9 +18,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 
-use imago::StorageOpenOptions;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::storage::ext::StorageExt;
+use imago::{Storage, StorageOpenOptions};
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
 use vm_memory::VolatileSlice;
@@ -70,6 +70,9 @@ pub struct ImageFile {
     access: Access,
     name: String,
     identity: FileIdentity,
+    /// What direct I/O asks of requests: the alignment of memory, and of offset and length. `None` if the file
+    /// goes through the page cache.
+    direct: Option<(usize, usize)>,
     /// Set when a write has finished (well or badly) that no sync has covered.
     unsynced: AtomicBool,
     /// Held during a sync, so that a second flush waits for the first. True once a sync has failed.
@@ -117,6 +120,7 @@ impl ImageFile {
         let options = StorageOpenOptions::new().write(access.is_writable()).direct(flags.contains(OFlags::DIRECT));
         let storage = imago::file::File::from_open_file(file, options)
             .map_err(|error| failed("cannot use the file as storage", error))?;
+        let direct = flags.contains(OFlags::DIRECT).then(|| (storage.mem_align(), storage.req_align()));
         let identity = FileIdentity { device: metadata.dev(), inode: metadata.ino() };
         Ok(Self {
             storage,
@@ -124,6 +128,7 @@ impl ImageFile {
             access,
             name,
             identity,
+            direct,
             unsynced: AtomicBool::new(false),
             sync_failed: Mutex::new(false),
         })
@@ -190,6 +195,22 @@ impl ImageFile {
         // After the write: a sync that starts in between owes nothing to it and clears the mark.
         self.unsynced.store(true, Ordering::Release);
         result
+    }
+
+    /// An engine of its own has written to the file.
+    pub(crate) fn was_written(&self) {
+        // A load first: most writes come after others, and a store takes the cache line from other queues.
+        if !self.unsynced.load(Ordering::Acquire) {
+            self.unsynced.store(true, Ordering::Release);
+        }
+    }
+
+    /// Whether the kernel takes a transfer between `offset` and these buffers as it is.
+    pub(crate) fn is_aligned(&self, offset: u64, iovecs: &[libc::iovec]) -> bool {
+        let Some((memory, request)) = self.direct else { return true };
+        let aligned = |value: usize, to: usize| value.is_multiple_of(to.max(1));
+        usize::try_from(offset).is_ok_and(|offset| aligned(offset, request))
+            && iovecs.iter().all(|iovec| aligned(iovec.iov_base.addr(), memory) && aligned(iovec.iov_len, request))
     }
 
     /// Makes a range read as zero and gives its space back. The size stays as it is: what lies past the

@@ -24,6 +24,7 @@
 //! | `disk.rs` | [`Disk`] and [`DiskOptions`]: requests over any mix of extents |
 //! | `write.rs` | what changes a disk: writes, zeroes, discards, flush, close |
 //! | `inflight.rs` | the in-flight table: who uses which clusters now |
+//! | `lane.rs` | [`Lane`]: many requests of one thread at a time, over io_uring |
 //! | `chain.rs` | the layers, the limit on questions, and the walk that flattens their answers |
 //! | `answer.rs`, `space.rs` | the check of each answer, of a reader and of a writer; what a lie is |
 //! | `flat.rs`, `map.rs` | a flattened extent, and the bounded map of them |
@@ -47,6 +48,7 @@ mod file;
 mod files;
 mod flat;
 mod inflight;
+mod lane;
 mod layer;
 mod map;
 mod runs;
@@ -58,10 +60,11 @@ mod write;
 pub use answer::MAX_PACKED_UNIT;
 pub use backend::{BlockBackend, SECTOR_SIZE, Topology};
 pub use chain::MAX_CHAIN_DEPTH;
-pub use disk::{Disk, DiskOptions};
+pub use disk::{Disk, DiskOptions, Engine};
 pub use error::{Error, ErrorKind, Result};
 pub use file::{Access, FileIdentity, ImageFile, MAX_FILE_OFFSET};
 pub use files::MAX_FILES;
+pub use lane::{LANE_REQUESTS, Lane, LaneRequest, Operation, Pool, PoolLane};
 pub use layer::{Allocation, Extent, FileIndex, Freed, Layer, LayerInfo, LayerPacker, LayerWriter, Located, Placement};
 pub use map::{EXTENT_BYTES, MapStats};
 pub use runs::{Run, RunKind, Runs};

@@ -116,6 +116,7 @@ proptest! {
             extent_map_bytes: map_extents * EXTENT_BYTES,
             unpacked_cache_bytes: 9000,
             allocate_ahead_bytes: ahead * CLUSTER,
+            ..DiskOptions::default()
         };
         let disk = Disk::new(vec![top.clone(), Arc::new(base)], options).unwrap();
 

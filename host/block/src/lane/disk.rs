@@ -1,0 +1,356 @@
+//! The lane of a disk: what the extent map knows goes to the kernel, all else to the pool.
+//!
+//! ```text
+//!   start ─▶ inside the disk? ─▶ hold without waiting? ─▶ every extent known, and bytes of a file or zero?
+//!                                      │ no                     │ no                │ yes
+//!                                      └────────▶ pool ◀────────┘                   ▼
+//!                                                  ▲              [ part ][ part ]  one for each extent
+//!                                                  └── short, failed ◀──── ring ◀──┘
+//! ```
+//!
+//! A request of which a part failed or was cut short is done again as a whole by the pool: reading or writing
+//! the same bytes twice changes nothing, and there is one place only that knows what to make of the ends of
+//! files, of errors and of alignments: [`ImageFile`](crate::ImageFile).
+
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use super::pool::{PoolLane, RawBuffer};
+use super::ring::{Direction, FixedFile, MAX_PARTS, Ring};
+use super::{LANE_REQUESTS, Lane, LaneRequest, Operation};
+use crate::backend::BlockBackend;
+use crate::buffers::Buffers;
+use crate::disk::{Disk, Engine};
+use crate::error::Result;
+use crate::file::{ImageFile, MAX_FILE_OFFSET};
+use crate::files::{FileId, MAX_FILES};
+use crate::flat::{Flat, Target};
+use crate::inflight::Kept;
+
+/// The most bytes of a part, below the kernel's limit for one transfer (`MAX_RW_COUNT` of linux/fs.h).
+const MAX_PART: u64 = 1 << 30;
+
+/// The most buffers of a part (`IOV_MAX`, uio.h).
+const MAX_IOVECS: usize = 1024;
+
+pub(crate) struct DiskLane {
+    disk: Arc<Disk>,
+    slow: PoolLane,
+    ring: Option<Ring>,
+    /// Which place in the ring's table a file has. `None`: not asked yet; then `None`: none.
+    fixed: Vec<Option<Option<FixedFile>>>,
+    slots: Vec<Slot>,
+    free: Vec<usize>,
+    /// Parts in the kernel.
+    parts: usize,
+    /// Requests that ended without anybody's help.
+    ended: Vec<(u64, Result<()>)>,
+}
+
+/// A request in the kernel. Its vectors are kept for their memory.
+#[derive(Default)]
+struct Slot {
+    token: u64,
+    write: bool,
+    offset: u64,
+    /// All of it, to do it again.
+    buffers: Vec<RawBuffer>,
+    parts: Vec<Part>,
+    iovecs: Vec<libc::iovec>,
+    /// Parts that have not ended.
+    left: usize,
+    again: bool,
+    kept: Option<Kept>,
+}
+
+/// The part of a request that is in one extent.
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    file: FileId,
+    fixed: FixedFile,
+    offset: u64,
+    length: u32,
+    /// Where its iovecs begin and end.
+    first: usize,
+    end: usize,
+}
+
+// SAFETY: the addresses in it are those of buffers that stay valid wherever the lane is (see `Lane::start`).
+unsafe impl Send for Slot {}
+
+impl DiskLane {
+    /// A lane; on a host that has no io_uring, or refuses it, all requests go to the pool.
+    pub(crate) fn new(disk: Arc<Disk>) -> Result<Self> {
+        let slow = PoolLane::new(Arc::clone(&disk) as Arc<dyn BlockBackend>, disk.pool().clone())?;
+        let ring = match disk.engine() {
+            Engine::Threads => None,
+            Engine::Auto => Ring::new()
+                .inspect_err(|error| tracing::info!(%error, "no io_uring here: threads read and write instead"))
+                .ok(),
+        };
+        let slots = (0..LANE_REQUESTS).map(|_| Slot::default()).collect();
+        Ok(Self {
+            disk,
+            slow,
+            ring,
+            fixed: Vec::new(),
+            slots,
+            free: (0..LANE_REQUESTS).rev().collect(),
+            parts: 0,
+            ended: Vec::new(),
+        })
+    }
+
+    /// Puts a read or write into a slot, with its bytes looked up; `None` if only the pool can do it. With no
+    /// parts in the slot it is done.
+    fn plan(&mut self, slot: &mut Slot, request: &LaneRequest<'_>, write: bool) -> Option<()> {
+        let disk = Arc::clone(&self.disk);
+        let end = disk.request_end(request.buffers, request.offset).ok()?;
+        if write && !disk.writable {
+            return None;
+        }
+        slot.kept = if disk.writable { Some(disk.inflight.try_shared(request.offset, end)?.keep()) } else { None };
+        // A disk is closed while nobody holds anything.
+        disk.refuse_closed().ok()?;
+        let mut buffers = Buffers::new(request.buffers);
+        let mut position = request.offset;
+        while position < end {
+            let flat = disk.map.lookup(position)?.head(end);
+            match flat.target {
+                Target::Data { file, offset, overwrite } if overwrite || !write => {
+                    self.add_part(slot, (file, disk.file(file).ok()?), offset, &flat, &mut buffers, write)?;
+                }
+                Target::Zero | Target::Unallocated if !write => buffers.zero(flat.length),
+                _ => return None,
+            }
+            position = flat.end();
+        }
+        (self.parts.saturating_add(slot.parts.len()) <= MAX_PARTS).then_some(())
+    }
+
+    fn add_part(
+        &mut self,
+        slot: &mut Slot,
+        (id, file): (FileId, &ImageFile),
+        offset: u64,
+        flat: &Flat,
+        buffers: &mut Buffers<'_, '_>,
+        write: bool,
+    ) -> Option<()> {
+        if write && !file.access().is_writable() || flat.length > MAX_PART {
+            return None;
+        }
+        offset.checked_add(flat.length).filter(|end| *end <= MAX_FILE_OFFSET)?;
+        let fixed = self.fixed(id, file)?;
+        let first = slot.iovecs.len();
+        let mut left = usize::try_from(flat.length).ok()?;
+        while left > 0 {
+            let part = buffers.next_part(left)?;
+            left = left.checked_sub(part.len())?;
+            let RawBuffer { base, length } = RawBuffer::new(&part);
+            slot.iovecs.push(libc::iovec { iov_base: base.cast(), iov_len: length });
+        }
+        let end = slot.iovecs.len();
+        let iovecs = slot.iovecs.get(first..end)?;
+        if iovecs.len() > MAX_IOVECS || !file.is_aligned(offset, iovecs) {
+            return None;
+        }
+        slot.parts.push(Part { file: id, fixed, offset, length: u32::try_from(flat.length).ok()?, first, end });
+        Some(())
+    }
+
+    /// The place of a file in the ring's table.
+    fn fixed(&mut self, id: FileId, file: &ImageFile) -> Option<FixedFile> {
+        let index = usize::from(id.bits());
+        if index >= self.fixed.len() {
+            self.fixed.resize(index.saturating_add(1).min(MAX_FILES), None);
+        }
+        let place = self.fixed.get_mut(index)?;
+        if place.is_none() {
+            *place = Some(self.ring.as_mut()?.register(file.as_fd()));
+        }
+        (*place)?
+    }
+
+    /// Starts a read or write in the kernel, or returns false and leaves nothing.
+    ///
+    /// # Safety
+    /// As [`Lane::start`].
+    unsafe fn start_fast(&mut self, request: &LaneRequest<'_>, write: bool) -> bool {
+        if self.ring.is_none() {
+            return false;
+        }
+        let Some(index) = self.free.pop() else { return false };
+        let Some(mut slot) = self.slots.get_mut(index).map(std::mem::take) else { return false };
+        slot.token = request.token;
+        slot.write = write;
+        slot.offset = request.offset;
+        slot.again = false;
+        slot.parts.clear();
+        slot.iovecs.clear();
+        let made = self.plan(&mut slot, request, write).is_some();
+        if made && !slot.parts.is_empty() {
+            slot.buffers.clear();
+            slot.buffers.extend(request.buffers.iter().map(RawBuffer::new));
+            slot.left = 0;
+            for (number, part) in slot.parts.iter().enumerate() {
+                let Some((ring, iovecs)) = self.ring.as_mut().zip(slot.iovecs.get(part.first..part.end)) else {
+                    continue;
+                };
+                let direction = if write { Direction::ToFile } else { Direction::FromFile };
+                // SAFETY: the iovecs are on the heap and stay as they are until `finish` has seen all parts; the
+                // memory that they name stays valid as long as that, as the caller says.
+                match unsafe { ring.push(direction, part.fixed, part.offset, iovecs, user_data(index, number)) } {
+                    Ok(()) => slot.left += 1,
+                    Err(error) => {
+                        tracing::warn!(%error, "the kernel takes no more requests");
+                        slot.again = true;
+                    }
+                }
+            }
+            self.parts += slot.left;
+            if slot.left > 0 {
+                if let Some(place) = self.slots.get_mut(index) {
+                    *place = slot;
+                }
+                return true;
+            }
+        }
+        if let Some(kept) = slot.kept.take() {
+            self.disk.inflight.end(kept);
+        }
+        let zeroes_only = made && slot.parts.is_empty();
+        if zeroes_only {
+            self.ended.push((request.token, Ok(())));
+        }
+        if let Some(place) = self.slots.get_mut(index) {
+            *place = slot;
+        }
+        self.free.push(index);
+        zeroes_only
+    }
+
+    /// A part has ended.
+    fn part_ended(&mut self, user_data: u64, result: i32, each: &mut dyn FnMut(u64, Result<()>)) {
+        self.parts = self.parts.saturating_sub(1);
+        let (index, number) = slot_and_part(user_data);
+        let Some(slot) = self.slots.get_mut(index) else { return };
+        let whole = slot.parts.get(number).is_some_and(|part| u32::try_from(result) == Ok(part.length));
+        slot.again |= !whole;
+        slot.left = slot.left.saturating_sub(1);
+        if slot.left > 0 {
+            return;
+        }
+        if slot.write {
+            for part in &slot.parts {
+                // The file is in the table, since it was looked up there.
+                if let Ok(file) = self.disk.file(part.file) {
+                    file.was_written();
+                }
+            }
+        }
+        if let Some(kept) = slot.kept.take() {
+            self.disk.inflight.end(kept);
+        }
+        self.free.push(index);
+        if slot.again {
+            let operation = if slot.write { Operation::Write } else { Operation::Read };
+            self.slow.start_raw(slot.token, operation, slot.offset, slot.buffers.clone());
+        } else {
+            each(slot.token, Ok(()));
+        }
+    }
+
+    fn reap(&mut self, each: &mut dyn FnMut(u64, Result<()>)) {
+        while let Some((user_data, result)) = self.ring.as_mut().and_then(Ring::next) {
+            self.part_ended(user_data, result, each);
+        }
+    }
+}
+
+fn user_data(slot: usize, part: usize) -> u64 {
+    // Both are small: there are LANE_REQUESTS slots and MAX_PARTS parts.
+    (slot as u64) << 32 | part as u64
+}
+
+fn slot_and_part(user_data: u64) -> (usize, usize) {
+    let part = usize::try_from(user_data & u64::from(u32::MAX)).unwrap_or(usize::MAX);
+    (usize::try_from(user_data >> 32).unwrap_or(usize::MAX), part)
+}
+
+impl Lane for DiskLane {
+    unsafe fn start(&mut self, request: &LaneRequest<'_>) {
+        let started = match request.operation {
+            // SAFETY: the caller's promise.
+            Operation::Read => unsafe { self.start_fast(request, false) },
+            // SAFETY: as above.
+            Operation::Write => unsafe { self.start_fast(request, true) },
+            Operation::WriteZeroes { .. } | Operation::Discard { .. } | Operation::Flush => false,
+        };
+        if !started {
+            // SAFETY: as above.
+            unsafe { self.slow.start(request) };
+        }
+    }
+
+    fn submit(&mut self) {
+        if let Some(ring) = &mut self.ring
+            && let Err(error) = ring.submit()
+        {
+            // The entries stay in the queue: they go with the next submission.
+            tracing::warn!(%error, "the kernel does not take requests now");
+        }
+    }
+
+    fn complete(&mut self, each: &mut dyn FnMut(u64, Result<()>)) {
+        self.reap(each);
+        self.slow.complete(each);
+        for (token, result) in self.ended.drain(..) {
+            each(token, result);
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        let fast = LANE_REQUESTS.saturating_sub(self.free.len());
+        fast.saturating_add(self.slow.in_flight()).saturating_add(self.ended.len())
+    }
+
+    fn ready(&self) -> [Option<BorrowedFd<'_>>; 2] {
+        [Some(self.slow.eventfd()), self.ring.as_ref().map(Ring::as_fd)]
+    }
+
+    fn acknowledge(&mut self) {
+        self.slow.acknowledge();
+    }
+}
+
+impl Drop for DiskLane {
+    fn drop(&mut self) {
+        while self.parts > 0 {
+            let waited = match &mut self.ring {
+                Some(ring) => ring.wait(),
+                None => break,
+            };
+            if let Err(error) = waited {
+                tracing::error!(%error, "cannot wait for requests in the kernel");
+                // Their memory must not go while the kernel may use it.
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            self.reap(&mut |_, _| {});
+        }
+    }
+}
+
+impl std::fmt::Debug for DiskLane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DiskLane")
+            .field("io_uring", &self.ring.is_some())
+            .field("in_flight", &self.in_flight())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What the kernel moves must be what the caller counted.
+const _: () = assert!(MAX_PART <= u32::MAX as u64 && LANE_REQUESTS <= MAX_PARTS);
