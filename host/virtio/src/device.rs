@@ -268,8 +268,8 @@ impl BlockDevice {
         self.discard
     }
 
-    pub(crate) fn backend(&self) -> &dyn BlockBackend {
-        self.backend.as_ref()
+    pub(crate) fn backend(&self) -> &Arc<dyn BlockBackend> {
+        &self.backend
     }
 
     pub(crate) fn serial(&self) -> &[u8; SERIAL_LEN] {

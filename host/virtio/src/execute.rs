@@ -1,6 +1,8 @@
-//! What a well-formed request does: the one place that asks the disk.
+//! What a well-formed request does: which operations it asks of the disk, and how it ends.
 
-use blockhouse_block::{Error, SECTOR_SIZE};
+use std::vec;
+
+use blockhouse_block::{Error, Operation, SECTOR_SIZE};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES,
@@ -10,7 +12,7 @@ use vm_memory::{Bytes, VolatileSlice};
 use crate::device::{BlockDevice, CacheMode};
 use crate::ranges::{self, ByteRange, Limits, Refusal};
 use crate::report::Fault;
-use crate::request::{Operation, Request};
+use crate::request::{Operation as Asked, Request};
 
 /// The status byte of a request (section 5.2.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,20 +47,73 @@ impl From<Status> for Outcome {
     }
 }
 
+/// What a request asks of the disk, one operation after the other.
+#[derive(Debug)]
+pub(crate) enum Job {
+    /// A read of so many bytes.
+    Read {
+        offset: u64,
+        len: u32,
+    },
+    Write {
+        offset: u64,
+    },
+    Ranges {
+        ranges: vec::IntoIter<ByteRange>,
+        zeroes: bool,
+        offset: u64,
+    },
+    /// The last operation of a request that has to be durable, or all there is.
+    Flush,
+}
+
+/// What comes next in a request.
+#[derive(Debug)]
+pub(crate) enum Next {
+    /// This is to be done by the disk, with the data of the request if it is a transfer.
+    Operation(Operation, u64),
+    /// Nothing: it has ended.
+    End(Outcome),
+}
+
+impl From<Status> for Next {
+    fn from(status: Status) -> Self {
+        Self::End(status.into())
+    }
+}
+
 impl BlockDevice {
-    /// Does what `request` asks for. Whatever goes wrong is a status for the guest and a line in
-    /// the log.
+    /// Begins what `request` asks for. Whatever goes wrong is a status for the guest and a line in the log.
     ///
     /// `features` are those that the driver accepted.
-    pub(crate) fn execute(&self, request: &Request<'_>, features: u64) -> Outcome {
-        match request.operation {
-            Operation::In { sector } => self.read(sector, &request.writable),
-            Operation::Out { sector } => self.write(sector, &request.readable, features).into(),
-            Operation::Flush => self.flush().into(),
-            Operation::GetId => self.get_id(&request.writable),
-            Operation::Discard => self.discard(&request.readable, features).into(),
-            Operation::WriteZeroes => self.write_zeroes(&request.readable, features).into(),
-            Operation::Unknown(code) => self.unsupported(code).into(),
+    pub(crate) fn begin(&self, request: &Request<'_>, features: u64) -> (Job, Next) {
+        let mut job = Job::Flush;
+        let next = match request.operation {
+            Asked::In { sector } => self.read(sector, &request.writable, &mut job),
+            Asked::Out { sector } => self.write(sector, &request.readable, &mut job),
+            Asked::Flush => self.flush(),
+            Asked::GetId => Next::End(self.get_id(&request.writable)),
+            Asked::Discard => self.discard(&request.readable, features, &mut job),
+            Asked::WriteZeroes => self.write_zeroes(&request.readable, features, &mut job),
+            Asked::Unknown(code) => self.unsupported(code).into(),
+        };
+        (job, next)
+    }
+
+    /// Goes on with a request, one operation of which ended with `result`.
+    pub(crate) fn proceed(&self, job: &mut Job, result: blockhouse_block::Result<()>, features: u64) -> Next {
+        if let Err(error) = result {
+            let offset = match job {
+                Job::Read { offset, .. } | Job::Write { offset } | Job::Ranges { offset, .. } => *offset,
+                Job::Flush => 0,
+            };
+            return self.failed(&error, offset).into();
+        }
+        match job {
+            Job::Read { len, .. } => Next::End(Outcome { status: Status::Ok, written: *len }),
+            Job::Write { .. } => self.changed(job, features),
+            Job::Ranges { .. } => self.next_range(job).unwrap_or_else(|| self.changed(job, features)),
+            Job::Flush => Status::Ok.into(),
         }
     }
 
@@ -77,53 +132,45 @@ impl BlockDevice {
         Ok(())
     }
 
-    fn read(&self, sector: u64, data: &[VolatileSlice<'_>]) -> Outcome {
+    fn read(&self, sector: u64, data: &[VolatileSlice<'_>], job: &mut Job) -> Next {
         let Some((offset, len)) = self.range(sector, data) else {
             return Status::IoError.into();
         };
-        if len > 0
-            && let Err(error) = self.backend().read(data, offset)
-        {
-            return self.failed(&error, offset).into();
+        if len == 0 {
+            return Status::Ok.into();
         }
-        Outcome { status: Status::Ok, written: len }
+        *job = Job::Read { offset, len };
+        Next::Operation(Operation::Read, offset)
     }
 
-    fn write(&self, sector: u64, data: &[VolatileSlice<'_>], features: u64) -> Status {
+    fn write(&self, sector: u64, data: &[VolatileSlice<'_>], job: &mut Job) -> Next {
         if let Err(status) = self.check_writable() {
-            return status;
+            return status.into();
         }
         let Some((offset, len)) = self.range(sector, data) else {
-            return Status::IoError;
+            return Status::IoError.into();
         };
         if len == 0 {
-            return Status::Ok;
+            return Status::Ok.into();
         }
-        if let Err(error) = self.backend().write(data, offset) {
-            return self.failed(&error, offset);
-        }
-        self.changed(features)
+        *job = Job::Write { offset };
+        Next::Operation(Operation::Write, offset)
     }
 
-    fn discard(&self, data: &[VolatileSlice<'_>], features: u64) -> Status {
+    fn discard(&self, data: &[VolatileSlice<'_>], features: u64, job: &mut Job) -> Next {
         let accepted = features & 1 << VIRTIO_BLK_F_DISCARD != 0;
-        let ranges = match self.ranges(VIRTIO_BLK_T_DISCARD, accepted, data, ranges::DISCARD) {
-            Ok(ranges) => ranges,
-            Err(status) => return status,
-        };
-        self.change_ranges(&ranges, features, |range| self.backend().discard(range.offset, range.len))
+        match self.ranges(VIRTIO_BLK_T_DISCARD, accepted, data, ranges::DISCARD) {
+            Ok(ranges) => self.begin_ranges(ranges, false, job),
+            Err(status) => status.into(),
+        }
     }
 
-    fn write_zeroes(&self, data: &[VolatileSlice<'_>], features: u64) -> Status {
+    fn write_zeroes(&self, data: &[VolatileSlice<'_>], features: u64, job: &mut Job) -> Next {
         let accepted = features & 1 << VIRTIO_BLK_F_WRITE_ZEROES != 0;
-        let ranges = match self.ranges(VIRTIO_BLK_T_WRITE_ZEROES, accepted, data, ranges::WRITE_ZEROES) {
-            Ok(ranges) => ranges,
-            Err(status) => return status,
-        };
-        self.change_ranges(&ranges, features, |range| {
-            // The flag is a permission: where nothing is given back, it says nothing.
-            self.backend().write_zeroes(range.offset, range.len, range.may_unmap && self.gives_back())
-        })
+        match self.ranges(VIRTIO_BLK_T_WRITE_ZEROES, accepted, data, ranges::WRITE_ZEROES) {
+            Ok(ranges) => self.begin_ranges(ranges, true, job),
+            Err(status) => status.into(),
+        }
     }
 
     /// The checked ranges of a request of type `code`, whose feature the driver `accepted` or not.
@@ -144,36 +191,39 @@ impl BlockDevice {
         })
     }
 
-    /// Does `change` to each range that is not empty, up to the first that fails.
-    fn change_ranges(
-        &self,
-        ranges: &[ByteRange],
-        features: u64,
-        change: impl Fn(&ByteRange) -> blockhouse_block::Result<()>,
-    ) -> Status {
-        let mut any = false;
-        for range in ranges.iter().filter(|range| range.len > 0) {
-            if let Err(error) = change(range) {
-                return self.failed(&error, range.offset);
-            }
-            any = true;
-        }
-        if any { self.changed(features) } else { Status::Ok }
+    fn begin_ranges(&self, ranges: Vec<ByteRange>, zeroes: bool, job: &mut Job) -> Next {
+        *job = Job::Ranges { ranges: ranges.into_iter(), zeroes, offset: 0 };
+        self.next_range(job).unwrap_or_else(|| Status::Ok.into())
+    }
+
+    /// The operation for the next range that is not empty.
+    fn next_range(&self, job: &mut Job) -> Option<Next> {
+        let Job::Ranges { ranges, zeroes, offset } = job else { return None };
+        let range = ranges.find(|range| range.len > 0)?;
+        *offset = range.offset;
+        let operation = if *zeroes {
+            // The flag is a permission: where nothing is given back, it says nothing.
+            Operation::WriteZeroes { length: range.len, may_unmap: range.may_unmap && self.gives_back() }
+        } else {
+            Operation::Discard { length: range.len }
+        };
+        Some(Next::Operation(operation, range.offset))
     }
 
     /// The end of a request that changed the disk: it is durable, unless the driver is to flush.
-    fn changed(&self, features: u64) -> Status {
-        if self.writes_through(features) { self.flush() } else { Status::Ok }
+    fn changed(&self, job: &mut Job, features: u64) -> Next {
+        if !self.writes_through(features) {
+            return Status::Ok.into();
+        }
+        *job = Job::Flush;
+        self.flush()
     }
 
-    fn flush(&self) -> Status {
+    fn flush(&self) -> Next {
         if self.cache_mode() == CacheMode::Unsafe {
-            return Status::Ok;
+            return Status::Ok.into();
         }
-        match self.backend().flush() {
-            Ok(()) => Status::Ok,
-            Err(error) => self.failed(&error, 0),
-        }
+        Next::Operation(Operation::Flush, 0)
     }
 
     /// Writes the serial, padded with NUL, or as much of it as there is room for.

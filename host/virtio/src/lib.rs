@@ -30,7 +30,7 @@
 //!
 //! Section numbers in this crate are those of the virtio specification, version 1.3.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod device;
 mod execute;
@@ -44,6 +44,6 @@ mod worker;
 mod driver;
 
 pub use device::{BlockDevice, BlockDeviceOptions, CacheMode, DEVICE_ID, MAX_QUEUES, QUEUE_SIZE, SERIAL_LEN};
-pub use queue::{BlockQueue, InFlightRecord, Position, Progress, QueueError};
+pub use queue::{BlockQueue, Host, InFlightRecord, Position, QueueError};
 pub use request::{MAX_DESCRIPTORS, Malformed};
 pub use worker::{Notifier, Worker};

@@ -1,37 +1,63 @@
-//! One virtqueue: takes requests, has them executed, returns them, and interrupts the driver when it
-//! asked to be.
+//! One virtqueue: takes requests, has the disk do them, many at a time, returns them in the order in which they
+//! end, and interrupts the driver when it asked to be.
+//!
+//! ```text
+//!   available ring ─ take, parse ─▶ begin ─ start ─▶ ┌────────┐
+//!                                     ▲              │  lane  │  a request of several operations (ranges, a
+//!                                     └── proceed ◀──│        │  write that has to be durable) goes around
+//!   used ring ◀─ status ◀─ end ◀──────────┘          └────────┘
+//! ```
+//!
+//! All that is available is taken before anything is submitted, and the driver is told once of all that has
+//! ended: a busy queue costs one system call and one interrupt for many requests.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use blockhouse_block::{LANE_REQUESTS, Lane, LaneRequest, Operation};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, VolatileSlice};
 
 use crate::device::BlockDevice;
-use crate::execute::Status;
+use crate::execute::{Job, Next, Outcome, Status};
 use crate::report::Fault;
-use crate::request::{ChainAgain, Request};
+use crate::request::{ChainAgain, Lists, Request};
 
-/// The driver broke the queue itself: nothing that it holds can be trusted any more.
+/// A queue cannot be served any more: the driver broke the ring itself, so that nothing it holds can be trusted,
+/// or the host has nothing left to serve it with.
 ///
 /// The transport sets `DEVICE_NEEDS_RESET` (section 2.1.2) and stops the device until it is reset.
 #[derive(Debug, thiserror::Error)]
-#[error("the driver broke virtqueue {queue}: {source}; the device waits for a reset")]
+#[error("{source} (virtqueue {queue}); the device waits for a reset")]
 pub struct QueueError {
     queue: u16,
-    source: virtio_queue::Error,
+    source: Broken,
 }
 
-/// Where [`BlockQueue::process`] stopped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use]
-pub enum Progress {
-    /// The queue is empty and the driver was asked to notify: wait for that.
-    Drained,
-    /// The budget is used up and there may be more: call again, without waiting.
-    More,
+#[derive(Debug, thiserror::Error)]
+enum Broken {
+    #[error("the driver broke its virtqueue: {0}")]
+    Ring(#[from] virtio_queue::Error),
+    #[error("the disk cannot be used: {0}")]
+    Disk(blockhouse_block::Error),
+}
+
+/// What [`BlockQueue::serve`] asks of whoever has it serve.
+pub trait Host {
+    /// Whether to stop: no more requests are taken, and those in flight are waited for. Asked before requests
+    /// are taken, at most [`QUEUE_SIZE`](crate::QUEUE_SIZE) at a time.
+    fn stops(&mut self) -> bool;
+
+    /// The driver is to be told of completions.
+    fn interrupt(&mut self);
+
+    /// There is nothing to do before the driver notifies, or one of `ready` becomes readable, or the host wants
+    /// to stop: returns after one of these, or earlier, and whether one of `ready` may be readable.
+    /// `in_flight` requests are being waited for. `ready` is the same each time.
+    fn wait(&mut self, ready: [Option<BorrowedFd<'_>>; 2], in_flight: usize) -> bool;
 }
 
 /// How far a queue has come, in ring indexes as section 2.7 has them: free-running, modulo 2^16.
@@ -93,71 +119,30 @@ impl BlockQueue {
         Position { next_avail: self.queue.next_avail(), next_used: self.queue.next_used() }
     }
 
-    /// Serves up to `budget` requests and calls `interrupt` whenever the driver has to be told of a
-    /// completion (`VIRTIO_F_EVENT_IDX`, section 2.7.10, is honoured).
-    ///
-    /// The budget lets the caller look up now and then, however fast the driver adds requests: for
-    /// a stop, or for another queue.
+    /// Serves the queue until `host` says stop. When this returns, nothing is in flight any more.
     ///
     /// # Errors
-    /// [`QueueError`] if the ring itself is invalid; it was logged. The queue must not be processed
-    /// again.
-    pub fn process<M>(&mut self, memory: &M, budget: u16, mut interrupt: impl FnMut()) -> Result<Progress, QueueError>
+    /// [`QueueError`] if the ring itself is invalid, or the disk has no lane to give; it was logged. The queue
+    /// must not be served again.
+    pub fn serve<M>(&mut self, memory: &M, host: &mut dyn Host) -> Result<(), QueueError>
     where
         M: GuestMemory<Bitmap = ()>,
     {
-        self.serve(memory, budget, &mut interrupt).map_err(|source| {
-            let error = QueueError { queue: self.index, source };
-            self.device.report().fault(Fault::BrokenQueue, None, &error);
+        let index = self.index;
+        let device = Arc::clone(&self.device);
+        let served = match Arc::clone(device.backend()).lane() {
+            Ok(lane) => Service::new(self, memory, lane).run(host),
+            Err(error) => Err(Broken::Disk(error)),
+        };
+        served.map_err(|source| {
+            let error = QueueError { queue: index, source };
+            device.report().fault(Fault::BrokenQueue, None, &error);
             error
         })
     }
 
-    fn serve<M>(
-        &mut self,
-        memory: &M,
-        budget: u16,
-        interrupt: &mut dyn FnMut(),
-    ) -> Result<Progress, virtio_queue::Error>
-    where
-        M: GuestMemory<Bitmap = ()>,
-    {
-        self.queue.disable_notification(memory)?;
-        for _ in 0..budget {
-            if let Some(head) = self.again.pop() {
-                let table = GuestAddress(self.queue.desc_table());
-                let chain = ChainAgain::new(memory, table, self.queue.size(), head);
-                let written = self.answer(chain, memory);
-                self.give_back(memory, head, written, interrupt)?;
-                continue;
-            }
-            let Some(chain) = self.queue.iter(memory)?.next() else {
-                // A request may slip in between the last look and the switching on; then this
-                // returns true and the loop goes on.
-                if !self.queue.enable_notification(memory)? {
-                    return Ok(Progress::Drained);
-                }
-                self.queue.disable_notification(memory)?;
-                continue;
-            };
-            let head = chain.head_index();
-            if let Some(record) = &mut self.record {
-                record.taken(head);
-            }
-            let written = self.answer(chain, memory);
-            self.give_back(memory, head, written, interrupt)?;
-        }
-        Ok(Progress::More)
-    }
-
     /// Puts a request on the used ring.
-    fn give_back<M>(
-        &mut self,
-        memory: &M,
-        head: u16,
-        written: u32,
-        interrupt: &mut dyn FnMut(),
-    ) -> Result<(), virtio_queue::Error>
+    fn give_back<M>(&mut self, memory: &M, head: u16, written: u32) -> Result<(), virtio_queue::Error>
     where
         M: GuestMemory<Bitmap = ()>,
     {
@@ -168,38 +153,7 @@ impl BlockQueue {
         if let Some(record) = &mut self.record {
             record.answered(head, self.queue.next_used());
         }
-        if self.driver_wants_interrupt(memory)? {
-            interrupt();
-        }
         Ok(())
-    }
-
-    /// Executes one chain and writes its status. Returns the length for the used ring: the bytes
-    /// from the start of the writable part that were certainly written (section 2.7.8.2).
-    fn answer<M>(&self, chain: impl Iterator<Item = Descriptor>, memory: &M) -> u32
-    where
-        M: GuestMemory<Bitmap = ()>,
-    {
-        match Request::parse(chain, memory) {
-            Ok(request) => {
-                let outcome = self.device.execute(&request, self.features);
-                write_status(&request.status, outcome.status);
-                // The status follows the data; it counts only if there is no gap before it.
-                let room: usize = request.writable.iter().map(VolatileSlice::len).sum();
-                if usize::try_from(outcome.written).is_ok_and(|written| written == room) {
-                    outcome.written.saturating_add(1)
-                } else {
-                    outcome.written
-                }
-            }
-            Err(rejected) => {
-                self.device.report().fault(Fault::Malformed(rejected.reason), None, &rejected.reason);
-                if let Some(status) = rejected.status {
-                    write_status(&status, Status::IoError);
-                }
-                0
-            }
-        }
     }
 
     fn driver_wants_interrupt<M>(&mut self, memory: &M) -> Result<bool, virtio_queue::Error>
@@ -223,6 +177,195 @@ fn write_status(byte: &VolatileSlice<'_>, status: Status) {
     // One byte, checked to be in memory when the request was parsed: this cannot fail.
     let written = byte.write_slice(&[status.code()], 0);
     debug_assert!(written.is_ok(), "the status byte left guest memory");
+}
+
+/// A request in flight.
+struct Pending<'m> {
+    head: u16,
+    job: Job,
+    status: VolatileSlice<'m>,
+    /// Bytes of writable data before the status.
+    room: usize,
+}
+
+/// A queue while it is served. It never leaves [`BlockQueue::serve`], so that the lane is dropped, and with it
+/// everything that is in flight, before the memory can go.
+struct Service<'q, 'm, M> {
+    queue: &'q mut BlockQueue,
+    memory: &'m M,
+    lane: Box<dyn Lane>,
+    /// Requests in flight, by the token that the lane has for them.
+    pending: Vec<Option<Pending<'m>>>,
+    free: Vec<usize>,
+    /// What the lane has just reported, kept for its memory.
+    ended: Vec<(u64, blockhouse_block::Result<()>)>,
+    /// The lists of a request that has been started, kept for their memory.
+    lists: Lists<'m>,
+    /// Whether a request was put on the used ring since the driver was last told, or asked about.
+    answered: bool,
+}
+
+impl<'q, 'm, M> Service<'q, 'm, M>
+where
+    M: GuestMemory<Bitmap = ()>,
+{
+    fn new(queue: &'q mut BlockQueue, memory: &'m M, lane: Box<dyn Lane>) -> Self {
+        Self {
+            queue,
+            memory,
+            lane,
+            pending: (0..LANE_REQUESTS).map(|_| None).collect(),
+            free: (0..LANE_REQUESTS).rev().collect(),
+            ended: Vec::new(),
+            lists: Lists::default(),
+            answered: false,
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.pending.len().saturating_sub(self.free.len())
+    }
+
+    fn run(mut self, host: &mut dyn Host) -> Result<(), Broken> {
+        let mut hears = true;
+        loop {
+            let stops = host.stops();
+            if hears && !stops {
+                self.queue.queue.disable_notification(self.memory)?;
+                hears = false;
+            }
+            let taken = if stops { 0 } else { self.take()? };
+            self.lane.submit();
+            let ended = self.finish()?;
+            if self.answered {
+                self.answered = false;
+                if self.queue.driver_wants_interrupt(self.memory)? {
+                    host.interrupt();
+                }
+            }
+            if stops && self.in_flight() == 0 {
+                return Ok(());
+            }
+            if taken > 0 || ended > 0 {
+                continue;
+            }
+            // A request may slip in between the last look and the switching on; then this returns true and
+            // the loop goes on. With a full lane there is no use in hearing of more.
+            let deaf = stops || self.free.is_empty();
+            hears |= !deaf;
+            if (deaf || !self.queue.queue.enable_notification(self.memory)?)
+                && host.wait(self.lane.ready(), self.in_flight())
+            {
+                self.lane.acknowledge();
+            }
+        }
+    }
+
+    /// Takes what is available, as far as there is room, and starts it. Returns how many requests that were.
+    fn take(&mut self) -> Result<usize, Broken> {
+        let mut count = 0;
+        // Bounded: what makes no sense is answered at once and takes no token.
+        while count < LANE_REQUESTS
+            && let Some(token) = self.free.last().copied()
+        {
+            if let Some(head) = self.queue.again.pop() {
+                let table = GuestAddress(self.queue.queue.desc_table());
+                let chain = ChainAgain::new(self.memory, table, self.queue.queue.size(), head);
+                self.begin(token, head, chain)?;
+            } else {
+                let Some(chain) = self.queue.queue.iter(self.memory)?.next() else { break };
+                let head = chain.head_index();
+                if let Some(record) = &mut self.queue.record {
+                    record.taken(head);
+                }
+                self.begin(token, head, chain)?;
+            }
+            count += 1;
+        }
+        Ok(count)
+    }
+
+    /// Begins one chain, under the free `token`.
+    fn begin(&mut self, token: usize, head: u16, chain: impl Iterator<Item = Descriptor>) -> Result<(), Broken> {
+        let request = match Request::parse(chain, self.memory, std::mem::take(&mut self.lists)) {
+            Ok(request) => request,
+            Err(rejected) => {
+                self.queue.device.report().fault(Fault::Malformed(rejected.reason), None, &rejected.reason);
+                if let Some(status) = rejected.status {
+                    write_status(&status, Status::IoError);
+                }
+                return self.answer(head, 0);
+            }
+        };
+        let room = request.writable.iter().map(VolatileSlice::len).sum();
+        let (job, next) = self.queue.device.begin(&request, self.queue.features);
+        let pending = Pending { head, job, status: request.status, room };
+        let result = match next {
+            Next::End(outcome) => self.end(&pending, outcome),
+            Next::Operation(operation, offset) => {
+                let buffers = match operation {
+                    Operation::Read => request.writable.as_slice(),
+                    Operation::Write => request.readable.as_slice(),
+                    Operation::WriteZeroes { .. } | Operation::Discard { .. } | Operation::Flush => &[],
+                };
+                self.free.pop();
+                if let Some(place) = self.pending.get_mut(token) {
+                    *place = Some(pending);
+                }
+                start(self.lane.as_mut(), token, operation, offset, buffers);
+                Ok(())
+            }
+        };
+        self.lists = (request.readable, request.writable);
+        result
+    }
+
+    /// Takes what has ended, and goes on with it or answers it. Returns how many operations that were.
+    fn finish(&mut self) -> Result<usize, Broken> {
+        let mut ended = std::mem::take(&mut self.ended);
+        self.lane.complete(&mut |token, result| ended.push((token, result)));
+        let count = ended.len();
+        for (token, result) in ended.drain(..) {
+            let token = usize::try_from(token).unwrap_or(usize::MAX);
+            let Some(place) = self.pending.get_mut(token) else { continue };
+            let Some(mut pending) = place.take() else { continue };
+            match self.queue.device.proceed(&mut pending.job, result, self.queue.features) {
+                Next::Operation(operation, offset) => {
+                    *place = Some(pending);
+                    start(self.lane.as_mut(), token, operation, offset, &[]);
+                }
+                Next::End(outcome) => {
+                    self.free.push(token);
+                    self.end(&pending, outcome)?;
+                }
+            }
+        }
+        self.ended = ended;
+        Ok(count)
+    }
+
+    /// Writes the status of a request and answers it, with the bytes from the start of the writable part that
+    /// were certainly written (section 2.7.8.2).
+    fn end(&mut self, pending: &Pending<'_>, outcome: Outcome) -> Result<(), Broken> {
+        write_status(&pending.status, outcome.status);
+        // The status follows the data; it counts only if there is no gap before it.
+        let whole = usize::try_from(outcome.written).is_ok_and(|written| written == pending.room);
+        self.answer(pending.head, if whole { outcome.written.saturating_add(1) } else { outcome.written })
+    }
+
+    fn answer(&mut self, head: u16, written: u32) -> Result<(), Broken> {
+        self.answered = true;
+        Ok(self.queue.give_back(self.memory, head, written)?)
+    }
+}
+
+/// Starts an operation on a lane, whose buffers are slices of guest memory.
+#[allow(unsafe_code)]
+fn start(lane: &mut dyn Lane, token: usize, operation: Operation, offset: u64, buffers: &[VolatileSlice<'_>]) {
+    let token = u64::try_from(token).unwrap_or(u64::MAX);
+    // SAFETY: the buffers are in the memory that `Service` borrows for longer than it has the lane, and a
+    // service is a local variable of `BlockQueue::serve`, which nobody can leak.
+    unsafe { lane.start(&LaneRequest { token, operation, offset, buffers }) };
 }
 
 #[cfg(test)]

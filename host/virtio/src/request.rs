@@ -90,11 +90,17 @@ pub(crate) struct Rejected<'m> {
 impl<'m> Request<'m> {
     /// Reads `chain`. Each descriptor and each byte of the header is read once, so a guest that
     /// changes them meanwhile changes nothing.
-    pub(crate) fn parse<M>(chain: impl Iterator<Item = Descriptor>, memory: &'m M) -> Result<Self, Rejected<'m>>
+    ///
+    /// `room` is an earlier request that has ended or none, for the memory of its lists.
+    pub(crate) fn parse<M>(
+        chain: impl Iterator<Item = Descriptor>,
+        memory: &'m M,
+        room: Lists<'m>,
+    ) -> Result<Self, Rejected<'m>>
     where
         M: GuestMemory<Bitmap = ()>,
     {
-        let mut parts = Parts::default();
+        let mut parts = Parts::in_place_of(room);
         let mut unfinished = true;
         for (i, descriptor) in chain.enumerate() {
             if i >= usize::from(MAX_DESCRIPTORS) {
@@ -169,6 +175,9 @@ where
     }
 }
 
+/// The buffers of a request: readable and writable ones.
+pub(crate) type Lists<'m> = (Vec<VolatileSlice<'m>>, Vec<VolatileSlice<'m>>);
+
 /// The buffers of a chain as they are collected.
 #[derive(Default)]
 struct Parts<'m> {
@@ -181,6 +190,12 @@ struct Parts<'m> {
 }
 
 impl<'m> Parts<'m> {
+    fn in_place_of((mut readable, mut writable): Lists<'m>) -> Self {
+        readable.clear();
+        writable.clear();
+        Self { readable, writable, ..Self::default() }
+    }
+
     fn add<M>(&mut self, descriptor: Descriptor, memory: &'m M)
     where
         M: GuestMemory<Bitmap = ()>,

@@ -11,7 +11,7 @@
 
 use std::io;
 use std::ops::Deref;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -20,11 +20,10 @@ use vm_memory::GuestMemory;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::queue::{BlockQueue, Position, Progress};
+use crate::queue::{BlockQueue, Host, Position};
 
-/// Requests between two looks at the stop flag: one, because whoever stops a queue waits for what is
-/// done in between, and a request can be large.
-const BUDGET: u16 = 1;
+/// The event that the worker waits for when it names the lane of its queue.
+const LANE: u64 = 1;
 
 /// How a worker reaches the driver. Called from the worker's thread; must not block.
 pub trait Notifier: Send + Sync + 'static {
@@ -75,7 +74,11 @@ impl Worker {
             let shared = Arc::clone(&shared);
             thread::Builder::new().name(name).spawn(move || {
                 let _watch = Watch(notifier.as_ref());
-                shared.serve(&mut queue, &*memory, &epoll, notifier.as_ref());
+                let mut host = Waiting { shared: &shared, epoll, notifier: notifier.as_ref(), hears_lane: false };
+                // The device has logged what went wrong.
+                if queue.serve(&*memory, &mut host).is_err() {
+                    notifier.broken();
+                }
                 // It is waited for as long as the thread is there.
                 drop(kick);
                 queue.position()
@@ -123,32 +126,44 @@ impl Drop for Watch<'_> {
     }
 }
 
-impl Shared {
-    fn serve<M>(&self, queue: &mut BlockQueue, memory: &M, epoll: &Epoll, notifier: &dyn Notifier)
-    where
-        M: GuestMemory<Bitmap = ()>,
-    {
-        let mut events = [EpollEvent::default(); 2];
-        loop {
-            if self.stop.load(Ordering::Acquire) {
-                return;
-            }
-            match queue.process(memory, BUDGET, || notifier.used()) {
-                Ok(Progress::More) => {}
-                Ok(Progress::Drained) => match epoll.wait(-1, &mut events) {
-                    Ok(_) => {}
-                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    Err(error) => {
-                        tracing::error!(%error, "cannot wait for a queue");
-                        notifier.broken();
-                        return;
-                    }
-                },
-                // The device has logged it.
-                Err(_) => {
-                    notifier.broken();
-                    return;
+/// The worker's thread, as its queue sees it.
+struct Waiting<'a> {
+    shared: &'a Shared,
+    epoll: Epoll,
+    notifier: &'a dyn Notifier,
+    /// Whether the descriptors of the lane are waited for.
+    hears_lane: bool,
+}
+
+impl Host for Waiting<'_> {
+    fn stops(&mut self) -> bool {
+        self.shared.stop.load(Ordering::Acquire)
+    }
+
+    fn interrupt(&mut self) {
+        self.notifier.used();
+    }
+
+    fn wait(&mut self, ready: [Option<BorrowedFd<'_>>; 2], _in_flight: usize) -> bool {
+        if !self.hears_lane {
+            for fd in ready.iter().flatten() {
+                // Until it is read, not once: what has ended stays to be taken.
+                let event = EpollEvent::new(EventSet::IN, LANE);
+                if let Err(error) = self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event) {
+                    tracing::error!(%error, "cannot wait for a disk");
                 }
+            }
+            self.hears_lane = true;
+        }
+        let mut events = [EpollEvent::default(); 4];
+        match self.epoll.wait(-1, &mut events) {
+            Ok(count) => events.iter().take(count).any(|event| event.data() == LANE),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => true,
+            Err(error) => {
+                tracing::error!(%error, "cannot wait for a queue");
+                // Slow, but without a thread that spins.
+                thread::sleep(std::time::Duration::from_millis(10));
+                true
             }
         }
     }

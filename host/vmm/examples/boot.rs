@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use blockhouse_block::{BlockBackend, Error, ErrorKind, Result, SECTOR_SIZE, Topology};
+use blockhouse_block::{BlockBackend, Error, ErrorKind, Lane, Pool, PoolLane, Result, SECTOR_SIZE, Topology};
 use blockhouse_vmm::{DiskConfig, ExitReason, Machine, MachineConfig, Payload};
 use vm_memory::VolatileSlice;
 
@@ -99,6 +99,10 @@ impl BlockBackend for RawFile {
     /// Keeps the bytes, as it may.
     fn discard(&self, offset: u64, length: u64) -> Result<()> {
         self.check_change(offset, length)
+    }
+
+    fn lane(self: Arc<Self>) -> Result<Box<dyn Lane>> {
+        Ok(Box::new(PoolLane::new(self, Pool::new())?))
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use blockhouse_block::{BlockBackend, Error, ErrorKind, Result, Topology};
+use blockhouse_block::{BlockBackend, Error, ErrorKind, Lane, Pool, PoolLane, Result, Topology};
 use blockhouse_vmm::{DiskConfig, DiskReport, DiskResult, Exit, ExitReason, Machine, MachineConfig, Payload};
 use sha2::{Digest, Sha256};
 use vm_memory::VolatileSlice;
@@ -89,6 +89,10 @@ impl BlockBackend for TestDisk {
 
     fn discard(&self, _: u64, _: u64) -> Result<()> {
         Err(refused())
+    }
+
+    fn lane(self: Arc<Self>) -> Result<Box<dyn Lane>> {
+        Ok(Box::new(PoolLane::new(self, Pool::new())?))
     }
 }
 
@@ -282,6 +286,10 @@ impl BlockBackend for Gate {
     fn discard(&self, _: u64, _: u64) -> Result<()> {
         Err(refused())
     }
+
+    fn lane(self: Arc<Self>) -> Result<Box<dyn Lane>> {
+        Ok(Box::new(PoolLane::new(self, Pool::new())?))
+    }
 }
 
 #[test]
@@ -307,7 +315,10 @@ fn stopping_waits_for_the_request_in_flight() {
 }
 
 /// A disk with a bug.
-struct Panics;
+struct Panics {
+    /// In the thread of its queue, not in a request.
+    at_once: bool,
+}
 
 impl BlockBackend for Panics {
     fn capacity(&self) -> u64 {
@@ -341,17 +352,27 @@ impl BlockBackend for Panics {
     fn discard(&self, _: u64, _: u64) -> Result<()> {
         Err(refused())
     }
+
+    fn lane(self: Arc<Self>) -> Result<Box<dyn Lane>> {
+        assert!(!self.at_once, "this disk panics, as the test wants");
+        Ok(Box::new(PoolLane::new(self, Pool::new())?))
+    }
 }
 
 #[test]
 fn a_worker_that_dies_costs_its_own_disk_only() {
     let good = Arc::new(TestDisk::new(300, 1));
-    let Some((exit, _)) = run(vec![DiskConfig::new(Arc::new(Panics), ""), config(&good, "")]) else { return };
+    let panics = |at_once| DiskConfig::new(Arc::new(Panics { at_once }), "");
+    let Some((exit, _)) = run(vec![panics(true), config(&good, ""), panics(false)]) else { return };
     assert_eq!(exit.reason, ExitReason::Guest(1));
     let results: Vec<_> = exit.disks.into_iter().map(|disk| disk.result).collect();
     assert_eq!(
         results,
-        [DiskResult::Device("the device stopped working".to_owned()), DiskResult::Sha256(good.sha256())]
+        [
+            DiskResult::Device("the device stopped working".to_owned()),
+            DiskResult::Sha256(good.sha256()),
+            DiskResult::ReadError { sector: 0 }
+        ]
     );
 }
 
