@@ -6,6 +6,7 @@
 //!   cargo xtask test ─┘
 //! ```
 
+mod bench;
 mod build_plugins;
 mod demo;
 mod packages;
@@ -38,6 +39,7 @@ enum Task {
     Demo(demo::Arguments),
     Test(test::Arguments),
     Simulate(simulate::Arguments),
+    Bench(bench::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -59,5 +61,6 @@ fn run() -> Result<()> {
         Task::Demo(arguments) => demo::run(&workspace, &arguments),
         Task::Test(arguments) => test::run(&workspace, &arguments),
         Task::Simulate(arguments) => simulate::run(&workspace, &arguments),
+        Task::Bench(arguments) => bench::run(&workspace, &arguments),
     }
 }
