@@ -13,6 +13,7 @@ const RULES: &[(&str, &[&str], &[&str])] = &[
     ("blockhouse-formats", &[], &["wasmtime", "kvm-ioctls", "virtio-queue"]),
     ("blockhouse-virtio", &["blockhouse-block"], &["wasmtime", "wasmtime-wasi", "kvm-ioctls"]),
     ("blockhouse-guest", &[], &["wasmtime", "kvm-ioctls", "virtio-queue"]),
+    ("blockhouse-vhost", &["blockhouse-block", "blockhouse-virtio"], &["wasmtime", "wasmtime-wasi", "kvm-ioctls"]),
     ("blockhouse-vmm", &["blockhouse-block", "blockhouse-virtio", "blockhouse-guest"], &["wasmtime", "wasmtime-wasi"]),
     ("blockhouse-plugin", &[], &["wasmtime", "kvm-ioctls", "imago", "vm-memory"]),
     ("blockhouse-raw", &["blockhouse-plugin"], &["wasmtime", "imago", "vm-memory"]),
@@ -27,6 +28,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("wasmtime", &["blockhouse-sandbox"]),
     ("wasmtime-wasi", &["blockhouse-sandbox"]),
     ("kvm-ioctls", &["blockhouse-vmm"]),
+    ("vhost", &["blockhouse-vhost", "blockhouse-tests"]),
     ("imago", &["blockhouse-block", "blockhouse-tests"]),
     ("wit-bindgen", &["blockhouse-plugin", "blockhouse-probe"]),
 ];

@@ -1,9 +1,39 @@
-//! The disk strings of `blockhouse run`: `file=IMAGE,format=F[,allow=PATH][,allow-write=PATH]...`.
+//! The disk strings of `blockhouse run` and `serve`: `file=IMAGE,format=F[,allow=PATH][,allow-write=PATH]...`.
 
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use blockhouse_vmm::CacheMode;
+use blockhouse_vhost::{CacheMode, MAX_QUEUES};
+
+/// What the fields mean, for the help of the commands that take them.
+macro_rules! field_help {
+    () => {
+        "\
+file=IMAGE        the image
+format=FORMAT     its format: stated, never guessed
+allow=PATH        let the image refer to PATH, a file or a directory (read-only; may be repeated)
+allow-write=PATH  as allow, and let the image have PATH written: an external data file
+readonly=on|off   default off; formats that cannot be written need on
+serial=TEXT       what the guest sees as the serial number, up to 20 characters
+snapshot=N        a snapshot inside the image, by id or name (needs readonly=on)
+cache=MODE        when a write is durable: writeback (default), once the guest flushes;
+                  writethrough, before the guest hears that it is done; unsafe, some time:
+                  flushes do nothing, a crash of the host loses data and may destroy the image
+discard=on|off    let the guest give back space (default on; off for drivers that fail)
+queues=N          queues, each with a thread of its own (default 1, at most 64); one per vCPU is
+                  as many as a guest can use at once
+"
+    };
+}
+pub(crate) use field_help;
+
+/// The end of the help.
+macro_rules! comma_help {
+    () => {
+        "A comma inside a value is written twice."
+    };
+}
+pub(crate) use comma_help;
 
 /// One disk, as the operator describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +56,10 @@ pub(crate) struct DiskArg {
     pub(crate) cache: CacheMode,
     /// The guest may discard.
     pub(crate) discard: bool,
+    /// Queues that the device has.
+    pub(crate) queues: u16,
+    /// Where it is served.
+    pub(crate) socket: Option<String>,
 }
 
 impl FromStr for DiskArg {
@@ -41,6 +75,8 @@ impl FromStr for DiskArg {
         let mut snapshot = None;
         let mut cache = None;
         let mut discard = None;
+        let mut queues = None;
+        let mut socket = None;
         for field in split_fields(text) {
             let (key, value) =
                 field.split_once('=').ok_or_else(|| format!("{field:?} is not of the form key=value"))?;
@@ -76,10 +112,17 @@ impl FromStr for DiskArg {
                     serial.replace(value.to_owned()).is_some()
                 }
                 "snapshot" => snapshot.replace(value.to_owned()).is_some(),
+                "queues" => {
+                    let number = value.parse().ok().filter(|number| (1..=MAX_QUEUES).contains(number));
+                    let number =
+                        number.ok_or_else(|| format!("queues={value} is not a number from 1 to {MAX_QUEUES}"))?;
+                    queues.replace(number).is_some()
+                }
+                "socket" => socket.replace(value.to_owned()).is_some(),
                 other => {
                     return Err(format!(
                         "{other:?} is not a key of a disk; there is: file, format, allow, allow-write, readonly, \
-                         serial, snapshot, cache, discard"
+                         serial, snapshot, cache, discard, queues, socket"
                     ));
                 }
             };
@@ -97,6 +140,8 @@ impl FromStr for DiskArg {
             snapshot,
             cache: cache.unwrap_or_default(),
             discard: discard.unwrap_or(true),
+            queues: queues.unwrap_or(1),
+            socket,
         };
         if disk.snapshot.is_some() && !disk.readonly {
             return Err("snapshot= needs readonly=on: a snapshot cannot be written".to_owned());
@@ -163,6 +208,14 @@ mod tests {
     }
 
     #[test]
+    fn queues_and_socket() {
+        let disk: DiskArg = "file=/a,format=raw,queues=64,socket=fd:3".parse().unwrap();
+        assert_eq!((disk.queues, disk.socket.as_deref()), (64, Some("fd:3")));
+        let disk: DiskArg = "file=/a,format=raw".parse().unwrap();
+        assert_eq!((disk.queues, disk.socket), (1, None));
+    }
+
+    #[test]
     fn what_may_be_written() {
         let disk: DiskArg = "file=/a,format=qcow2,allow=/x,allow-write=/y,allow-write=/z".parse().unwrap();
         assert_eq!(disk.allow, [PathBuf::from("/x")]);
@@ -188,6 +241,11 @@ mod tests {
             ("file=/a,format=raw,discard=on,readonly=on", "readonly=off"),
             ("file=/a,format=raw,allow-write=/b,readonly=on", "use allow="),
             ("file=/a,format=raw,", "key=value"),
+            ("file=/a,format=raw,queues=0", "from 1 to 64"),
+            ("file=/a,format=raw,queues=65", "from 1 to 64"),
+            ("file=/a,format=raw,queues=two", "from 1 to 64"),
+            ("file=/a,format=raw,queues=1,queues=1", "twice"),
+            ("file=/a,format=raw,socket=/s,socket=/t", "twice"),
         ] {
             let error = text.parse::<DiskArg>().unwrap_err();
             assert!(error.contains(why), "{text}: {error}");

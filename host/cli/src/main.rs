@@ -3,7 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `args.rs` | what every command that opens an image shares: format, grants, plug-ins, audit |
-//! | `disk_arg.rs` | the disk strings of `run` |
+//! | `disk_arg.rs`, `open_disk.rs` | the disk strings of `run` and `serve`; the disks, opened and closed |
 //! | `output.rs`, `progress.rs` | sizes, JSON, exit codes; how far long work has come |
 //! | `new_image.rs`, `target.rs` | a new image, which has its name once it is complete |
 //! | `segments.rs`, `copy.rs` | what of a disk is worth reading; its content moved to another disk |
@@ -16,6 +16,7 @@ mod commands;
 mod copy;
 mod disk_arg;
 mod new_image;
+mod open_disk;
 mod output;
 mod progress;
 mod segments;
@@ -47,6 +48,8 @@ Examples:
       A KVM machine whose built-in guest reads the disk and prints its SHA-256.
   blockhouse run --disk ... --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0'
       The same with Linux.
+  blockhouse serve --socket /run/disk.sock --disk file=overlay.qcow2,format=qcow2,allow=base.qcow2
+      The disk for QEMU and others, over vhost-user.
   blockhouse create --format qcow2 --backing base.qcow2 --backing-format qcow2 overlay.qcow2
       A new overlay. The help of each command that changes images has more: check, resize, convert, ...
 
@@ -74,6 +77,7 @@ enum Command {
     Map(commands::map::Args),
     Read(commands::read::Args),
     Run(commands::run::Args),
+    Serve(commands::serve::Args),
     Create(commands::create::Args),
     Check(commands::check::Args),
     Resize(commands::resize::Args),
@@ -113,6 +117,7 @@ fn main() -> ExitCode {
         Command::Map(args) => commands::map::run(&args),
         Command::Read(args) => commands::read::run(&args),
         Command::Run(args) => commands::run::run(args),
+        Command::Serve(args) => commands::serve::run(&args),
         Command::Create(args) => commands::create::run(&args),
         Command::Check(args) => commands::check::run(&args),
         Command::Resize(args) => commands::resize::run(&args),

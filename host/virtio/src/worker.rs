@@ -47,7 +47,7 @@ struct Shared {
 }
 
 impl Worker {
-    /// Serves `queue`, at once and whenever `kick` (an eventfd) is signalled.
+    /// Serves `queue`, at once and whenever `kick` (an eventfd) is signalled. What is in it is never read.
     ///
     /// `name` is that of the thread.
     ///
@@ -57,7 +57,7 @@ impl Worker {
         name: String,
         mut queue: BlockQueue,
         memory: M,
-        kick: EventFd,
+        kick: impl AsRawFd + Send + 'static,
         notifier: Arc<dyn Notifier>,
     ) -> io::Result<Self>
     where

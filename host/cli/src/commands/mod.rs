@@ -13,4 +13,5 @@ pub(crate) mod read;
 pub(crate) mod rebase;
 pub(crate) mod resize;
 pub(crate) mod run;
+pub(crate) mod serve;
 pub(crate) mod snapshot;

@@ -3,31 +3,17 @@
 use std::io::{self, IsTerminal, Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::sync::Arc;
 
-use anyhow::{Context, bail};
-use blockhouse_block::{Access, BlockBackend, Disk};
-use blockhouse_sandbox::{OpenRequest, Opener};
+use anyhow::bail;
 use blockhouse_vmm::{ConsoleInput, DiskConfig, DiskReport, DiskResult, ExitReason, Machine, MachineConfig, Payload};
 use serde::Serialize;
 
-use crate::args::{HostArgs, grants};
-use crate::disk_arg::DiskArg;
+use crate::args::HostArgs;
+use crate::disk_arg::{DiskArg, comma_help, field_help};
+use crate::open_disk::OpenDisk;
 use crate::output::{self, parse_size};
 
-const DISK_HELP: &str = "\
-file=IMAGE        the image
-format=FORMAT     its format: stated, never guessed
-allow=PATH        let the image refer to PATH, a file or a directory (read-only; may be repeated)
-allow-write=PATH  as allow, and let the image have PATH written: an external data file
-readonly=on|off   default off; formats that cannot be written need on
-serial=TEXT       what the guest sees as the serial number, up to 20 characters
-snapshot=N        a snapshot inside the image, by id or name (needs readonly=on)
-cache=MODE        when a write is durable: writeback (default), once the guest flushes;
-                  writethrough, before the guest hears that it is done; unsafe, some time:
-                  flushes do nothing, a crash of the host loses data and may destroy the image
-discard=on|off    let the guest give back space (default on; off for drivers that fail)
-A comma inside a value is written twice.";
+const DISK_HELP: &str = concat!(field_help!(), comma_help!());
 
 /// Run a KVM machine with virtio-blk disks
 ///
@@ -80,28 +66,18 @@ struct DiskRow<'a> {
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let sandbox = args.host.sandbox()?;
-    let formats = args.host.formats(&sandbox)?;
-    let audit = args.host.audit()?;
-    let mut disks = Vec::new();
-    let mut writable = Vec::new();
-    for (number, disk) in args.disks.iter().enumerate() {
-        let opener =
-            Opener::new(&sandbox, formats.clone()).grants(grants(&disk.allow, &disk.allow_write)?).audit(audit.clone());
-        let request = OpenRequest {
-            access: if disk.readonly { Access::ReadOnly } else { Access::ReadWrite },
-            snapshot: disk.snapshot.clone(),
-            ..OpenRequest::new(&disk.file, &disk.format)
-        };
-        let opened = opener.open(&request).with_context(|| format!("cannot open disk {number}"))?;
-        let serial = disk.serial.clone().unwrap_or_else(|| format!("blockhouse-{number}"));
-        let (read_only, cache, discard) = (disk.readonly, disk.cache, disk.discard);
-        let disk = Arc::new(opened.disk);
-        if disk.is_writable() {
-            writable.push((number, Arc::clone(&disk)));
-        }
-        disks.push(DiskConfig { read_only, cache, discard, ..DiskConfig::new(disk, serial) });
+    if args.disks.iter().any(|disk| disk.socket.is_some()) {
+        bail!("socket= is for `blockhouse serve`: here the guest has the disk");
     }
+    let opened = OpenDisk::open_all(&args.host, &args.disks)?;
+    let disks = opened.iter().zip(&args.disks).map(|(opened, disk)| DiskConfig {
+        read_only: disk.readonly,
+        cache: disk.cache,
+        discard: disk.discard,
+        queues: disk.queues,
+        ..DiskConfig::new(opened.backend(), &opened.serial)
+    });
+    let disks = disks.collect();
     let payload = match args.kernel {
         Some(kernel) => Payload::Linux { kernel, initramfs: args.initrd, cmdline: args.cmdline },
         None => Payload::BuiltinGuest,
@@ -113,12 +89,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
         forward_input(machine.console_input());
     }
     let ended = machine.run();
-    // A guest that was switched off, or killed, may not have flushed what it wrote. Every disk is closed,
-    // even if another one cannot be.
-    let close =
-        |(number, disk): (usize, Arc<Disk>)| disk.close().with_context(|| format!("cannot close disk {number}"));
-    let closed: Vec<anyhow::Result<()>> = writable.into_iter().map(close).collect();
-    closed.into_iter().collect::<anyhow::Result<()>>()?;
+    // A guest that was switched off, or killed, may not have flushed what it wrote.
+    OpenDisk::close_all(opened)?;
     let exit = ended?;
     if args.json {
         output::json(&rows(&exit.disks, &args.disks))?;

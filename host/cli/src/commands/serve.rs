@@ -1,0 +1,154 @@
+//! `blockhouse serve`: disks for other virtual machine monitors, over vhost-user.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::thread;
+
+use anyhow::{Context, anyhow, bail};
+use blockhouse_vhost::{BlockDeviceOptions, Handle, Listener, Server};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::args::HostArgs;
+use crate::disk_arg::{DiskArg, comma_help, field_help};
+use crate::open_disk::OpenDisk;
+use crate::output;
+
+const DISK_HELP: &str = concat!(
+    field_help!(),
+    "\
+socket=SOCKET     where the disk is served, as --socket says
+",
+    comma_help!()
+);
+
+const AFTER_HELP: &str = "\
+Examples:
+  blockhouse serve --socket /run/vm1.sock --disk file=vm1.qcow2,format=qcow2,allow=base.qcow2,queues=2
+  qemu-system-x86_64 -m 1G -object memory-backend-memfd,id=mem,size=1G,share=on -M q35,memory-backend=mem \\
+      -chardev socket,id=vm1,path=/run/vm1.sock,reconnect-ms=1000 \\
+      -device vhost-user-blk-pci,chardev=vm1,num-queues=2 ...
+      A disk for QEMU. The guest's memory has to be shared (share=on). With reconnect-ms the guest waits
+      while `serve` is restarted, even after kill -9: requests in flight are taken up again.
+  cloud-hypervisor --memory size=1G,shared=on --disk vhost_user=true,socket=/run/vm1.sock,num_queues=2 ...
+  blockhouse serve --socket fd:3 --disk file=vm1.raw,format=raw
+      With a socket that was passed by systemd or another parent.
+
+One front end is served at a time; another one waits until it is gone. SIGTERM or SIGINT ends the
+program: what is in flight is answered, everything is made durable, the image is closed.
+
+Give each machine a process of its own. A front end is a process that its guest may have taken over; it
+can crash the one that serves it, and then only its own disk should be there.";
+
+/// Serve disks to QEMU, cloud-hypervisor and others (vhost-user-blk)
+///
+/// The disk appears in the guest as a virtio-blk device of the machine monitor that connects to the socket.
+/// That process needs no right to the image, and parses none.
+#[derive(Debug, clap::Args)]
+#[command(after_help = AFTER_HELP)]
+pub(crate) struct Args {
+    /// The Unix socket to listen at: a path, where only your user can connect, or fd:N for a listening
+    /// socket that was passed as file descriptor N. With several disks, each has its own: socket=
+    #[arg(long, value_name = "SOCKET")]
+    socket: Option<String>,
+
+    /// The disk, as key=value fields (repeat the option for more disks)
+    #[arg(long = "disk", value_name = "FIELDS", required = true, long_help = DISK_HELP)]
+    disks: Vec<DiskArg>,
+
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    // From here on nobody is killed in the middle of something.
+    let signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;
+    // Sockets first: those that were passed must be taken before other files get their numbers, and a socket
+    // that is in use says so before an image is touched.
+    let sockets = sockets(args)?;
+    let listeners = sockets.iter().map(|socket| listen(socket)).collect::<anyhow::Result<Vec<_>>>()?;
+    let disks = OpenDisk::open_all(&args.host, &args.disks)?;
+
+    let mut servers = Vec::new();
+    for (number, ((listener, opened), disk)) in listeners.into_iter().zip(&disks).zip(&args.disks).enumerate() {
+        let options = BlockDeviceOptions {
+            serial: opened.serial.clone(),
+            queues: disk.queues,
+            read_only: disk.readonly,
+            cache: disk.cache,
+            discard: disk.discard,
+        };
+        servers.push(Server::new(listener, opened.backend(), &options, format!("disk{number}"))?);
+    }
+    let handles: Vec<Handle> = servers.iter().map(Server::handle).collect();
+    stop_on(signals, handles.clone())?;
+    for (disk, socket) in args.disks.iter().zip(&sockets) {
+        eprintln!("blockhouse: {} is served at {}", output::printable(&disk.file.display().to_string()), socket);
+    }
+
+    let ended = thread::scope(|scope| {
+        let serve = |server| {
+            let handles = &handles;
+            scope.spawn(move || {
+                let ended = Server::run(server);
+                // One disk that cannot be served any more is the end of all: whoever looks after the
+                // process then notices.
+                handles.iter().for_each(Handle::stop);
+                ended
+            })
+        };
+        let threads: Vec<_> = servers.iter().map(serve).collect();
+        let ended = threads.into_iter().map(|thread| match thread.join() {
+            Ok(ended) => ended.map_err(anyhow::Error::from),
+            Err(_) => Err(anyhow!("a server panicked")),
+        });
+        ended.collect::<Vec<_>>()
+    });
+    // The names of the sockets go last: whoever waits for them to go may take the images.
+    OpenDisk::close_all(disks)?;
+    drop(servers);
+    ended.into_iter().collect::<anyhow::Result<()>>()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The socket of each disk.
+fn sockets(args: &Args) -> anyhow::Result<Vec<&str>> {
+    match (&args.socket, args.disks.as_slice()) {
+        (Some(_), [disk]) if disk.socket.is_some() => bail!("the disk has two sockets: --socket and socket="),
+        (Some(socket), [_]) => Ok(vec![socket]),
+        (Some(_), _) => bail!("each disk needs a socket of its own: --disk ...,socket=SOCKET instead of --socket"),
+        (None, disks) => disks.iter().map(own_socket).collect(),
+    }
+}
+
+fn own_socket(disk: &DiskArg) -> anyhow::Result<&str> {
+    disk.socket.as_deref().with_context(|| {
+        let file = disk.file.display();
+        format!("where is {file} to be served? Add --socket SOCKET, or socket=SOCKET to the disk")
+    })
+}
+
+/// Listens at a path, or takes a socket that was passed.
+fn listen(socket: &str) -> anyhow::Result<Listener> {
+    let Some(number) = socket.strip_prefix("fd:") else {
+        return Ok(Listener::bind(Path::new(socket))?);
+    };
+    let number = number.parse().ok().with_context(|| format!("{socket}: fd: is followed by a number, as in fd:3"))?;
+    Ok(Listener::from_fd(number)?)
+}
+
+/// Stops the servers at the first signal, and the process at the second.
+fn stop_on(mut signals: Signals, handles: Vec<Handle>) -> anyhow::Result<()> {
+    let wait = move || {
+        let mut signals = signals.forever();
+        if signals.next().is_some() {
+            handles.iter().for_each(Handle::stop);
+        }
+        if signals.next().is_some() {
+            eprintln!("blockhouse: stopped by a second signal; what was not flushed may be lost");
+            std::process::exit(1);
+        }
+    };
+    thread::Builder::new().name("signals".into()).spawn(wait).context("cannot start a thread")?;
+    Ok(())
+}

@@ -1,0 +1,53 @@
+//! The disks of a command, from their descriptions to their end.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use blockhouse_block::{Access, BlockBackend, Disk};
+use blockhouse_sandbox::{OpenRequest, Opener};
+
+use crate::args::{HostArgs, grants};
+use crate::disk_arg::DiskArg;
+
+/// A disk that a guest gets.
+pub(crate) struct OpenDisk {
+    number: usize,
+    disk: Arc<Disk>,
+    /// What the guest sees as the serial number.
+    pub(crate) serial: String,
+}
+
+impl OpenDisk {
+    /// Opens each disk with its own grants.
+    pub(crate) fn open_all(host: &HostArgs, disks: &[DiskArg]) -> anyhow::Result<Vec<Self>> {
+        let sandbox = host.sandbox()?;
+        let formats = host.formats(&sandbox)?;
+        let audit = host.audit()?;
+        let open = |(number, disk): (usize, &DiskArg)| {
+            let opener = Opener::new(&sandbox, formats.clone())
+                .grants(grants(&disk.allow, &disk.allow_write)?)
+                .audit(audit.clone());
+            let request = OpenRequest {
+                access: if disk.readonly { Access::ReadOnly } else { Access::ReadWrite },
+                snapshot: disk.snapshot.clone(),
+                ..OpenRequest::new(&disk.file, &disk.format)
+            };
+            let opened = opener.open(&request).with_context(|| format!("cannot open disk {number}"))?;
+            let serial = disk.serial.clone().unwrap_or_else(|| format!("blockhouse-{number}"));
+            Ok(Self { number, disk: Arc::new(opened.disk), serial })
+        };
+        disks.iter().enumerate().map(open).collect()
+    }
+
+    /// The disk as a device sees it.
+    pub(crate) fn backend(&self) -> Arc<dyn BlockBackend> {
+        Arc::clone(&self.disk) as _
+    }
+
+    /// Makes what was written durable and ends the use of each image, even if another one cannot be closed.
+    pub(crate) fn close_all(disks: Vec<Self>) -> anyhow::Result<()> {
+        let close = |disk: Self| disk.disk.close().with_context(|| format!("cannot close disk {}", disk.number));
+        let closed: Vec<anyhow::Result<()>> = disks.into_iter().map(close).collect();
+        closed.into_iter().collect()
+    }
+}

@@ -1,0 +1,204 @@
+//! One virtqueue as the front end sets it up, and its worker while it runs.
+//!
+//! ```text
+//!  SET_VRING_NUM, _ADDR, _BASE, _KICK, _ENABLE 1 ──▶ complete ──▶ a worker serves it
+//!  GET_VRING_BASE, SET_VRING_ENABLE 0            ──▶ the worker stops, nothing is in flight
+//! ```
+//! A ring is served as soon as it is complete, without waiting for a first kick: after a crash that kick
+//! may have been heard by a process that is gone. Whatever changes under a running worker, the worker is
+//! stopped for it and started again.
+
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use blockhouse_virtio::{BlockDevice, BlockQueue, Worker};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddress;
+
+use crate::inflight::InFlightMemory;
+use crate::lines::{Lines, check_eventfd};
+use crate::memory::MemoryMap;
+use crate::refusal::{Refusal, Result, refuse};
+
+/// The largest queue, in descriptors: what QEMU can have.
+pub(crate) const MAX_SIZE: u16 = 1024;
+
+/// Where the three parts of a ring are, in the front end's addresses.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Addresses {
+    pub(crate) descriptors: u64,
+    pub(crate) available: u64,
+    pub(crate) used: u64,
+}
+
+/// What all rings of a device have in common.
+pub(crate) struct Common {
+    pub(crate) device: Arc<BlockDevice>,
+    pub(crate) memory: MemoryMap,
+    pub(crate) inflight: Option<InFlightMemory>,
+    /// What the driver accepted, once it did.
+    pub(crate) features: Option<u64>,
+    /// Names threads and is in every line of the log.
+    pub(crate) name: String,
+}
+
+/// One virtqueue.
+pub(crate) struct Ring {
+    index: u16,
+    size: u16,
+    addresses: Option<Addresses>,
+    /// The next entry of the available ring to take, while no worker runs.
+    next_avail: u16,
+    kick: Option<File>,
+    enabled: bool,
+    lines: Arc<Lines>,
+    worker: Option<Worker>,
+}
+
+impl Ring {
+    pub(crate) fn new(index: u16) -> Self {
+        Self {
+            index,
+            size: 0,
+            addresses: None,
+            next_avail: 0,
+            kick: None,
+            enabled: false,
+            lines: Arc::default(),
+            worker: None,
+        }
+    }
+
+    /// The state of the beginning.
+    pub(crate) fn reset(&mut self) {
+        self.stop();
+        *self = Self::new(self.index);
+    }
+
+    pub(crate) fn set_size(&mut self, size: u32) -> Result<()> {
+        self.stop();
+        let size = u16::try_from(size).ok().filter(|size| (1..=MAX_SIZE).contains(size) && size.is_power_of_two());
+        let Some(size) = size else {
+            return refuse!("a queue has a power of two of descriptors, {MAX_SIZE} at most");
+        };
+        self.size = size;
+        self.lines.mend();
+        Ok(())
+    }
+
+    pub(crate) fn set_addresses(&mut self, addresses: Addresses) {
+        self.stop();
+        self.addresses = Some(addresses);
+        self.lines.mend();
+    }
+
+    pub(crate) fn set_next_avail(&mut self, index: u32) -> Result<()> {
+        self.stop();
+        // Packed rings, which are not offered, have more here.
+        self.next_avail = u16::try_from(index).map_err(Refusal::because)?;
+        self.lines.mend();
+        Ok(())
+    }
+
+    pub(crate) fn set_kick(&mut self, kick: Option<File>) -> Result<()> {
+        self.stop();
+        let Some(kick) = kick else {
+            return refuse!("a queue without an eventfd would have to be polled, which is not offered");
+        };
+        check_eventfd(&kick)?;
+        self.kick = Some(kick);
+        Ok(())
+    }
+
+    pub(crate) fn enable(&mut self, enabled: bool) {
+        if !enabled {
+            self.stop();
+        }
+        self.enabled = enabled;
+    }
+
+    pub(crate) fn lines(&self) -> &Lines {
+        &self.lines
+    }
+
+    /// Stops the worker. When this returns, no request is in flight.
+    pub(crate) fn stop(&mut self) {
+        // A worker that died has left requests unanswered, and the record of them is kept.
+        if let Some(position) = self.worker.take().and_then(Worker::stop) {
+            self.next_avail = position.next_avail;
+        }
+    }
+
+    /// Stops the ring until it gets another kick, and says where it stopped.
+    pub(crate) fn end(&mut self) -> u16 {
+        self.stop();
+        self.kick = None;
+        self.next_avail
+    }
+
+    /// Starts a worker if the ring is complete and none runs.
+    pub(crate) fn settle(&mut self, common: &Common) -> Result<()> {
+        let (Some(addresses), Some(kick)) = (self.addresses, &self.kick) else {
+            return Ok(());
+        };
+        let (Some(memory), Some(features)) = (common.memory.memory(), common.features) else {
+            return Ok(());
+        };
+        if !self.enabled || self.size == 0 || self.worker.is_some() || self.lines.is_broken() {
+            return Ok(());
+        }
+        if features & 1 << VIRTIO_F_VERSION_1 == 0 {
+            return refuse!("the driver speaks the legacy interface; only VIRTIO_F_VERSION_1 is served");
+        }
+        let mut queue = self.queue(&common.memory, addresses)?;
+        if !queue.is_valid(memory.as_ref()) {
+            return refuse!("queue {} does not lie in guest memory", self.index);
+        }
+        let used_idx = queue.used_idx(memory.as_ref(), Ordering::Acquire).map_err(Refusal::because)?.0;
+        let mut record = None;
+        if let Some(inflight) = &common.inflight {
+            let (kept, again) = inflight.record(self.index, self.size, used_idx)?;
+            // What was taken was answered or is in flight, whatever the front end believes.
+            self.next_avail = used_idx.wrapping_add(u16::try_from(again.len()).map_err(Refusal::because)?);
+            if !again.is_empty() {
+                let (disk, queue, requests) = (&common.name, self.index, again.len());
+                tracing::info!(disk, queue, requests, "requests that were in flight are executed again");
+            }
+            record = Some((kept, again));
+        }
+        queue.set_next_used(used_idx);
+        queue.set_next_avail(self.next_avail);
+        let mut queue = BlockQueue::new(Arc::clone(&common.device), self.index, queue, features);
+        if let Some((record, again)) = record {
+            queue = queue.recorded(Box::new(record), again);
+        }
+        let name = format!("{}-queue{}", common.name, self.index);
+        let kick = kick.try_clone().map_err(Refusal::because)?;
+        let worker = Worker::start(name, queue, Arc::clone(memory), kick, self.lines.clone())
+            .map_err(|error| Refusal::because(error).about(&"cannot start a thread for a queue"))?;
+        self.worker = Some(worker);
+        Ok(())
+    }
+
+    /// The queue, if its parts are where guest memory is.
+    fn queue(&self, memory: &MemoryMap, addresses: Addresses) -> Result<Queue> {
+        let translate = |what, user| -> Result<GuestAddress> {
+            let Some(guest) = memory.guest_address(user) else {
+                return refuse!("the {what} of queue {} is at {user:#x}, outside of guest memory", self.index);
+            };
+            Ok(guest)
+        };
+        let mut queue = Queue::new(MAX_SIZE).map_err(Refusal::because)?;
+        queue.try_set_size(self.size).map_err(Refusal::because)?;
+        let descriptors = translate("descriptor table", addresses.descriptors)?;
+        queue.try_set_desc_table_address(descriptors).map_err(Refusal::because)?;
+        let available = translate("available ring", addresses.available)?;
+        queue.try_set_avail_ring_address(available).map_err(Refusal::because)?;
+        let used = translate("used ring", addresses.used)?;
+        queue.try_set_used_ring_address(used).map_err(Refusal::because)?;
+        queue.set_ready(true);
+        Ok(queue)
+    }
+}

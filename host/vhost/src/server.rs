@@ -1,0 +1,177 @@
+//! One disk at one socket: front ends come one after the other.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use blockhouse_block::BlockBackend;
+use blockhouse_virtio::{BlockDevice, BlockDeviceOptions, CacheMode};
+use rustix::event::{PollFd, PollFlags, poll};
+
+use crate::error::{Error, Result};
+use crate::handler::Handler;
+use crate::lines::{NewsChannel, wake_event};
+use crate::listener::Listener;
+use crate::session;
+
+/// How long to wait before another try, if there is no file descriptor or thread left for a front end.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// Serves one disk at one socket.
+pub struct Server {
+    listener: Listener,
+    backend: Arc<dyn BlockBackend>,
+    device: Arc<BlockDevice>,
+    flushes: bool,
+    name: String,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    stop: AtomicBool,
+    wake: OwnedFd,
+    /// The front end that is being served.
+    session: Mutex<Option<UnixStream>>,
+    news: NewsChannel,
+}
+
+/// Reaches a [`Server`] from other threads.
+#[derive(Clone)]
+pub struct Handle(Arc<Shared>);
+
+impl Handle {
+    /// Makes [`Server::run`] return: requests in flight are answered, others are left to the next back end.
+    pub fn stop(&self) {
+        self.0.stop.store(true, Ordering::Release);
+        if let Err(error) = rustix::io::write(&self.0.wake, &1_u64.to_ne_bytes()) {
+            tracing::error!(%error, "cannot wake a server");
+        }
+        self.0.end_session();
+    }
+
+    /// Tells the front end that the disk has another size. Returns whether one could be told: none may be
+    /// there, and not every one wants to know. The next one reads the new size anyway.
+    pub fn config_changed(&self) -> bool {
+        self.0.news.config_changed()
+    }
+}
+
+impl Shared {
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    fn set_session(&self, stream: Option<UnixStream>) {
+        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = stream;
+        // Whoever asked for the end before found no session.
+        if self.is_stopped() {
+            self.end_session();
+        }
+    }
+
+    fn end_session(&self) {
+        let session = self.session.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(stream) = session.as_ref() {
+            // If it is down already, so much the better.
+            let _down = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+impl Server {
+    /// A server for `backend`. `name` stands for the disk in the log and in the names of threads.
+    ///
+    /// # Errors
+    /// [`Error::Host`] if the system has no file descriptor left.
+    pub fn new(
+        listener: Listener,
+        backend: Arc<dyn BlockBackend>,
+        options: &BlockDeviceOptions,
+        name: String,
+    ) -> Result<Self> {
+        let wake = wake_event().map_err(|source| Error::Host { what: "create an eventfd", source })?;
+        let shared =
+            Shared { stop: AtomicBool::new(false), wake, session: Mutex::default(), news: NewsChannel::default() };
+        let device = Arc::new(BlockDevice::new(Arc::clone(&backend), options));
+        let flushes = !options.read_only && backend.is_writable() && options.cache != CacheMode::Unsafe;
+        Ok(Self { listener, backend, device, flushes, name, shared: Arc::new(shared) })
+    }
+
+    /// To stop the server with, and to tell front ends of another size.
+    pub fn handle(&self) -> Handle {
+        Handle(Arc::clone(&self.shared))
+    }
+
+    /// Serves front ends, one after the other, until [`Handle::stop`]. When this returns, no request is in
+    /// flight; the disk is not closed.
+    ///
+    /// # Errors
+    /// [`Error::Host`] if the socket itself fails.
+    pub fn run(&self) -> Result<()> {
+        loop {
+            self.wait().map_err(|source| Error::Host { what: "wait for a front end", source })?;
+            if self.shared.is_stopped() {
+                return Ok(());
+            }
+            match self.listener.accept() {
+                Ok(Some(stream)) => self.session(stream),
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::error!(disk = self.name, %error, "a front end cannot be served now");
+                    thread::sleep(PAUSE);
+                }
+            }
+        }
+    }
+
+    /// Waits for a front end, or to be stopped.
+    fn wait(&self) -> io::Result<()> {
+        let (listener, wake) = (self.listener.as_fd(), self.shared.wake.as_fd());
+        let mut fds =
+            [PollFd::from_borrowed_fd(listener, PollFlags::IN), PollFd::from_borrowed_fd(wake, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn session(&self, stream: UnixStream) {
+        match stream.try_clone() {
+            Ok(clone) => self.shared.set_session(Some(clone)),
+            Err(error) => {
+                tracing::error!(disk = self.name, %error, "a front end cannot be served now");
+                thread::sleep(PAUSE);
+                return;
+            }
+        }
+        let handler = Handler::new(Arc::clone(&self.device), self.name.clone());
+        // A thread of its own, so that a bug in it ends this session alone.
+        let ended = thread::scope(|scope| {
+            let session = || session::serve(stream, handler, &self.shared.news, &self.name);
+            thread::Builder::new()
+                .name(format!("{}-session", self.name))
+                .spawn_scoped(scope, session)
+                .map(thread::ScopedJoinHandle::join)
+        });
+        match ended {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) => tracing::error!(disk = self.name, "a session panicked"),
+            Err(error) => {
+                tracing::error!(disk = self.name, %error, "a front end cannot be served now");
+                thread::sleep(PAUSE);
+            }
+        }
+        self.shared.set_session(None);
+        // The guest may be gone for good, and never flush.
+        if self.flushes
+            && let Err(error) = self.backend.flush()
+        {
+            tracing::error!(disk = self.name, %error, "what a front end left behind may not be durable");
+        }
+    }
+}
