@@ -10,7 +10,7 @@
 // Part of tests: what breaks the contract panics here.
 #![allow(clippy::expect_used, clippy::indexing_slicing, clippy::panic, clippy::cast_possible_truncation)]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -29,23 +29,61 @@ pub enum Change {
     Sync,
 }
 
+/// How a file fails; see [`Storage::fail_at`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// As a full file system: a change is refused, and so is every one after it.
+    Full,
+    /// As a full file system that has room for a part: a write does its first half and says so, and every
+    /// change after it is refused.
+    Short,
+    /// As a bad spot: one change fails, and those after it do not.
+    Once,
+}
+
 #[derive(Debug, Default)]
 struct Content {
     bytes: Vec<u8>,
-    changes: Vec<Change>,
-    /// Changes that succeed before all further ones fail; `None`: all succeed.
-    healthy: Option<usize>,
+    /// With the number of the change among those of all files.
+    changes: Vec<(u64, Change)>,
+    clock: Rc<Cell<u64>>,
+    /// How it fails, and how many changes succeed before that; `None`: all succeed.
+    failing: Option<(usize, Failure)>,
 }
 
 impl Content {
-    fn change(&mut self, change: Change) -> Result<(), String> {
-        match &mut self.healthy {
-            Some(0) => return Err("no space left on device".to_string()),
-            Some(left) => *left -= 1,
+    /// Returns how many bytes were written, for a write.
+    fn change(&mut self, mut change: Change) -> Result<usize, String> {
+        match &mut self.failing {
+            Some((0, Failure::Full)) => return Err("no space left on device".to_string()),
+            Some((0, Failure::Once)) => {
+                self.failing = None;
+                return Err("input/output error".to_string());
+            }
+            Some((0, Failure::Short)) => {
+                self.failing = Some((0, Failure::Full));
+                match &mut change {
+                    Change::Write(_, bytes) if bytes.len() > 1 => bytes.truncate(bytes.len() / 2),
+                    _ => return Err("no space left on device".to_string()),
+                }
+            }
+            Some((left, _)) => *left -= 1,
             None => {}
         }
         change.apply(&mut self.bytes);
-        self.changes.push(change);
+        let written = if let Change::Write(_, bytes) = &change { bytes.len() } else { 0 };
+        self.changes.push((self.clock.get(), change));
+        self.clock.set(self.clock.get() + 1);
+        Ok(written)
+    }
+
+    /// As the host writes: all of it, or an error.
+    fn write_all(&mut self, mut offset: u64, mut bytes: &[u8]) -> Result<(), String> {
+        while !bytes.is_empty() {
+            let written = self.change(Change::Write(offset, bytes.to_vec()))?;
+            offset += written as u64;
+            bytes = &bytes[written..];
+        }
         Ok(())
     }
 }
@@ -74,6 +112,7 @@ struct Shared {
     /// Files by the index that `share` returned, for all images of this storage.
     shared: Vec<Rc<RefCell<Content>>>,
     opened: Vec<String>,
+    clock: Rc<Cell<u64>>,
 }
 
 /// Files in memory, by absolute path. A clone is the same storage.
@@ -88,7 +127,8 @@ impl Storage {
 
     /// Adds or replaces a file.
     pub fn insert(&self, path: impl Into<String>, bytes: impl Into<Vec<u8>>) {
-        let content = Content { bytes: bytes.into(), ..Content::default() };
+        let clock = self.0.borrow().clock.clone();
+        let content = Content { bytes: bytes.into(), clock, ..Content::default() };
         self.0.borrow_mut().files.insert(path.into(), Rc::new(RefCell::new(content)));
     }
 
@@ -106,13 +146,30 @@ impl Storage {
 
     /// What reached a file since it was inserted or since the last call, in order, and forgets it.
     pub fn take_changes(&self, path: &str) -> Vec<Change> {
-        std::mem::take(&mut self.content(path).borrow_mut().changes)
+        std::mem::take(&mut self.content(path).borrow_mut().changes).into_iter().map(|(_, change)| change).collect()
+    }
+
+    /// As [`take_changes`](Self::take_changes), for several files: with the index of each change's file in
+    /// `paths`, in the order of time.
+    pub fn take_changes_of(&self, paths: &[&str]) -> Vec<(usize, Change)> {
+        let mut all = Vec::new();
+        for (number, path) in paths.iter().enumerate() {
+            let changes = std::mem::take(&mut self.content(path).borrow_mut().changes);
+            all.extend(changes.into_iter().map(|(time, change)| (time, number, change)));
+        }
+        all.sort_by_key(|(time, ..)| *time);
+        all.into_iter().map(|(_, number, change)| (number, change)).collect()
     }
 
     /// Lets `changes` more changes of a file succeed, and fails all after that, as a full file system does.
     /// `None` ends it.
     pub fn fail_after(&self, path: &str, changes: Option<usize>) {
-        self.content(path).borrow_mut().healthy = changes;
+        self.fail_at(path, changes.map(|changes| (changes, Failure::Full)));
+    }
+
+    /// Lets so many changes of a file succeed, and fails the next one in some way. `None` ends it.
+    pub fn fail_at(&self, path: &str, failing: Option<(usize, Failure)>) {
+        self.content(path).borrow_mut().failing = failing;
     }
 
     /// The paths that were opened by reference so far, in order. Shows what an image tried.
@@ -201,18 +258,17 @@ impl OpenFile {
 
     pub(crate) fn write_at(&self, offset: u64, from: &[u8]) -> Result<usize, String> {
         self.check_writable()?;
-        self.content.borrow_mut().change(Change::Write(offset, from.to_vec()))?;
-        Ok(from.len())
+        self.content.borrow_mut().change(Change::Write(offset, from.to_vec()))
     }
 
     pub(crate) fn set_size(&self, size: u64) -> Result<(), String> {
         self.check_writable()?;
-        self.content.borrow_mut().change(Change::SetSize(size))
+        self.content.borrow_mut().change(Change::SetSize(size)).map(|_| ())
     }
 
     pub(crate) fn sync_data(&self) -> Result<(), String> {
         self.check_writable()?;
-        self.content.borrow_mut().change(Change::Sync)
+        self.content.borrow_mut().change(Change::Sync).map(|_| ())
     }
 
     fn check_writable(&self) -> Result<(), String> {
@@ -311,9 +367,10 @@ impl<F: Format> Disk<F> {
                 let storage = self.storage.0.borrow();
                 let content = storage.shared.get(file.0 as usize).expect("a file that was shared").borrow();
                 let from = usize::try_from(offset + skip).unwrap_or(usize::MAX);
-                for (i, byte) in to.iter_mut().enumerate() {
-                    *byte = content.bytes.get(from.saturating_add(i)).copied().unwrap_or(0);
-                }
+                let there = content.bytes.get(from..).unwrap_or_default();
+                let (known, past) = to.split_at_mut(there.len().min(to.len()));
+                known.copy_from_slice(&there[..known.len()]);
+                past.fill(0);
             }
             Placement::Packed { token } => {
                 let unit = self.format.unpack(token, length)?;
@@ -343,7 +400,7 @@ impl<F: Writer> Disk<F> {
     }
 
     fn put(&self, file: FileIndex, offset: u64, bytes: &[u8]) -> Result<()> {
-        self.shared(file).borrow_mut().change(Change::Write(offset, bytes.to_vec())).map_err(Error::Storage)
+        self.shared(file).borrow_mut().write_all(offset, bytes).map_err(Error::Storage)
     }
 
     /// Writes as the host does, with `below` as in [`read_over`](Self::read_over): in place where an extent

@@ -66,6 +66,18 @@ impl Lab {
         self.run("qemu-io", &arguments);
     }
 
+    /// As [`qemu_io`](Self::qemu_io), by a process that flushes and dies before it closes the image.
+    pub fn qemu_io_killed(&self, image: &str, commands: &[String]) {
+        let mut qemu_io = Command::new("qemu-io");
+        qemu_io.args(["-f", "qcow2"]).current_dir(&self.root);
+        for command in commands.iter().map(String::as_str).chain(["flush", "abort"]) {
+            qemu_io.args(["-c", command]);
+        }
+        let output = qemu_io.arg(image).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(!output.status.success() && !text.contains("failed"), "qemu-io was to be killed: {text}");
+    }
+
     pub fn write(&self, name: &str, bytes: &[u8]) {
         let path = self.root.join(name);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
