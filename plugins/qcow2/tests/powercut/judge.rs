@@ -7,7 +7,7 @@ use blockhouse_plugin::testing::Storage;
 use blockhouse_plugin::{Access, Checker, Repair, Snapshots, Writer};
 use blockhouse_qcow2::Qcow2;
 
-use crate::images::{Made, TEMPLATES, Template, sectors};
+use crate::images::{Made, TEMPLATES, Template, is_dirty, sectors};
 use crate::random::Random;
 use crate::run::{Run, below, open, read_all, storage};
 use crate::states::{Files, States, files};
@@ -55,7 +55,7 @@ impl Bench<'_> {
     fn check(&mut self, image: &[u8]) -> Result<(), String> {
         let checked = Storage::new();
         checked.insert(IMAGE, image);
-        let dirty = image[79] & 1 != 0;
+        let dirty = is_dirty(image);
         if dirty {
             let report = Qcow2::check(checked.file(IMAGE, Access::ReadWrite), Some(Repair::All));
             report.map_err(|error| format!("the repair: {error}"))?;
