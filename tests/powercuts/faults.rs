@@ -13,10 +13,15 @@ use crate::journal::{self, Failing, torn};
 use crate::judge::{Bench, Subject};
 use crate::plan::{Kind, Random};
 use crate::workload::Case;
-use crate::{have_tools, with_bench};
+use crate::{have_tools, outcome, with_bench};
 
 /// Without `SIM_FAULTS`: plans for each kind of fault.
 const PLANS: u64 = 22;
+/// Power cuts after, and around, what failed.
+const CUTS: u64 = 3;
+
+/// Components trap at their host calls from the second to this one after it.
+const LAST_HOST_CALL: u64 = 17;
 
 /// A kind of fault.
 struct Fault {
@@ -41,19 +46,52 @@ const FAULTS: &[Fault] = &[
     Fault { call: "fdatasync", error: "EIO", last: 12, told: true },
 ];
 
-/// Judges what a fault left behind.
-fn judge(bench: &Bench<'_>, name: &str, subject: &Subject) -> Result<(), String> {
+/// Judges what a fault left behind: as it is, and if the power fails as well. Returns states and leaks.
+fn judge(bench: &Bench<'_>, name: &str, subject: &Subject) -> Result<(u64, u64), String> {
     subject.assert_is_complete();
     let now = std::fs::read(&subject.case.image).unwrap();
     let file = format!("{name}-judged");
-    bench.judge(&file, &now, &subject.allowed(usize::MAX)).map_err(|why| format!("{why}{}", subject.story(None)))?;
+    let found = bench
+        .judge(&file, &now, &subject.allowed(usize::MAX))
+        .map_err(|why| format!("{why}{}", subject.story(None)))?;
+    let mut leaks = found.leaks;
     let mut random = Random::new(subject.case.seed);
-    let cut = subject.random_cut(&mut random);
-    let bytes = torn(subject.initial.clone(), &subject.events, cut, &mut random);
-    bench
-        .judge(&file, &bytes, &subject.allowed(cut))
-        .map_err(|why| format!("after a power cut: {why}{}", subject.story(Some(cut))))?;
-    Ok(())
+    for _ in 0..CUTS {
+        let cut = subject.random_cut(&mut random);
+        let bytes = torn(subject.initial.clone(), &subject.events, cut, &mut random);
+        let found = bench
+            .judge(&file, &bytes, &subject.allowed(cut))
+            .map_err(|why| format!("after a power cut: {why}{}", subject.story(Some(cut))))?;
+        leaks += found.leaks;
+    }
+    Ok((1 + CUTS, leaks))
+}
+
+/// What a test tells `cargo xtask simulate`.
+fn tell(what: &str, plans: u64, (states, leaks): (u64, u64), failures: &[String]) {
+    let rows = failures.iter().map(|why| serde_json::json!({ "seed": null, "why": why }));
+    outcome(&serde_json::json!({
+        "what": what,
+        "seeds": plans,
+        "states": states,
+        "states_in_qemu": states,
+        "leaks": leaks,
+        "violations": rows.collect::<Vec<_>>(),
+    }));
+}
+
+fn succeeded(failures: &[String]) {
+    assert!(
+        failures.is_empty(),
+        "{} fail; the first: {}\nreplay: SIM_FAULTS={} cargo test --locked --workspace --test powercuts faults::",
+        failures.len(),
+        failures[0],
+        plans()
+    );
+}
+
+fn plans() -> u64 {
+    std::env::var("SIM_FAULTS").ok().map_or(PLANS, |text| text.parse().expect("SIM_FAULTS"))
 }
 
 /// Runs `cases`, each on a new image of its template, and calls `check` for each.
@@ -63,22 +101,25 @@ fn run(
     cases: Vec<Case>,
     failing: Option<&Failing>,
     mut check: impl FnMut(&Subject) -> Result<(), String>,
-) -> Vec<String> {
+) -> ((u64, u64), Vec<String>) {
     let trace = journal::record(bench.directory, name, &cases, failing);
     let with_content = cases.into_iter().map(|case| {
         let made = &bench.made[case.template];
         (case, made.image.clone(), made.ids.clone())
     });
-    let mut failures = Vec::new();
+    let (mut failures, mut judged) = (Vec::new(), (0, 0));
     for subject in Subject::all(with_content, journal::read(&trace)) {
-        if let Err(why) = judge(bench, name, &subject).and_then(|()| check(&subject)) {
-            failures.push(format!("{name}, {}, image {}: {why}", subject.case.seed, subject.template().name));
+        match judge(bench, name, &subject).and_then(|found| check(&subject).map(|()| found)) {
+            Ok((states, leaks)) => judged = (judged.0 + states, judged.1 + leaks),
+            Err(why) => {
+                failures.push(format!("{name}, {}, image {}: {why}", subject.case.seed, subject.template().name));
+            }
         }
     }
     if !bench.below_is_unchanged() {
         failures.push(format!("{name}: a file below was changed"));
     }
-    failures
+    (judged, failures)
 }
 
 fn alone(bench: &Bench<'_>, name: &str, seed: u64) -> Case {
@@ -91,9 +132,10 @@ fn a_call_that_fails_damages_nothing() {
     if !have_tools() {
         return;
     }
-    let plans = std::env::var("SIM_FAULTS").ok().map_or(PLANS, |text| text.parse().expect("SIM_FAULTS"));
+    let plans = plans();
     let next = AtomicUsize::new(0);
     let (failures, tally) = (Mutex::new(Vec::new()), Mutex::new(BTreeMap::<_, (u64, usize)>::new()));
+    let judged = Mutex::new((0, 0));
     with_bench(|bench| {
         std::thread::scope(|scope| {
             for _ in 0..std::thread::available_parallelism().map_or(2, usize::from) {
@@ -108,7 +150,7 @@ fn a_call_that_fails_damages_nothing() {
                             Case { ballast: last - 1 - number % last, ..alone(bench, &name, seed) }
                         });
                         let failing = Failing { call, error, number: last };
-                        let found = run(bench, &name, cases.collect(), Some(&failing), |subject| {
+                        let ((states, leaks), found) = run(bench, &name, cases.collect(), Some(&failing), |subject| {
                             let injected = subject.events.iter().filter(|event| event.injected).count();
                             let failed = subject.failures().len();
                             let mut tally = tally.lock().unwrap();
@@ -123,14 +165,17 @@ fn a_call_that_fails_damages_nothing() {
                                 .map_or(Ok(()), |why| Err(format!("{why}{}", subject.story(None))))
                         });
                         failures.lock().unwrap().extend(found);
+                        let mut judged = judged.lock().unwrap();
+                        *judged = (judged.0 + states, judged.1 + leaks);
                     }
                 });
             }
         });
     });
     let (failures, tally) = (failures.into_inner().unwrap(), tally.into_inner().unwrap());
+    tell("calls that fail", plans * FAULTS.len() as u64, judged.into_inner().unwrap(), &failures);
     eprintln!("faults, and the requests that failed: {tally:?}");
-    assert!(failures.is_empty(), "{} fail; the first: {}", failures.len(), failures[0]);
+    succeeded(&failures);
     // Some plans are done before the call that was to fail.
     let idle: Vec<_> = tally.iter().filter(|(_, (faults, _))| *faults == 0).collect();
     assert!(idle.is_empty(), "nothing was made to fail: {idle:?}");
@@ -144,8 +189,9 @@ fn a_file_that_cannot_grow_stays_whole() {
     }
     let mut parts = 0;
     let mut refusals = 0;
-    let failures = with_bench(|bench| {
-        let cases = (0..33).map(|seed| {
+    let plans = plans() * 3 / 2;
+    let (judged, failures) = with_bench(|bench| {
+        let cases = (0..plans).map(|seed| {
             let case = alone(bench, "full", seed);
             // Neither whole clusters nor whole sectors.
             let room = 1 + Random::new(seed).below(40 * TEMPLATES[case.template].cluster);
@@ -157,8 +203,9 @@ fn a_file_that_cannot_grow_stays_whole() {
             subject.failed_without_reason().map_or(Ok(()), |why| Err(format!("{why}{}", subject.story(None))))
         })
     });
+    tell("files that cannot grow", plans, judged, &failures);
     eprintln!("{parts} writes did a part, {refusals} calls were refused");
-    assert!(failures.is_empty(), "{} fail; the first: {}", failures.len(), failures[0]);
+    succeeded(&failures);
     assert!(parts > 0 && refusals > 0, "no file was too small");
 }
 
@@ -169,11 +216,11 @@ fn a_component_that_traps_leaves_the_image_whole() {
         return;
     }
     let mut trapped = BTreeMap::<u64, usize>::new();
-    let failures = with_bench(|bench| {
-        let cases = [2, 3, 4, 5, 6, 8, 10, 13, 17]
-            .into_iter()
-            .enumerate()
-            .map(|(seed, calls)| Case { host_calls: Some(calls), ..alone(bench, "trap", seed as u64) });
+    // At the second host call of a component's call, at the third, and so on.
+    let plans = plans();
+    let (judged, failures) = with_bench(|bench| {
+        let cases =
+            (0..plans).map(|seed| Case { host_calls: Some(2 + seed % LAST_HOST_CALL), ..alone(bench, "trap", seed) });
         run(bench, "trap", cases.collect(), None, |subject| {
             let thrown = subject.failures().iter().filter(|why| why.contains("thrown away")).count();
             if !subject.events.is_empty() {
@@ -182,7 +229,8 @@ fn a_component_that_traps_leaves_the_image_whole() {
             Ok(())
         })
     });
+    tell("components that trap", plans, judged, &failures);
     eprintln!("requests that failed, of images that were being written, by host calls: {trapped:?}");
-    assert!(failures.is_empty(), "{} fail; the first: {}", failures.len(), failures[0]);
+    succeeded(&failures);
     assert!(trapped.values().any(|thrown| *thrown > 0), "no component trapped after it had begun to write");
 }

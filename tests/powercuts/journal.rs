@@ -79,13 +79,36 @@ impl Change {
     }
 }
 
+/// Who made a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Issuer {
+    Host,
+    Component,
+    /// A sync on a descriptor that is used for nothing else.
+    Unknown,
+}
+
+impl Issuer {
+    /// Only the host writes from several buffers and makes holes; only components write from one, and change
+    /// the size of a file. Both sync.
+    fn of(call: &str) -> Self {
+        match call {
+            "pwritev" | "pwritev2" | "fallocate" => Self::Host,
+            "pwrite64" | "ftruncate" => Self::Component,
+            _ => Self::Unknown,
+        }
+    }
+}
+
 /// One call on an image. `change` is `None` if it failed.
 #[derive(Debug)]
 pub(crate) struct Event {
     pub(crate) start: usize,
     pub(crate) end: usize,
-    /// `pwritev` and `fallocate` are the host's, `pwrite64` and `ftruncate` the component's; both sync.
     pub(crate) call: String,
+    pub(crate) issuer: Issuer,
+    /// By number: the host and the component have one each.
+    descriptor: u32,
     pub(crate) change: Option<Change>,
     /// Made to fail by strace.
     pub(crate) injected: bool,
@@ -192,8 +215,22 @@ pub(crate) fn read(trace: &Path) -> Journal {
     assert!(unfinished.is_empty(), "calls without an end");
     for events in journal.files.values_mut() {
         events.sort_by_key(|event| event.end);
+        name_syncs(events);
     }
     journal
+}
+
+/// A sync is by whoever used its descriptor otherwise, at the time that is next to it.
+fn name_syncs(events: &mut [Event]) {
+    for at in 0..events.len() {
+        if events[at].issuer != Issuer::Unknown {
+            continue;
+        }
+        let by_descriptor =
+            |other: &&Event| other.descriptor == events[at].descriptor && Issuer::of(&other.call) != Issuer::Unknown;
+        let nearest = events.iter().filter(by_descriptor).min_by_key(|other| other.start.abs_diff(events[at].start));
+        events[at].issuer = nearest.map_or(Issuer::Unknown, |other| Issuer::of(&other.call));
+    }
 }
 
 fn bytes(hexadecimal: &str) -> Vec<u8> {
@@ -217,7 +254,9 @@ impl Journal {
         let (arguments, result) = rest.rsplit_once(" = ").unwrap_or_else(|| misunderstood());
         let arguments = arguments.trim_end().strip_suffix(')').unwrap_or_else(|| misunderstood());
         let (descriptor, arguments) = arguments.split_once('>').unwrap_or_else(|| misunderstood());
-        let path = PathBuf::from(OsString::from_vec(bytes(descriptor.split_once('<').unwrap().1)));
+        let (descriptor, path) = descriptor.split_once('<').unwrap_or_else(|| misunderstood());
+        let descriptor = descriptor.parse().unwrap_or_else(|_| misunderstood());
+        let path = PathBuf::from(OsString::from_vec(bytes(path)));
         let result_word = result.split(' ').next().unwrap();
         let result: Option<u64> = result_word.parse().ok();
         if result.is_none() && result_word != "-1" {
@@ -273,6 +312,8 @@ impl Journal {
             start,
             end,
             call: call.to_owned(),
+            issuer: Issuer::of(call),
+            descriptor,
             change,
             injected,
             partial,

@@ -210,7 +210,7 @@ impl Subject {
                 Some(other) => format!("{other:x?}"),
                 None => "failed".to_owned(),
             };
-            lines.push((event.start, format!("    {} {what}", event.call)));
+            lines.push((event.start, format!("    {:?}: {} {what}", event.issuer, event.call)));
         }
         lines.extend(cut.map(|cut| (cut, "    the power fails".to_owned())));
         lines.sort_by_key(|(time, line)| (*time, line != "    the power fails"));

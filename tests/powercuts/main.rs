@@ -20,10 +20,10 @@
 //!
 //! The same for calls that fail, for files that cannot grow, and for components that trap (faults.rs).
 //!
-//! `cargo xtask simulate --real` runs the cuts for longer, through `SIM_SEEDS` (how many), `SIM_FIRST` (from
-//! which one), `SIM_SEED` (one of them), `SIM_RECORDING` (of that one, instead of a new recording) and
-//! `SIM_JSON` (where the outcome goes). `plugins/qcow2/tests/powercut.rs` does the same to the format alone,
-//! in memory: far faster, and with storage that fails in more ways.
+//! `cargo xtask simulate` runs it for longer, through `SIM_SEEDS` (how many), `SIM_FIRST` (from which one),
+//! `SIM_SEED` (one of them), `SIM_RECORDING` (of that one, instead of a new recording), `SIM_FAULTS` (plans
+//! for each kind of fault) and `SIM_JSON` (where each test adds a line with its outcome).
+//! `plugins/qcow2/tests/powercut` does the same to the format alone, in memory: a hundred times faster.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::cast_possible_truncation)]
@@ -57,6 +57,15 @@ fn have_tools() -> bool {
         return false;
     }
     true
+}
+
+/// Adds what a test found to the file that `SIM_JSON` names.
+fn outcome(found: &serde_json::Value) {
+    if let Some(file) = std::env::var_os("SIM_JSON") {
+        let mut file = std::fs::File::options().append(true).create(true).open(file).unwrap();
+        // One write of a line: those of several tests stay whole.
+        std::io::Write::write_all(&mut file, format!("{found}\n").as_bytes()).unwrap();
+    }
 }
 
 /// Calls `action` with new images and all that is needed to judge them.

@@ -63,7 +63,7 @@ pub fn log(level: Level, message: &str) {
     #[cfg(target_family = "wasm")]
     wasm::log(level, message);
     #[cfg(not(target_family = "wasm"))]
-    eprintln!("{level:?}: {message}");
+    testing::log(level, message);
 }
 
 /// Turns a crate into a component that serves one [`Format`].

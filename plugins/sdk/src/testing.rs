@@ -13,10 +13,25 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::{
-    Access, Allocation, BackingReference, Context, Error, File, FileIndex, Format, ImageInfo, Placement, Result, Writer,
+    Access, Allocation, BackingReference, Context, Error, File, FileIndex, Format, ImageInfo, Level, Placement, Result,
+    Writer,
 };
+
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// Drops what is logged from here on: for tests that make a format say the same a million times.
+pub fn silence_log() {
+    QUIET.store(true, Ordering::Relaxed);
+}
+
+pub(crate) fn log(level: Level, message: &str) {
+    if !QUIET.load(Ordering::Relaxed) {
+        eprintln!("{level:?}: {message}");
+    }
+}
 
 /// Something that reached a file, in the order of time. What a power cut leaves is some of it.
 #[derive(Clone, Debug, PartialEq, Eq)]

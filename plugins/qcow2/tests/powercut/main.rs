@@ -65,6 +65,8 @@ fn no_power_cut_damages_an_image() {
             (first..first + number("POWERCUT_SEEDS").unwrap_or(SEEDS)).collect()
         }
     };
+    // Of dirty images that are repaired.
+    blockhouse_plugin::testing::silence_log();
     let cuts = number("POWERCUT_CUTS").unwrap_or(CUTS) as usize;
     let started = Instant::now();
     let made: Vec<Made> = TEMPLATES.iter().map(images::make).collect();
@@ -98,6 +100,7 @@ fn no_power_cut_damages_an_image() {
         let rows: Vec<_> =
             violations.iter().map(|(seed, why)| serde_json::json!({ "seed": seed, "why": why })).collect();
         let outcome = serde_json::json!({
+            "what": "cuts, the format in memory",
             "seeds": seeds.len(),
             "states": states,
             "states_in_qemu": in_qemu,
@@ -109,7 +112,7 @@ fn no_power_cut_damages_an_image() {
     }
     if let Some((seed, why)) = violations.first() {
         panic!(
-            "{} seeds violate; the first: {why}\nreplay: cargo xtask simulate --format-only --seed {seed}\nall: {:?}",
+            "{} seeds violate; the first: {why}\nreplay: cargo xtask simulate --only format --seed {seed}\nall: {:?}",
             violations.len(),
             violations.iter().map(|(seed, _)| seed).take(50).collect::<Vec<_>>()
         );
