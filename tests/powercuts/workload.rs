@@ -76,7 +76,8 @@ pub(crate) fn opener(directory: &Path, host_calls: Option<u64>) -> Opener {
     if let Some(calls) = host_calls {
         limits.host_calls = calls;
     }
-    let sandbox = Sandbox::new(limits).unwrap();
+    // Every process, and every limit, starts a sandbox of its own.
+    let sandbox = Sandbox::new(limits).unwrap().code_cache(&directory.join("code")).unwrap();
     let mut formats = Formats::new();
     for format in ["raw", "qcow2"] {
         formats.add(format, sandbox.load_file(&component(format)).unwrap());
