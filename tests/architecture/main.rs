@@ -15,6 +15,7 @@ const RULES: &[(&str, &[&str], &[&str])] = &[
     ("blockhouse-guest", &[], &["wasmtime", "kvm-ioctls", "virtio-queue"]),
     ("blockhouse-vhost", &["blockhouse-block", "blockhouse-virtio"], &["wasmtime", "wasmtime-wasi", "kvm-ioctls"]),
     ("blockhouse-vmm", &["blockhouse-block", "blockhouse-virtio", "blockhouse-guest"], &["wasmtime", "wasmtime-wasi"]),
+    ("blockhouse-walls", &[], &["wasmtime", "wasmtime-wasi", "kvm-ioctls", "virtio-queue"]),
     ("blockhouse-plugin", &[], &["wasmtime", "kvm-ioctls", "imago", "vm-memory"]),
     ("blockhouse-raw", &["blockhouse-plugin"], &["wasmtime", "imago", "vm-memory"]),
     ("blockhouse-qcow2", &["blockhouse-plugin"], &["wasmtime", "imago", "vm-memory"]),
@@ -29,6 +30,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("wasmtime-wasi", &["blockhouse-sandbox"]),
     ("kvm-ioctls", &["blockhouse-vmm"]),
     ("vhost", &["blockhouse-vhost", "blockhouse-tests"]),
+    ("landlock", &["blockhouse-walls"]),
     ("imago", &["blockhouse-block", "blockhouse-tests"]),
     ("wit-bindgen", &["blockhouse-plugin", "blockhouse-probe"]),
 ];

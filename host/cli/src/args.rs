@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 use blockhouse_block::Access;
 use blockhouse_formats::FORMATS;
 use blockhouse_sandbox::{Audit, AuditFile, Formats, Grants, Limits, LockMode, OpenRequest, Opener, Sandbox};
+use blockhouse_walls::{Plan, Use};
 use clap::Args;
 
 use crate::output::parse_size;
@@ -29,18 +30,46 @@ pub(crate) struct HostArgs {
 }
 
 impl HostArgs {
+    /// What is opened beside images. Makes the code cache and the audit file, so that they can be planned.
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        // What a component gets for a directory that is not granted.
+        plan.read("/dev/null");
+        for plugin in &self.plugins {
+            if let Some((_, file)) = plugin.split_once('=') {
+                plan.read(file);
+            }
+        }
+        if let Some(audit) = &self.audit {
+            self.audit()?;
+            plan.write(audit);
+        }
+        if let Some(cache) = self.cache_directory() {
+            // What is wrong with it is said when it is used.
+            let _ = Sandbox::make_code_cache(&cache);
+            plan.add(cache, Use::MakeFiles);
+        }
+        Ok(())
+    }
+
     pub(crate) fn sandbox(&self) -> anyhow::Result<Sandbox> {
         let sandbox = Sandbox::new(Limits::default())?;
-        match &self.code_cache {
-            Some(directory) if directory == Path::new("off") => Ok(sandbox),
+        match self.cache_directory() {
+            None => Ok(sandbox),
             // Asked for: what is wrong with it is an error.
-            Some(directory) => Ok(sandbox.code_cache(directory)?),
-            None => Ok(usual_cache().map_or(sandbox.clone(), |directory| {
-                sandbox.clone().code_cache(&directory).unwrap_or_else(|error| {
-                    tracing::info!("compiled components are not kept: {error}");
-                    sandbox
-                })
+            Some(directory) if self.code_cache.is_some() => Ok(sandbox.code_cache(&directory)?),
+            Some(directory) => Ok(sandbox.clone().code_cache(&directory).unwrap_or_else(|error| {
+                tracing::info!("compiled components are not kept: {error}");
+                sandbox
             })),
+        }
+    }
+
+    /// Where compiled components are kept, if they are.
+    fn cache_directory(&self) -> Option<PathBuf> {
+        match &self.code_cache {
+            Some(directory) if directory == Path::new("off") => None,
+            Some(directory) => Some(directory.clone()),
+            None => usual_cache(),
         }
     }
 
@@ -118,6 +147,11 @@ pub(crate) struct GrantArgs {
 }
 
 impl GrantArgs {
+    /// What may be opened by reference.
+    pub(crate) fn plan(&self, plan: &mut Plan) {
+        plan_grants(plan, &self.allow, &self.allow_write);
+    }
+
     pub(crate) fn grants(&self) -> anyhow::Result<Grants> {
         grants(&self.allow, &self.allow_write)
     }
@@ -151,6 +185,13 @@ pub(crate) struct ImageArgs {
 }
 
 impl ImageArgs {
+    /// What is opened to read the image.
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        plan.read(&self.image);
+        plan_grants(plan, &self.allow, &[]);
+        self.host.plan(plan)
+    }
+
     pub(crate) fn opener(&self) -> anyhow::Result<Opener> {
         Ok(self.host.opener()?.grants(grants(&self.allow, &[])?).locks(self.share.locks()))
     }
@@ -186,6 +227,12 @@ pub(crate) fn grants(read: &[PathBuf], write: &[PathBuf]) -> anyhow::Result<Gran
         grants = grants.allow_writing(path)?;
     }
     Ok(grants)
+}
+
+/// Plans what [`grants`] grants.
+pub(crate) fn plan_grants(plan: &mut Plan, read: &[PathBuf], write: &[PathBuf]) {
+    read.iter().for_each(|path| plan.read(path));
+    write.iter().for_each(|path| plan.write(path));
 }
 
 /// Where a name that is to stand in an image leads: relative names start at the directory of the image.

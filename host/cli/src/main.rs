@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `args.rs` | what every command that opens an image shares: format, grants, plug-ins, audit |
 //! | `disk_arg.rs`, `open_disk.rs` | the disk strings of `run` and `serve`; the disks, opened and closed |
+//! | `walls.rs` | the walls around the program: what each command will open |
 //! | `output.rs`, `progress.rs` | sizes, JSON, exit codes; how far long work has come |
 //! | `new_image.rs`, `target.rs` | a new image, which has its name once it is complete |
 //! | `segments.rs`, `copy.rs` | what of a disk is worth reading; its content moved to another disk |
@@ -21,6 +22,7 @@ mod output;
 mod progress;
 mod segments;
 mod target;
+mod walls;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -56,7 +58,8 @@ Examples:
 Exit codes:
   0 done    1 failed    2 wrong usage    3 refused: not granted    4 corrupt image
   5 unsupported feature or format    6 component failed or went over a limit
-  7 `check` found lost space and nothing worse    8 `compare` found a difference";
+  7 `check` found lost space and nothing worse    8 `compare` found a difference
+  9 --require-walls, and this kernel lacks one";
 
 /// Disk images from strangers, parsed in a sandbox.
 #[derive(Debug, Parser)]
@@ -68,6 +71,9 @@ struct Cli {
     /// Log more to standard error: -v for what was opened, -vv for debugging. RUST_LOG overrides it.
     #[arg(short, long, global = true, action = ArgAction::Count)]
     verbose: u8,
+
+    #[command(flatten)]
+    walls: walls::WallArgs,
 }
 
 /// The help of each command stands with its arguments.
@@ -111,13 +117,16 @@ fn main() -> ExitCode {
         .without_time()
         .init();
 
-    raise_file_limit();
+    let walls = match cli.walls.raise(&cli.command) {
+        Ok(walls) => walls,
+        Err(error) => return output::fail(&error),
+    };
     let result = match cli.command {
         Command::Info(args) => commands::info::run(&args),
         Command::Map(args) => commands::map::run(&args),
         Command::Read(args) => commands::read::run(&args),
-        Command::Run(args) => commands::run::run(args),
         Command::Serve(args) => commands::serve::run(&args),
+        Command::Run(args) => commands::run::run(args, walls),
         Command::Create(args) => commands::create::run(&args),
         Command::Check(args) => commands::check::run(&args),
         Command::Resize(args) => commands::resize::run(&args),
@@ -132,14 +141,5 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => output::fail(&error),
-    }
-}
-
-/// Raises the limit of open files to what the system allows, as `Limits::handles` asks for.
-fn raise_file_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
-        tracing::warn!(%error, "cannot raise the limit of open files");
     }
 }

@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use blockhouse_block::{Access, BlockBackend, Preallocation};
 use blockhouse_sandbox::{BackingReference, Grants, NewImage, OpenRequest, OpenedDisk, Opener};
+use blockhouse_walls::Plan;
 use clap::ValueEnum;
 use serde::Serialize;
 
 use crate::args::beside;
 use crate::progress::Progress;
 use crate::target::{Target, sync_directory};
+use crate::walls::new_file;
 
 /// What a new image is to be like.
 #[derive(Clone, Debug, clap::Args)]
@@ -90,6 +92,17 @@ impl NewArgs {
             options.push(("data-file".to_owned(), data_file.clone()));
         }
         Ok(options)
+    }
+
+    /// What is opened to make the image.
+    pub(crate) fn plan(&self, plan: &mut Plan, image: &Path) {
+        new_file(plan, image);
+        if let Some(name) = &self.backing {
+            plan.read(beside(image, name.as_ref()));
+        }
+        if let Some(name) = &self.data_file {
+            new_file(plan, &beside(image, name.as_ref()));
+        }
     }
 
     /// Whether the operator asks for the list of options.

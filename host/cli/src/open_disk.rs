@@ -5,8 +5,9 @@ use std::sync::Arc;
 use anyhow::Context;
 use blockhouse_block::{Access, BlockBackend, Disk};
 use blockhouse_sandbox::{OpenRequest, Opener};
+use blockhouse_walls::{Plan, Use};
 
-use crate::args::{HostArgs, grants};
+use crate::args::{HostArgs, grants, plan_grants};
 use crate::disk_arg::DiskArg;
 
 /// A disk that a guest gets.
@@ -18,6 +19,14 @@ pub(crate) struct OpenDisk {
 }
 
 impl OpenDisk {
+    /// What is opened for the disks.
+    pub(crate) fn plan_all(plan: &mut Plan, disks: &[DiskArg]) {
+        for disk in disks {
+            plan.add(&disk.file, if disk.readonly { Use::Read } else { Use::Write });
+            plan_grants(plan, &disk.allow, &disk.allow_write);
+        }
+    }
+
     /// Opens each disk with its own grants.
     pub(crate) fn open_all(host: &HostArgs, disks: &[DiskArg]) -> anyhow::Result<Vec<Self>> {
         let sandbox = host.sandbox()?;

@@ -7,10 +7,15 @@ use anyhow::Context;
 use blockhouse_block::{Error, ErrorKind};
 use serde::Serialize;
 
+use crate::walls::MissingWalls;
+
 /// The exit code of `check` if space is lost and nothing else is wrong.
 pub(crate) const LEAKS: u8 = 7;
 /// The exit code of `compare` if the disks differ.
 pub(crate) const DIFFERENT: u8 = 8;
+
+/// The exit code of `--require-walls` if a wall is missing.
+pub(crate) const NO_WALLS: u8 = 9;
 
 /// The exit code for an error of a disk. The table is in `blockhouse --help`.
 pub(crate) fn exit_code(kind: ErrorKind) -> u8 {
@@ -44,6 +49,9 @@ pub(crate) fn fail(error: &anyhow::Error) -> ExitCode {
             eprintln!("  because: {}", printable(&cause));
         }
         shown = cause;
+    }
+    if error.downcast_ref::<MissingWalls>().is_some() {
+        return ExitCode::from(NO_WALLS);
     }
     error
         .chain()

@@ -43,24 +43,25 @@ pub(crate) struct CodeCache {
 }
 
 impl CodeCache {
-    /// Opens the directory, or makes it, and sees that nobody else can write to it.
-    pub(crate) fn open(path: &Path) -> Result<Self> {
-        let failed = |what: &str, error: io::Error| {
-            Error::new(ErrorKind::Storage, format!("the code cache {}: {what}: {error}", path.display()))
-                .with_source(error)
-        };
+    /// Makes the directory, if it is not there.
+    pub(crate) fn make(path: &Path) -> Result<()> {
         if let Some(parent) = path.parent() {
-            std::fs::create_dir_all(parent).map_err(|error| failed("cannot be made", error))?;
+            std::fs::create_dir_all(parent).map_err(|error| failed(path, "cannot be made", error))?;
         }
         match rustix::fs::mkdir(path, Mode::RWXU) {
-            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-            Err(error) => return Err(failed("cannot be made", error.into())),
+            Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
+            Err(error) => Err(failed(path, "cannot be made", error.into())),
         }
+    }
+
+    /// Opens the directory, or makes it, and sees that nobody else can write to it.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        Self::make(path)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let directory: File = rustix::fs::open(path, flags, Mode::empty())
-            .map_err(|error| failed("cannot be opened", error.into()))?
+            .map_err(|error| failed(path, "cannot be opened", error.into()))?
             .into();
-        let metadata = directory.metadata().map_err(|error| failed("cannot be looked at", error))?;
+        let metadata = directory.metadata().map_err(|error| failed(path, "cannot be looked at", error))?;
         if metadata.uid() != rustix::process::geteuid().as_raw() || metadata.mode() & 0o077 != 0 {
             let why = format!(
                 "the code cache {} belongs to user {} with mode {:o}; it must be yours alone (mode 700)",
@@ -164,6 +165,10 @@ impl CodeCache {
         }
         Ok(())
     }
+}
+
+fn failed(path: &Path, what: &str, error: io::Error) -> Error {
+    Error::new(ErrorKind::Storage, format!("the code cache {}: {what}: {error}", path.display())).with_source(error)
 }
 
 /// The component and the engine decide: its version, its settings, the processor that it compiles for.

@@ -81,6 +81,15 @@ impl Sandbox {
         Ok(Self { cache: Some(Arc::new(CodeCache::open(directory)?)), ..self })
     }
 
+    /// Makes the directory for [`code_cache`](Self::code_cache) beforehand: for a program that gives up the right
+    /// to make directories.
+    ///
+    /// # Errors
+    /// [`Storage`](ErrorKind::Storage) if it cannot be made.
+    pub fn make_code_cache(directory: &Path) -> Result<()> {
+        CodeCache::make(directory)
+    }
+
     /// The limits in force.
     pub fn limits(&self) -> &Limits {
         &self.limits

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use blockhouse_sandbox::{CheckReport, Repair};
+use blockhouse_walls::Plan;
 use clap::ValueEnum;
 
 use crate::args::{HostArgs, ShareArgs};
@@ -55,6 +56,17 @@ enum What {
     Leaks,
     /// Everything that can be
     All,
+}
+
+impl Args {
+    /// What the command opens.
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        match self.repair {
+            None => plan.read(&self.image),
+            Some(_) => plan.write(&self.image),
+        }
+        self.host.plan(plan)
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use blockhouse_block::{Access, BlockBackend, FileIdentity};
 use blockhouse_sandbox::{Below, LayerReport, OpenRequest};
+use blockhouse_walls::Plan;
 use serde::Serialize;
 
 use crate::args::{GrantArgs, HostArgs};
@@ -61,6 +62,16 @@ struct Report {
     virtual_size_bytes: u64,
     #[serde(flatten)]
     copied: Copied,
+}
+
+impl Args {
+    /// What the command opens.
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        plan.read(&self.overlay);
+        plan.write(&self.base);
+        self.grants.plan(plan);
+        self.host.plan(plan)
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {

@@ -5,9 +5,10 @@ use std::process::ExitCode;
 
 use blockhouse_block::{BlockBackend, Disk};
 use blockhouse_sandbox::OpenRequest;
+use blockhouse_walls::Plan;
 use serde::Serialize;
 
-use crate::args::{HostArgs, ShareArgs, grants};
+use crate::args::{HostArgs, ShareArgs, grants, plan_grants};
 use crate::copy::{Buffer, for_each_part};
 use crate::output::{self, DIFFERENT, size};
 use crate::progress::Progress;
@@ -70,6 +71,16 @@ struct Report {
     first_difference: Option<u64>,
     size_a_bytes: u64,
     size_b_bytes: u64,
+}
+
+impl Args {
+    /// What the command opens.
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        plan.read(&self.a);
+        plan.read(&self.b);
+        plan_grants(plan, &self.allow, &[]);
+        self.host.plan(plan)
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::bail;
 use blockhouse_block::{BlockBackend, Error, ErrorKind};
 use blockhouse_sandbox::LockMode;
+use blockhouse_walls::Plan;
 use serde::Serialize;
 
 use crate::args::{ImageArgs, grants};
@@ -57,6 +58,14 @@ struct Report {
     made: MadeReport,
     #[serde(flatten)]
     copied: Copied,
+}
+
+impl Args {
+    /// What the command opens.
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        self.new.plan(plan, &self.target);
+        self.source.plan(plan)
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {

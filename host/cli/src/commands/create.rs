@@ -6,10 +6,11 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use blockhouse_block::BlockBackend;
+use blockhouse_walls::Plan;
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory};
 
-use crate::args::{HostArgs, beside, grants};
+use crate::args::{HostArgs, beside, grants, plan_grants};
 use crate::new_image::NewArgs;
 use crate::output::{self, parse_size, printable, size};
 
@@ -61,6 +62,17 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     host: HostArgs,
+}
+
+impl Args {
+    /// What the command opens.
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        if let Some(image) = &self.image {
+            self.new.plan(plan, image);
+        }
+        plan_grants(plan, &self.allow, &[]);
+        self.host.plan(plan)
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {

@@ -5,6 +5,7 @@ use std::io::Write as _;
 use std::process::ExitCode;
 
 use blockhouse_sandbox::{ChainReport, LayerReport, Outcome};
+use blockhouse_walls::Plan;
 use serde::Serialize;
 
 use crate::args::ImageArgs;
@@ -30,6 +31,13 @@ struct Report<'a> {
     chain: &'a ChainReport,
     /// What kept the chain from opening; null if all of it opens.
     error: Option<ErrorReport>,
+}
+
+impl Args {
+    /// What the command opens.
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        self.image.plan(plan)
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {

@@ -4,6 +4,7 @@ use std::io::{self, BufWriter, Write};
 use std::process::ExitCode;
 
 use blockhouse_block::{BlockBackend, Run, RunKind};
+use blockhouse_walls::Plan;
 use serde::Serialize;
 
 use crate::args::{ImageArgs, RangeArgs};
@@ -58,6 +59,13 @@ impl<'a> Row<'a> {
             offset,
             file,
         }
+    }
+}
+
+impl Args {
+    /// What the command opens.
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        self.image.plan(plan)
     }
 }
 

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use blockhouse_formats::{FORMATS, PROBER};
 use blockhouse_sandbox::{Authority, Inspection, Limits, Sandbox};
+use blockhouse_walls::Plan;
 use serde::Serialize;
 
 use crate::output;
@@ -28,6 +29,16 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
+}
+
+impl Command {
+    /// What the command opens.
+    pub(crate) fn plan(&self, plan: &mut Plan) {
+        match self {
+            Self::Inspect { file, .. } => plan.read(file),
+            Self::List { .. } => {}
+        }
+    }
 }
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use blockhouse_formats::PROBER;
 use blockhouse_sandbox::{Limits, PROBE_HEAD, PROBE_TAIL, Sandbox};
+use blockhouse_walls::Plan;
 
 use crate::output;
 
@@ -25,6 +26,13 @@ pub(crate) struct Args {
     /// Print JSON
     #[arg(long)]
     json: bool,
+}
+
+impl Args {
+    /// What the command opens.
+    pub(crate) fn plan(&self, plan: &mut Plan) {
+        plan.read(&self.file);
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {

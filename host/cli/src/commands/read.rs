@@ -8,10 +8,12 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use blockhouse_block::{BlockBackend, VolatileSlice};
+use blockhouse_walls::Plan;
 
 use crate::args::{ImageArgs, RangeArgs};
 use crate::progress::Progress;
 use crate::target::{files_in_use, identity};
+use crate::walls::new_file;
 
 /// Bytes that are read at a time.
 const CHUNK: usize = 2 << 20;
@@ -35,6 +37,20 @@ pub(crate) struct Args {
     /// Overwrite the output file if it exists
     #[arg(long, requires = "output")]
     force: bool,
+}
+
+impl Args {
+    /// What the command opens.
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        if let Some(output) = &self.output {
+            if output.exists() {
+                plan.write(output);
+            } else {
+                new_file(plan, output);
+            }
+        }
+        self.image.plan(plan)
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use blockhouse_block::{Access, BlockBackend};
 use blockhouse_sandbox::{BackingReference, OpenRequest};
+use blockhouse_walls::Plan;
 use serde::Serialize;
 
 use crate::args::{GrantArgs, HostArgs, beside};
@@ -71,6 +72,18 @@ struct Report {
     backing: Option<BackingReference>,
     #[serde(flatten)]
     copied: Copied,
+}
+
+impl Args {
+    /// What the command opens.
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        plan.write(&self.overlay);
+        if let Some(name) = &self.backing {
+            plan.read(beside(&self.overlay, name.as_ref()));
+        }
+        self.grants.plan(plan);
+        self.host.plan(plan)
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use anyhow::{Context, bail};
 use blockhouse_block::BlockBackend;
 use blockhouse_sandbox::OpenRequest;
+use blockhouse_walls::Plan;
 use serde::Serialize;
 
 use crate::args::{GrantArgs, HostArgs};
@@ -74,6 +75,15 @@ impl FromStr for Change {
 struct Report {
     virtual_size_bytes: u64,
     virtual_size_bytes_before: u64,
+}
+
+impl Args {
+    /// What the command opens.
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        plan.write(&self.image);
+        self.grants.plan(plan);
+        self.host.plan(plan)
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {

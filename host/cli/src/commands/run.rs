@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use blockhouse_vmm::{ConsoleInput, DiskConfig, DiskReport, DiskResult, ExitReason, Machine, MachineConfig, Payload};
+use blockhouse_walls::{Plan, Use, Walls};
 use serde::Serialize;
 
 use crate::args::HostArgs;
@@ -65,7 +66,17 @@ struct DiskRow<'a> {
     error: Option<String>,
 }
 
-pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
+impl Args {
+    /// What the command opens.
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        OpenDisk::plan_all(plan, &self.disks);
+        self.kernel.iter().chain(&self.initrd).for_each(|path| plan.read(path));
+        plan.add("/dev/kvm", Use::Device);
+        self.host.plan(plan)
+    }
+}
+
+pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
     if args.disks.iter().any(|disk| disk.socket.is_some()) {
         bail!("socket= is for `blockhouse serve`: here the guest has the disk");
     }
@@ -88,6 +99,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<ExitCode> {
     if linux {
         forward_input(machine.console_input());
     }
+    // All is open and compiled.
+    walls.seal();
     let ended = machine.run();
     // A guest that was switched off, or killed, may not have flushed what it wrote.
     OpenDisk::close_all(opened)?;

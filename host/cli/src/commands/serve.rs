@@ -6,10 +6,11 @@ use std::thread;
 
 use anyhow::{Context, anyhow, bail};
 use blockhouse_vhost::{BlockDeviceOptions, Handle, Listener, Server};
+use blockhouse_walls::{Plan, Use};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::args::HostArgs;
+use crate::args::{HostArgs, directory_of};
 use crate::disk_arg::{DiskArg, comma_help, field_help};
 use crate::open_disk::OpenDisk;
 use crate::output;
@@ -58,6 +59,18 @@ pub(crate) struct Args {
 
     #[command(flatten)]
     host: HostArgs,
+}
+
+impl Args {
+    /// What the command opens.
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        OpenDisk::plan_all(plan, &self.disks);
+        let sockets = self.socket.iter().chain(self.disks.iter().filter_map(|disk| disk.socket.as_ref()));
+        for path in sockets.filter(|socket| !socket.starts_with("fd:")) {
+            plan.add(directory_of(Path::new(path)), Use::MakeSockets);
+        }
+        self.host.plan(plan)
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {

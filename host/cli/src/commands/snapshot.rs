@@ -7,9 +7,10 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use blockhouse_sandbox::SnapshotReport;
+use blockhouse_walls::Plan;
 use serde::Serialize;
 
-use crate::args::{HostArgs, ImageArgs, ShareArgs};
+use crate::args::{HostArgs, ImageArgs, ShareArgs, plan_grants};
 use crate::output::{self, printable, size};
 use crate::progress::Spinner;
 
@@ -118,6 +119,24 @@ struct Edited {
 
     #[command(flatten)]
     host: HostArgs,
+}
+
+impl Command {
+    /// What the command opens.
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        let image = match self {
+            Self::List(ListArgs { image, allow, host, .. }) => {
+                plan.read(image);
+                plan_grants(plan, allow, &[]);
+                return host.plan(plan);
+            }
+            Self::Create(CreateArgs { image, .. })
+            | Self::Apply(ApplyArgs { image, .. })
+            | Self::Delete(DeleteArgs { image, .. }) => image,
+        };
+        plan.write(&image.image);
+        image.host.plan(plan)
+    }
 }
 
 pub(crate) fn run(command: Command) -> anyhow::Result<ExitCode> {

@@ -1,0 +1,96 @@
+//! The walls around the program: each command says which files it will open, and the kernel refuses the rest.
+//!
+//! ```text
+//!   arguments ── plan ──▶ Walls::raise ──▶ the command ──▶ (run: all is open) seal ──▶ the guest runs
+//! ```
+//!
+//! A plan is made of the operator's own paths. What an image says is not known yet when the walls go up.
+
+use std::path::Path;
+
+use blockhouse_walls::{Missing, Plan, Use, Walls};
+
+use crate::Command;
+use crate::args::directory_of;
+
+/// Walls around the program.
+#[derive(Clone, Copy, Debug, Default, clap::Args)]
+pub(crate) struct WallArgs {
+    /// Refuse to work if the kernel lacks a wall: Landlock (no file but those that you named), seccomp (no system
+    /// call but those of the task). Without it, that is a warning
+    #[arg(long, global = true, help_heading = "Walls")]
+    require_walls: bool,
+
+    /// Raise no walls around the program, for debugging it
+    #[arg(long, global = true, conflicts_with = "require_walls", help_heading = "Walls")]
+    no_walls: bool,
+}
+
+/// Walls were required and are not there.
+#[derive(Debug)]
+pub(crate) struct MissingWalls(Vec<Missing>);
+
+impl std::fmt::Display for MissingWalls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("--require-walls: the walls around the program cannot be raised: ")?;
+        for (number, missing) in self.0.iter().enumerate() {
+            write!(f, "{}{missing}", if number == 0 { "" } else { "; " })?;
+        }
+        f.write_str(". Nothing was opened")
+    }
+}
+
+impl std::error::Error for MissingWalls {}
+
+impl WallArgs {
+    /// Raises the walls for a command, before it does anything.
+    pub(crate) fn raise(self, command: &Command) -> anyhow::Result<Walls> {
+        if self.no_walls {
+            return Ok(Walls::none());
+        }
+        let plan = command.plan()?;
+        let walls = Walls::raise(&plan);
+        if self.require_walls && !walls.missing().is_empty() {
+            return Err(MissingWalls(walls.missing().to_vec()).into());
+        }
+        for missing in walls.missing() {
+            tracing::warn!("a wall around the program is missing. {missing}");
+        }
+        for (path, uses) in plan.paths() {
+            tracing::debug!(path = %path.display(), ?uses, "planned");
+        }
+        tracing::info!("walls around the program: {walls}");
+        Ok(walls)
+    }
+}
+
+impl Command {
+    /// The files that a command opens.
+    fn plan(&self) -> anyhow::Result<Plan> {
+        let mut plan = Plan::new();
+        match self {
+            Self::Info(args) => args.plan(&mut plan)?,
+            Self::Map(args) => args.plan(&mut plan)?,
+            Self::Read(args) => args.plan(&mut plan)?,
+            Self::Run(args) => args.plan(&mut plan)?,
+            Self::Serve(args) => args.plan(&mut plan)?,
+            Self::Create(args) => args.plan(&mut plan)?,
+            Self::Check(args) => args.plan(&mut plan)?,
+            Self::Resize(args) => args.plan(&mut plan)?,
+            Self::Convert(args) => args.plan(&mut plan)?,
+            Self::Compare(args) => args.plan(&mut plan)?,
+            Self::Commit(args) => args.plan(&mut plan)?,
+            Self::Rebase(args) => args.plan(&mut plan)?,
+            Self::Snapshot(command) => command.plan(&mut plan)?,
+            Self::Plugin(command) => command.plan(&mut plan),
+            Self::Probe(args) => args.plan(&mut plan),
+        }
+        Ok(plan)
+    }
+}
+
+/// A new file, or one that takes the place of another: it gets its name once it is complete, so files are made
+/// and renamed in its directory.
+pub(crate) fn new_file(plan: &mut Plan, path: &Path) {
+    plan.add(directory_of(path), Use::MakeFiles);
+}

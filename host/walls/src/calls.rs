@@ -1,0 +1,300 @@
+//! Which system calls a thread may make, by its role: the tables that a reviewer reads.
+//!
+//! A call is answered in one of four ways:
+//!
+//! | answer | for | why this one |
+//! |---|---|---|
+//! | it is made | what the role needs | |
+//! | `ENOSYS` | what no table names | a library that tries a newer call finds a kernel without it, and falls back to an older one that is named here. So `clone3`, whose flags no filter can see, becomes `clone`, whose flags one can |
+//! | `EPERM` | calls of [`NAMES`], [`SOCKETS`] and [`CONNECTING`] that the role does not have | code that can cope makes them (a panic looks for its own program); the error says what is the matter |
+//! | the process ends | calls of [`FATAL`] | nothing in the program makes one: who does has taken it over |
+
+/// What a thread is for, which decides what it may ask of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Role {
+    /// Every thread from the moment the walls are raised: opens files (Landlock says which), compiles components,
+    /// listens on sockets. Starts no program.
+    Program,
+    /// Every thread once all is open: speaks on sockets it has, moves bytes. Opens nothing.
+    Control,
+    /// Runs a vCPU.
+    Vcpu,
+    /// Moves bytes between files and a guest: queue workers, threads of an I/O pool.
+    ///
+    /// Whoever uses `io_uring` in such a thread restricts each ring before the first request
+    /// (`IORING_SETUP_R_DISABLED`, `IORING_REGISTER_RESTRICTIONS`) to operations on open files: reads,
+    /// writes, syncs, `FALLOCATE`, `POLL`. A ring without restrictions opens files for a thread whose filter
+    /// forbids it to open any. The test `tests/hostile/traces.rs` looks at every ring that the program makes.
+    DataPath,
+}
+
+impl Role {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Program, Self::Control, Self::Vcpu, Self::DataPath];
+
+    /// May pass the kernel the name of a file.
+    pub(crate) const fn names(self) -> bool {
+        matches!(self, Self::Program)
+    }
+
+    /// May make memory executable.
+    pub(crate) const fn code(self) -> bool {
+        matches!(self, Self::Program)
+    }
+
+    /// May use sockets that are there.
+    pub(crate) const fn sockets(self) -> bool {
+        matches!(self, Self::Program | Self::Control)
+    }
+
+    /// May make sockets of its own.
+    pub(crate) const fn connecting(self) -> bool {
+        matches!(self, Self::Program)
+    }
+
+    /// The `ioctl` requests that the role makes; `None` is any.
+    pub(crate) const fn ioctls(self) -> Option<&'static [u64]> {
+        match self {
+            // Landlock decides on which devices.
+            Self::Program => None,
+            Self::Control => Some(CONTROL_IOCTLS),
+            Self::Vcpu => Some(VCPU_IOCTLS),
+            Self::DataPath => Some(USUAL_IOCTLS),
+        }
+    }
+}
+
+/// Of terminals and descriptors: what the standard library asks of any.
+const USUAL_IOCTLS: &[u64] = &[FIONBIO, FIOCLEX, TCGETS, TIOCGWINSZ];
+/// Running a vCPU, and where it was when it could not go on.
+const VCPU_IOCTLS: &[u64] = &[FIONBIO, FIOCLEX, TCGETS, TIOCGWINSZ, KVM_RUN, KVM_GET_REGS];
+/// Taking a machine apart: notifications and interrupts are disconnected.
+const CONTROL_IOCTLS: &[u64] = &[FIONBIO, FIOCLEX, TCGETS, TIOCGWINSZ, KVM_RUN, KVM_GET_REGS, KVM_IOEVENTFD, KVM_IRQFD];
+
+// asm-generic/ioctls.h and linux/kvm.h.
+const TCGETS: u64 = 0x5401;
+const TIOCGWINSZ: u64 = 0x5413;
+const FIONBIO: u64 = 0x5421;
+const FIOCLEX: u64 = 0x5451;
+const KVM_RUN: u64 = 0xae80;
+const KVM_GET_REGS: u64 = 0x8090_ae81;
+const KVM_IRQFD: u64 = 0x4020_ae76;
+const KVM_IOEVENTFD: u64 = 0x4040_ae79;
+
+/// The `prctl` operations that threads make: their name, the name of memory, and what installing a filter
+/// begins with.
+pub(crate) const PRCTLS: &[i32] = &[libc::PR_SET_NAME, libc::PR_SET_VMA, libc::PR_SET_NO_NEW_PRIVS];
+
+/// What every thread may do: live, sleep, have memory, and use files that are open.
+pub(crate) const EVERYBODY: &[libc::c_long] = &[
+    // Memory. `mmap` and `mprotect` have conditions of their own.
+    libc::SYS_brk,
+    libc::SYS_madvise,
+    libc::SYS_membarrier,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    // Threads. `clone`, `tgkill` and `prctl` have conditions of their own.
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_restart_syscall,
+    libc::SYS_rseq,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    // A further filter only takes away.
+    libc::SYS_seccomp,
+    libc::SYS_set_robust_list,
+    libc::SYS_sigaltstack,
+    // Time and chance.
+    libc::SYS_clock_getres,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_getrandom,
+    libc::SYS_gettimeofday,
+    libc::SYS_nanosleep,
+    // Open files. `fstat` is here, `statx` has a condition of its own.
+    libc::SYS_close,
+    libc::SYS_copy_file_range,
+    libc::SYS_dup,
+    libc::SYS_dup3,
+    libc::SYS_fallocate,
+    libc::SYS_fcntl,
+    libc::SYS_fdatasync,
+    libc::SYS_fstat,
+    libc::SYS_fstatfs,
+    libc::SYS_fsync,
+    libc::SYS_ftruncate,
+    libc::SYS_lseek,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_preadv2,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_pwritev2,
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_sync_file_range,
+    libc::SYS_write,
+    libc::SYS_writev,
+    // Waiting for them.
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_eventfd2,
+    libc::SYS_pipe2,
+    libc::SYS_ppoll,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_gettime,
+    libc::SYS_timerfd_settime,
+    // What passes through a ring is seen by no filter: see `Role::DataPath`.
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+    libc::SYS_io_uring_setup,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_epoll_wait,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_poll,
+];
+
+/// Calls that take the name of a file, and those that only a program makes that opens some.
+pub(crate) const NAMES: &[libc::c_long] = &[
+    libc::SYS_chdir,
+    libc::SYS_faccessat,
+    libc::SYS_faccessat2,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchown,
+    libc::SYS_flock,
+    libc::SYS_getcwd,
+    libc::SYS_getdents64,
+    libc::SYS_linkat,
+    libc::SYS_memfd_create,
+    libc::SYS_mkdirat,
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    libc::SYS_readlinkat,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_statfs,
+    libc::SYS_symlinkat,
+    libc::SYS_truncate,
+    libc::SYS_unlinkat,
+    libc::SYS_utimensat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_access,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_chmod,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_creat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_link,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_lstat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_mkdir,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_open,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_readlink,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_rename,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_rmdir,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_stat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_symlink,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_unlink,
+];
+
+/// Of [`NAMES`], those that no program of ours makes, and that Landlock does not judge or did not always.
+pub(crate) const NAMES_OF_NOBODY: &[libc::c_long] = &[
+    libc::SYS_symlinkat,
+    libc::SYS_truncate,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_creat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_symlink,
+];
+
+/// What a program does beside opening files: who it is, and what its limits are.
+pub(crate) const STARTING: &[libc::c_long] = &[
+    libc::SYS_getegid,
+    libc::SYS_geteuid,
+    libc::SYS_getgid,
+    libc::SYS_getuid,
+    libc::SYS_prlimit64,
+    libc::SYS_sysinfo,
+    libc::SYS_umask,
+    libc::SYS_uname,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_getrlimit,
+];
+
+/// Speaking on sockets that are there. Descriptors of a guest's memory come through them.
+pub(crate) const SOCKETS: &[libc::c_long] = &[
+    libc::SYS_accept4,
+    libc::SYS_getpeername,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+];
+
+/// Making sockets.
+pub(crate) const CONNECTING: &[libc::c_long] =
+    &[libc::SYS_bind, libc::SYS_connect, libc::SYS_listen, libc::SYS_socket, libc::SYS_socketpair];
+
+/// What nothing in the program ever asks for.
+pub(crate) const FATAL: &[libc::c_long] = &[
+    // Another program, or another's memory.
+    libc::SYS_execve,
+    libc::SYS_execveat,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_ptrace,
+    // Files by number, past every name and every directory.
+    libc::SYS_open_by_handle_at,
+    // Another view of the system.
+    libc::SYS_chroot,
+    libc::SYS_fsconfig,
+    libc::SYS_fsmount,
+    libc::SYS_fsopen,
+    libc::SYS_mount,
+    libc::SYS_move_mount,
+    libc::SYS_open_tree,
+    libc::SYS_pivot_root,
+    libc::SYS_setns,
+    libc::SYS_umount2,
+    libc::SYS_unshare,
+    // Other rights.
+    libc::SYS_capset,
+    libc::SYS_setgid,
+    libc::SYS_setresgid,
+    libc::SYS_setresuid,
+    libc::SYS_setuid,
+    // The kernel itself, and where its bugs are found.
+    libc::SYS_add_key,
+    libc::SYS_bpf,
+    libc::SYS_delete_module,
+    libc::SYS_finit_module,
+    libc::SYS_init_module,
+    libc::SYS_kexec_load,
+    libc::SYS_keyctl,
+    libc::SYS_perf_event_open,
+    libc::SYS_reboot,
+    libc::SYS_request_key,
+    libc::SYS_userfaultfd,
+];

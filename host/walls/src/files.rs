@@ -1,0 +1,148 @@
+//! Landlock: the files that a program may open, by where they are.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, LandlockStatus, PathBeneath, PathFd, Ruleset,
+    RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope, make_bitflags,
+};
+
+/// The newest version of Landlock whose restrictions were looked at. An older kernel enforces what it knows.
+const NEWEST: ABI = ABI::V7;
+/// The oldest version that is as good as the newest for regular files: before, a file could be truncated by
+/// name.
+const OLDEST: i32 = 3;
+
+/// What a program does with a path of its [`Plan`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Use {
+    /// Reads the file, or what is below the directory.
+    Read,
+    /// Reads and writes the file, or the files that are below the directory. Makes and removes none.
+    Write,
+    /// As [`Write`](Self::Write) below a directory, and makes, renames and removes files there.
+    MakeFiles,
+    /// Makes and removes sockets in the directory. Opens nothing there.
+    MakeSockets,
+    /// Opens the device and controls it.
+    Device,
+}
+
+impl Use {
+    fn rights(self) -> BitFlags<AccessFs> {
+        match self {
+            Self::Read => make_bitflags!(AccessFs::{ReadFile | ReadDir}),
+            Self::Write => make_bitflags!(AccessFs::{ReadFile | ReadDir | WriteFile | Truncate}),
+            Self::MakeFiles => {
+                make_bitflags!(AccessFs::{ReadFile | ReadDir | WriteFile | Truncate | MakeReg | RemoveFile})
+            }
+            Self::MakeSockets => make_bitflags!(AccessFs::{MakeSock | RemoveFile}),
+            Self::Device => make_bitflags!(AccessFs::{ReadFile | WriteFile | IoctlDev}),
+        }
+    }
+}
+
+/// What a program will open: everything else is refused once the walls are raised.
+///
+/// Paths are the operator's, as the program itself will open them: the plan follows symbolic links. A path that
+/// leads nowhere adds nothing; opening it fails as it would without walls.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    paths: BTreeMap<PathBuf, Vec<Use>>,
+}
+
+impl Plan {
+    /// Nothing is opened.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a use of a path to those that it has.
+    pub fn add(&mut self, path: impl Into<PathBuf>, what: Use) {
+        let path = path.into();
+        // An empty path is nothing for `open`, and must not come to mean the working directory.
+        if path.as_os_str().is_empty() {
+            return;
+        }
+        let uses = self.paths.entry(path).or_default();
+        if !uses.contains(&what) {
+            uses.push(what);
+        }
+    }
+
+    /// As [`add`](Self::add), to read.
+    pub fn read(&mut self, path: impl Into<PathBuf>) {
+        self.add(path, Use::Read);
+    }
+
+    /// As [`add`](Self::add), to read and write.
+    pub fn write(&mut self, path: impl Into<PathBuf>) {
+        self.add(path, Use::Write);
+    }
+
+    /// The paths and their uses, sorted.
+    pub fn paths(&self) -> impl Iterator<Item = (&Path, &[Use])> {
+        self.paths.iter().map(|(path, uses)| (path.as_path(), uses.as_slice()))
+    }
+
+    fn rules(&self) -> impl Iterator<Item = (PathFd, BitFlags<AccessFs>)> {
+        self.paths.iter().filter_map(|(path, uses)| {
+            let rights = uses.iter().fold(BitFlags::EMPTY, |rights, what| rights | what.rights());
+            let fd = PathFd::new(path).map_err(|error| tracing::debug!(path = %path.display(), %error, "not there"));
+            Some((fd.ok()?, rights))
+        })
+    }
+}
+
+/// How Landlock stands around the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Landlock {
+    /// The version of Landlock that the kernel and this program have in common.
+    pub version: i32,
+}
+
+impl Landlock {
+    /// What this version cannot enforce and should, if anything.
+    pub(crate) fn lacks(self) -> Option<String> {
+        (self.version < OLDEST).then(|| {
+            format!(
+                "this kernel has version {} of it, and version {OLDEST} is the first to guard sizes of files",
+                self.version
+            )
+        })
+    }
+}
+
+impl fmt::Display for Landlock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Landlock {}", self.version)
+    }
+}
+
+/// Restricts this thread, and those that it will start, to the plan. `Err` says why there is no restriction.
+pub(crate) fn restrict(plan: &Plan) -> Result<Landlock, String> {
+    let failed = |error: landlock::RulesetError| error.to_string();
+    let mut ruleset = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        // All rights, `Execute` with them: nothing here is a program to be run.
+        .handle_access(AccessFs::from_all(NEWEST))
+        .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(NEWEST)))
+        .and_then(|ruleset| ruleset.scope(Scope::from_all(NEWEST)))
+        .and_then(Ruleset::create)
+        .map_err(failed)?;
+    for (fd, rights) in plan.rules() {
+        // On a file, the rights that only directories have are left out.
+        ruleset = ruleset.add_rule(PathBeneath::new(fd, rights)).map_err(failed)?;
+    }
+    let status = ruleset.restrict_self().map_err(failed)?;
+    match (status.ruleset, status.landlock) {
+        (RulesetStatus::NotEnforced, LandlockStatus::NotEnabled) => {
+            Err("this kernel has it switched off (add landlock to its command line, after lsm=)".to_owned())
+        }
+        (RulesetStatus::NotEnforced, _) => Err("this kernel has none; Linux has it since 5.13".to_owned()),
+        (_, LandlockStatus::Available { effective_abi, .. }) => Ok(Landlock { version: effective_abi as i32 }),
+        (_, status) => Err(format!("this kernel enforces something that it does not have ({status:?})")),
+    }
+}

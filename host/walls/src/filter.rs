@@ -1,0 +1,176 @@
+//! From the tables of `calls.rs` to filters in the kernel.
+//!
+//! A filter has one answer for what it names and one for the rest, so a role is up to three of them. The
+//! kernel takes the hardest answer of all filters of a thread, and of two errors that of the filter that came
+//! last:
+//!
+//! ```text
+//!   1  named in a table of the role: allow     else ENOSYS
+//!   2  a name or a socket, not of the role: EPERM   else allow
+//!   3  fatal: kill                             else allow      (once, with Role::Program)
+//! ```
+
+use std::collections::BTreeMap;
+use std::io;
+
+use seccompiler::{
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
+};
+
+use crate::calls::{CONNECTING, EVERYBODY, FATAL, NAMES, NAMES_OF_NOBODY, PRCTLS, Role, SOCKETS, STARTING};
+
+/// Who gets a filter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Threads {
+    /// The calling thread.
+    This,
+    /// All that there are, at once.
+    All,
+}
+
+/// The rules of one call: any of them must match. None is always.
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// Installs the filters of a role.
+pub(crate) fn install(role: Role, threads: Threads) -> io::Result<()> {
+    for program in programs(role).map_err(|error| io::Error::other(error.to_string()))? {
+        let installed = match threads {
+            Threads::This => seccompiler::apply_filter(&program),
+            Threads::All => seccompiler::apply_filter_all_threads(&program),
+        };
+        installed.map_err(|error| match error {
+            seccompiler::Error::Seccomp(error) | seccompiler::Error::Prctl(error) => error,
+            other => io::Error::other(other.to_string()),
+        })?;
+    }
+    Ok(())
+}
+
+/// The filters of a role, in the order in which they are installed.
+fn programs(role: Role) -> Result<Vec<BpfProgram>, BackendError> {
+    let arch = std::env::consts::ARCH.try_into()?;
+    let compile = |rules: Rules, named: SeccompAction, rest: SeccompAction| {
+        SeccompFilter::new(rules, rest, named, arch).and_then(BpfProgram::try_from)
+    };
+    let error = |errno: i32| SeccompAction::Errno(errno.unsigned_abs());
+    let mut programs = vec![
+        compile(allowed(role)?, SeccompAction::Allow, error(libc::ENOSYS))?,
+        compile(unconditional(refused(role)), error(libc::EPERM), SeccompAction::Allow)?,
+    ];
+    if role == Role::Program {
+        let fatal = unconditional(FATAL.iter().copied());
+        programs.push(compile(fatal, SeccompAction::KillProcess, SeccompAction::Allow)?);
+    }
+    Ok(programs)
+}
+
+fn unconditional(calls: impl IntoIterator<Item = libc::c_long>) -> Rules {
+    calls.into_iter().map(|call| (call, Vec::new())).collect()
+}
+
+/// The calls that are answered with `EPERM`.
+fn refused(role: Role) -> impl Iterator<Item = libc::c_long> {
+    let names = if role.names() { NAMES_OF_NOBODY } else { NAMES };
+    let sockets = if role.sockets() { &[] } else { SOCKETS };
+    let connecting = if role.connecting() { &[] } else { CONNECTING };
+    names.iter().chain(sockets).chain(connecting).copied()
+}
+
+/// The calls that are made, and when.
+fn allowed(role: Role) -> Result<Rules, BackendError> {
+    let mut rules = unconditional(EVERYBODY.iter().copied());
+    let tables: [(bool, &[libc::c_long]); 4] =
+        [(role.names(), NAMES), (role.names(), STARTING), (role.sockets(), SOCKETS), (role.connecting(), CONNECTING)];
+    for (has, table) in tables {
+        if has {
+            rules.extend(unconditional(table.iter().copied()));
+        }
+    }
+    let number = |value: i32| u64::from(value.unsigned_abs());
+
+    // A thread, and no process.
+    let thread = number(libc::CLONE_THREAD);
+    rules.insert(libc::SYS_clone, vec![when(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(thread), thread)?]);
+    // The signal that wakes a vCPU, and that of `abort`.
+    let own = u64::from(std::process::id());
+    rules.insert(libc::SYS_tgkill, vec![when(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, own)?]);
+    rules.insert(libc::SYS_prctl, any_of(0, PRCTLS.iter().map(|operation| number(*operation)))?);
+    match role.ioctls() {
+        None => rules.insert(libc::SYS_ioctl, Vec::new()),
+        Some(requests) => rules.insert(libc::SYS_ioctl, any_of(1, requests.iter().copied())?),
+    };
+
+    // What is open can be looked at, by the empty name. Other names are for who may have names.
+    let empty = number(libc::AT_EMPTY_PATH);
+    for (call, flags) in [(libc::SYS_statx, 2), (libc::SYS_newfstatat, 3)] {
+        let look = when(flags, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(empty), empty)?;
+        rules.insert(call, if role.names() { Vec::new() } else { vec![look] });
+    }
+    let executable = number(libc::PROT_EXEC);
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        let data = when(2, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(executable), 0)?;
+        rules.insert(call, if role.code() { Vec::new() } else { vec![data] });
+    }
+    Ok(rules)
+}
+
+/// One argument is compared with a value.
+fn when(
+    argument: u8,
+    length: SeccompCmpArgLen,
+    operator: SeccompCmpOp,
+    value: u64,
+) -> Result<SeccompRule, BackendError> {
+    SeccompRule::new(vec![SeccompCondition::new(argument, length, operator, value)?])
+}
+
+/// One argument of 32 bits is one of these values.
+fn any_of(argument: u8, values: impl Iterator<Item = u64>) -> Result<Vec<SeccompRule>, BackendError> {
+    values.map(|value| when(argument, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_role_compiles_for_every_machine() {
+        for role in Role::ALL {
+            let programs = programs(role).unwrap();
+            assert_eq!(programs.len(), if role == Role::Program { 3 } else { 2 }, "{role:?}");
+            assert!(programs.iter().all(|program| program.len() < 4096), "{role:?}");
+        }
+    }
+
+    /// Filters add up, so a role that could do what the one before it cannot would be a mistake.
+    #[test]
+    fn each_role_has_less_than_the_one_it_comes_from() {
+        let calls = |role| allowed(role).unwrap().into_keys().collect::<BTreeSet<_>>();
+        assert!(calls(Role::Program).is_superset(&calls(Role::Control)));
+        for role in [Role::Vcpu, Role::DataPath] {
+            assert!(calls(Role::Control).is_superset(&calls(role)), "{role:?}");
+            let (all, some) = (Role::Control.ioctls().unwrap(), role.ioctls().unwrap());
+            assert!(some.iter().all(|request| all.contains(request)), "{role:?}");
+        }
+        // The thread of a queue is started by that of a vCPU.
+        assert!(calls(Role::Vcpu).is_superset(&calls(Role::DataPath)));
+        assert!(Role::DataPath.ioctls().unwrap().iter().all(|it| Role::Vcpu.ioctls().unwrap().contains(it)));
+    }
+
+    #[test]
+    fn no_call_has_two_answers() {
+        for role in Role::ALL {
+            let allowed: BTreeSet<_> = allowed(role).unwrap().into_keys().collect();
+            let refused: BTreeSet<_> = refused(role).collect();
+            let fatal: BTreeSet<_> = FATAL.iter().copied().collect();
+            assert!(fatal.is_disjoint(&allowed), "{role:?}");
+            assert!(fatal.is_disjoint(&refused), "{role:?}");
+            let both: Vec<_> = allowed.intersection(&refused).filter(|call| !NAMES_OF_NOBODY.contains(call)).collect();
+            assert!(both.is_empty(), "{role:?}: {both:?}");
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Walls around a whole program: what it will open is said beforehand, and the kernel refuses the rest.
+//!
+//! A component is held by WebAssembly and by the directories it was handed, and the host's own policy judges
+//! what it opens. Should both fail, the attacker has a process; these walls are what it meets then.
+//!
+//! ```text
+//!  Plan ── files and directories, each to read, to write, to make files in
+//!    │ raise                                     before the first thread, before the first image
+//!    ▼
+//!  Walls ─ Landlock        no file outside of the plan, no program, no TCP, no foreign process
+//!    │     seccomp         Role::Program: the calls that this program makes at all
+//!    │     no new privileges, no core dump, no debugger
+//!    │ seal                                      after start-up: all is open and compiled
+//!    ▼
+//!  Role::Control           every thread: no call that takes the name of a file, no new code
+//!    │ thread_start                              at the start of each thread that serves a guest
+//!    ▼
+//!  Role::Vcpu, Role::DataPath                    a vCPU runs; a queue worker moves bytes; no socket
+//! ```
+//!
+//! Filters add up: a thread has those of the threads that it comes from, and nobody can take one away.
+//! Landlock holds whatever a system call is made through, `io_uring` included, which seccomp cannot look into.
+//! Hence one demand on who uses `io_uring` in such a thread: see [`Role::DataPath`].
+//!
+//! Memory is not limited here (`RLIMIT_AS`): a WebAssembly memory reserves far more address space than it
+//! uses, and what it may use is a limit of the sandbox.
+//!
+//! Where a kernel lacks a wall, the program runs without it, and [`Walls::missing`] says so.
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("blockhouse-walls needs Linux");
+
+mod calls;
+mod files;
+mod filter;
+mod process;
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+pub use calls::Role;
+pub use files::{Landlock, Plan, Use};
+
+/// What is called at the start of a thread.
+pub type ThreadStart = Arc<dyn Fn() + Send + Sync>;
+
+/// The walls that stand around this program.
+#[derive(Clone, Debug)]
+pub struct Walls {
+    landlock: Option<Landlock>,
+    filters: bool,
+    missing: Vec<Missing>,
+}
+
+/// A wall that this kernel could not raise.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{wall}: {why}")]
+pub struct Missing {
+    /// Which: `Landlock`.
+    pub wall: &'static str,
+    /// Why not.
+    pub why: String,
+}
+
+impl Walls {
+    /// No walls at all: for debugging.
+    pub fn none() -> Self {
+        Self { landlock: None, filters: false, missing: Vec::new() }
+    }
+
+    /// Raises the walls around this process. To be called while it has one thread and nothing of a stranger was
+    /// looked at: threads that exist already get the filter, but not Landlock.
+    ///
+    /// What cannot be raised is left out and recorded in [`missing`](Self::missing).
+    pub fn raise(plan: &Plan) -> Self {
+        let mut walls = Self::none();
+        walls.note("process settings", process::settle());
+        match files::restrict(plan) {
+            Ok(landlock) => {
+                if let Some(why) = landlock.lacks() {
+                    walls.missing.push(Missing { wall: "Landlock", why });
+                }
+                walls.landlock = Some(landlock);
+            }
+            Err(why) => walls.missing.push(Missing { wall: "Landlock", why }),
+        }
+        walls.filters = walls.note("seccomp", filter::install(Role::Program, filter::Threads::All));
+        walls
+    }
+
+    /// Closes the program: from here on no thread opens a file by name, starts a program, or makes new code. To
+    /// be called when all that will be needed is open and compiled.
+    pub fn seal(&mut self) {
+        if self.filters {
+            self.note("seccomp after start-up", filter::install(Role::Control, filter::Threads::All));
+        }
+    }
+
+    /// What a thread with this role calls first: it narrows its own filter to what the role needs.
+    ///
+    /// A thread whose filter cannot be installed goes on with the one that it has, and says so in the log.
+    pub fn thread_start(&self, role: Role) -> ThreadStart {
+        if !self.filters {
+            return Arc::new(|| {});
+        }
+        Arc::new(move || {
+            if let Err(error) = filter::install(role, filter::Threads::This) {
+                tracing::error!(?role, %error, "a thread has no filter of its own");
+            }
+        })
+    }
+
+    /// The walls that should stand and do not.
+    pub fn missing(&self) -> &[Missing] {
+        &self.missing
+    }
+
+    fn note(&mut self, wall: &'static str, raised: io::Result<()>) -> bool {
+        match raised {
+            Ok(()) => true,
+            Err(error) => {
+                self.missing.push(Missing { wall, why: error.to_string() });
+                false
+            }
+        }
+    }
+}
+
+impl fmt::Display for Walls {
+    /// One line: what stands.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.landlock, self.filters) {
+            (None, false) => f.write_str("none"),
+            (None, true) => f.write_str("seccomp"),
+            (Some(landlock), false) => write!(f, "{landlock}"),
+            (Some(landlock), true) => write!(f, "{landlock}, seccomp"),
+        }
+    }
+}

@@ -1,0 +1,27 @@
+//! What a process gives up by itself, on every kernel.
+
+use std::io;
+
+use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
+use rustix::thread::set_no_new_privs;
+
+/// Gives up what no program of ours needs.
+///
+/// * New privileges: a set-user-id program would run without its privileges. Landlock and seccomp ask for it.
+/// * Core dumps: they would hold guests' memory and the contents of disks.
+/// * Being looked at by other processes of the same user, by a debugger or through `/proc`, for that same reason.
+pub(crate) fn settle() -> io::Result<()> {
+    set_no_new_privs(true)?;
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+    raise_file_limit();
+    Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
+}
+
+/// Raises the limit of open files to what the system allows: the sandbox bounds what one image may hold, and
+/// that many must not use up what all have.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}

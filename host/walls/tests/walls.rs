@@ -1,0 +1,341 @@
+//! Walls of a real kernel. Each test that raises some does so in a process of its own: this program again, with
+//! the name of the part that it plays in its environment.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::cast_sign_loss)]
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+
+use blockhouse_walls::{Plan, Role, Use, Walls};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+
+const PART: &str = "WALLS_TEST_PART";
+const PLACE: &str = "WALLS_TEST_PLACE";
+
+/// What a process did: each line is `what: outcome`.
+struct Played {
+    status: ExitStatus,
+    text: String,
+}
+
+impl Played {
+    /// The outcome of one thing that was tried.
+    #[track_caller]
+    fn of(&self, what: &str) -> &str {
+        self.text
+            .lines()
+            .find_map(|line| line.strip_prefix(what)?.strip_prefix(": "))
+            .unwrap_or_else(|| panic!("{what:?} was not tried: {:?}\n{}", self.status, self.text))
+    }
+}
+
+fn play(part: &str, place: &Path) -> Played {
+    play_on(part, place, |_| {})
+}
+
+/// Plays a part on a kernel that was prepared.
+fn play_on(part: &str, place: &Path, prepare: impl FnOnce(&mut Command)) -> Played {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "the_part", "--nocapture"]).env(PART, part).env(PLACE, place);
+    prepare(&mut command);
+    let output = command.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    Played { status: output.status, text }
+}
+
+/// A kernel that answers these calls with this error.
+fn without(command: &mut Command, calls: &'static [libc::c_long], errno: i32) {
+    let rules = calls.iter().map(|call| (*call, Vec::new())).collect();
+    let arch = std::env::consts::ARCH.try_into().unwrap();
+    let error = SeccompAction::Errno(errno.unsigned_abs());
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, error, arch).unwrap();
+    let program = BpfProgram::try_from(filter).unwrap();
+    // SAFETY: between fork and exec; installing a compiled filter makes two system calls and allocates nothing.
+    unsafe {
+        command.pre_exec(move || seccompiler::apply_filter(&program).map_err(|_| io::Error::other("no filter")));
+    }
+}
+
+const LANDLOCK: &[libc::c_long] =
+    &[libc::SYS_landlock_create_ruleset, libc::SYS_landlock_add_rule, libc::SYS_landlock_restrict_self];
+
+/// Whether Landlock is here; if not, says so.
+fn landlock_is_here() -> bool {
+    // SAFETY: the call asks for a version: it takes no pointer, and 1 is LANDLOCK_CREATE_RULESET_VERSION.
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0usize, 1u32) };
+    if version < 1 {
+        let name = std::thread::current().name().unwrap_or("walls").to_owned();
+        let line = format!("skipped: {name}: this kernel has no Landlock\n");
+        eprint!("{line}");
+        if let Some(file) = std::env::var_os("BLOCKHOUSE_SKIPS") {
+            let mut file = File::options().append(true).create(true).open(file).unwrap();
+            file.write_all(line.as_bytes()).unwrap();
+        }
+    }
+    version >= 1
+}
+
+/// A directory with `granted/file`, `granted/other`, `outside/file`.
+fn place() -> tempfile::TempDir {
+    let place = tempfile::tempdir().unwrap();
+    for name in ["granted/file", "granted/other", "outside/file"] {
+        let path = place.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, name).unwrap();
+    }
+    place
+}
+
+fn tell<T>(what: &str, result: io::Result<T>) {
+    match result {
+        Ok(_) => println!("{what}: done"),
+        Err(error) => println!("{what}: {}", error.raw_os_error().unwrap_or(-1)),
+    }
+}
+
+/// Makes a system call with up to three arguments.
+fn call(number: libc::c_long, arguments: [usize; 3]) -> io::Result<()> {
+    let [one, two, three] = arguments;
+    // SAFETY: all callers pass null, or strings and numbers for calls that only read them.
+    if unsafe { libc::syscall(number, one, two, three, 0usize, 0usize, 0usize) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Runs in the processes that the tests start, and does nothing otherwise.
+#[test]
+fn the_part() {
+    let (Ok(part), Some(place)) = (std::env::var(PART), std::env::var_os(PLACE).map(PathBuf::from)) else { return };
+    let (granted, outside) = (place.join("granted"), place.join("outside"));
+    let mut plan = Plan::new();
+    match part.as_str() {
+        "files" => {
+            plan.read(&granted);
+            // A directory that is open already must be no way around.
+            let root = File::open("/").unwrap();
+            let walls = Walls::raise(&plan);
+            println!("walls: {walls}");
+            println!("missing: {:?}", walls.missing());
+            tell("read granted", std::fs::read(granted.join("file")));
+            tell("write granted", File::options().write(true).open(granted.join("file")));
+            tell("truncate granted", File::options().write(true).truncate(true).open(granted.join("file")));
+            tell("make granted", File::create_new(granted.join("new")));
+            tell("read outside", std::fs::read(outside.join("file")));
+            tell("read through", std::fs::read(granted.join("../outside/file")));
+            tell("list outside", std::fs::read_dir(&outside));
+            tell("missing file", File::open(granted.join("nowhere")));
+            let name = CString::new(outside.join("file").strip_prefix("/").unwrap().to_str().unwrap()).unwrap();
+            let below_root = [std::os::fd::AsRawFd::as_raw_fd(&root) as usize, name.as_ptr() as usize, 0];
+            tell("read below root", call(libc::SYS_openat, below_root));
+            // Threads have the walls of the thread that started them.
+            let path = outside.join("file");
+            tell("read in thread", std::thread::spawn(move || std::fs::read(path)).join().unwrap());
+            tell("remove outside", std::fs::remove_file(outside.join("file")));
+            tell("rename out", std::fs::rename(granted.join("file"), outside.join("stolen")));
+            tell("run", Command::new("/bin/true").status());
+        }
+        "uses" => {
+            plan.write(granted.join("file"));
+            plan.add(granted.join("other"), Use::Read);
+            plan.add(&outside, Use::MakeFiles);
+            plan.read("");
+            Walls::raise(&plan);
+            tell("write file", File::options().write(true).truncate(true).open(granted.join("file")));
+            tell("read other", std::fs::read(granted.join("other")));
+            tell("write other", File::options().write(true).open(granted.join("other")));
+            tell("make sibling", File::create_new(granted.join("new")));
+            tell("make outside", File::create_new(outside.join("new")));
+            tell("rename outside", std::fs::rename(outside.join("new"), outside.join("newer")));
+            tell("remove outside", std::fs::remove_file(outside.join("newer")));
+            tell("socket outside", std::os::unix::net::UnixListener::bind(outside.join("socket")));
+            tell("working directory", std::fs::read_dir("."));
+        }
+        "threads" => {
+            plan.read("/");
+            let mut walls = Walls::raise(&plan);
+            let path = granted.join("file");
+            for role in [Role::DataPath, Role::Vcpu] {
+                let (start, path) = (walls.thread_start(role), path.clone());
+                let open = File::open(&path).unwrap();
+                std::thread::spawn(move || {
+                    start();
+                    what_a_thread_may(&format!("{role:?}"), &path, &open);
+                })
+                .join()
+                .unwrap();
+            }
+            tell("Program open", File::open(&path));
+            // One that is there before the seal has it as well.
+            let (send, receive) = std::sync::mpsc::channel::<()>();
+            let early = std::thread::spawn({
+                let path = path.clone();
+                move || {
+                    let _ = receive.recv();
+                    tell("early open", File::open(path));
+                }
+            });
+            let open = File::open(&path).unwrap();
+            walls.seal();
+            assert!(walls.missing().iter().all(|missing| missing.wall == "Landlock"), "{:?}", walls.missing());
+            drop(send);
+            early.join().unwrap();
+            what_a_thread_may("Control", &path, &open);
+            // Threads can still be started, and narrow themselves.
+            let start = walls.thread_start(Role::DataPath);
+            std::thread::spawn(move || {
+                start();
+                what_a_thread_may("sealed", &path, &open);
+            })
+            .join()
+            .unwrap();
+        }
+        fatal if fatal.starts_with("fatal ") => {
+            let number: libc::c_long = fatal["fatal ".len()..].parse().unwrap();
+            Walls::raise(&plan);
+            println!("before: done");
+            io::stdout().flush().unwrap();
+            tell("after", call(number, [0, 0, 0]));
+        }
+        other => panic!("there is no part {other:?}"),
+    }
+    // Not through libtest, whose threads are not of these roles.
+    io::stdout().flush().unwrap();
+    std::process::exit(0);
+}
+
+fn what_a_thread_may(who: &str, path: &Path, open: &File) {
+    use std::os::unix::fs::FileExt;
+    let name = CString::new(path.to_str().unwrap()).unwrap();
+    let name = name.as_ptr() as usize;
+    let here = libc::AT_FDCWD as usize;
+    tell(&format!("{who} openat"), call(libc::SYS_openat, [here, name, 0]));
+    tell(&format!("{who} openat2"), call(libc::SYS_openat2, [here, name, 0]));
+    #[cfg(target_arch = "x86_64")]
+    {
+        tell(&format!("{who} open"), call(libc::SYS_open, [name, 0, 0]));
+        tell(&format!("{who} creat"), call(libc::SYS_creat, [name, 0o600, 0]));
+        tell(&format!("{who} stat"), call(libc::SYS_stat, [name, 0, 0]));
+    }
+    tell(&format!("{who} unlink"), std::fs::remove_file(path));
+    tell(&format!("{who} socket"), std::os::unix::net::UnixDatagram::unbound());
+    let executable = (libc::PROT_READ | libc::PROT_EXEC) as usize;
+    tell(&format!("{who} code"), call(libc::SYS_mprotect, [0x1000, 0x1000, executable]));
+    tell(&format!("{who} process"), call(libc::SYS_clone, [libc::SIGCHLD as usize, 0, 0]));
+    tell(&format!("{who} signal"), call(libc::SYS_tgkill, [1, 1, 0]));
+    tell(&format!("{who} ioctl"), call(libc::SYS_ioctl, [0, 0x5412, 0]));
+    // What it is for.
+    tell(&format!("{who} read"), open.read_at(&mut [0; 4], 0));
+    tell(&format!("{who} size"), open.metadata());
+    tell(&format!("{who} thread"), std::thread::Builder::new().spawn(|| {}).map(|thread| thread.join().unwrap()));
+    let moment = libc::timespec { tv_sec: 0, tv_nsec: 1 };
+    tell(&format!("{who} wait"), call(libc::SYS_nanosleep, [std::ptr::from_ref(&moment) as usize, 0, 0]));
+}
+
+#[test]
+fn only_what_is_planned_can_be_opened() {
+    if !landlock_is_here() {
+        return;
+    }
+    let place = place();
+    let played = play("files", place.path());
+    assert_eq!(played.of("missing"), "[]");
+    assert!(played.of("walls").starts_with("Landlock "), "{}", played.of("walls"));
+    assert!(played.of("walls").ends_with(", seccomp"), "{}", played.of("walls"));
+    let denied = libc::EACCES.to_string();
+    assert_eq!(played.of("read granted"), "done");
+    for what in ["write granted", "truncate granted", "make granted", "read outside", "read through", "list outside"] {
+        assert_eq!(played.of(what), denied, "{what}");
+    }
+    for what in ["remove outside", "read below root", "read in thread"] {
+        assert_eq!(played.of(what), denied, "{what}");
+    }
+    let renamed = played.of("rename out");
+    assert!(renamed == denied || renamed == libc::EXDEV.to_string(), "{renamed}");
+    assert_eq!(played.of("missing file"), libc::ENOENT.to_string());
+    // No process, before Landlock is even asked about the program.
+    assert_eq!(played.of("run"), libc::ENOSYS.to_string());
+    assert_eq!(std::fs::read(place.path().join("outside/file")).unwrap(), b"outside/file");
+}
+
+#[test]
+fn each_use_is_what_it_says() {
+    if !landlock_is_here() {
+        return;
+    }
+    let place = place();
+    let played = play("uses", place.path());
+    let denied = libc::EACCES.to_string();
+    for what in ["write file", "read other", "make outside", "rename outside", "remove outside"] {
+        assert_eq!(played.of(what), "done", "{what}");
+    }
+    for what in ["write other", "make sibling", "socket outside", "working directory"] {
+        assert_eq!(played.of(what), denied, "{what}");
+    }
+}
+
+/// The test that fails where there are no walls at all.
+#[test]
+fn without_landlock_the_rest_stands_and_what_is_missing_is_said() {
+    let place = place();
+    let played = play_on("files", place.path(), |command| without(command, LANDLOCK, libc::ENOSYS));
+    assert_eq!(played.of("walls"), "seccomp");
+    assert!(played.of("missing").contains("this kernel has none"), "{}", played.of("missing"));
+    for what in ["read granted", "write granted", "read outside", "read below root"] {
+        assert_eq!(played.of(what), "done", "{what}");
+    }
+    assert_eq!(played.of("run"), libc::ENOSYS.to_string());
+
+    let played = play_on("files", place.path(), |command| without(command, LANDLOCK, libc::EOPNOTSUPP));
+    assert!(played.of("missing").contains("switched off"), "{}", played.of("missing"));
+}
+
+#[test]
+fn without_seccomp_landlock_stands_and_what_is_missing_is_said() {
+    if !landlock_is_here() {
+        return;
+    }
+    let place = place();
+    let played = play_on("files", place.path(), |command| without(command, &[libc::SYS_seccomp], libc::EINVAL));
+    assert!(!played.of("walls").contains("seccomp"), "{}", played.of("walls"));
+    assert!(played.of("missing").contains("seccomp"), "{}", played.of("missing"));
+    assert_eq!(played.of("read outside"), libc::EACCES.to_string());
+}
+
+#[test]
+fn a_thread_of_the_data_path_opens_nothing_and_does_its_work() {
+    let place = place();
+    let played = play("threads", place.path());
+    let (refused, unknown) = (libc::EPERM.to_string(), libc::ENOSYS.to_string());
+    assert_eq!(played.of("Program open"), "done");
+    assert_eq!(played.of("early open"), refused);
+    for who in ["DataPath", "Vcpu", "Control", "sealed"] {
+        for what in ["openat", "openat2", "unlink", "socket"] {
+            assert_eq!(played.of(&format!("{who} {what}")), refused, "{who} {what}");
+        }
+        if cfg!(target_arch = "x86_64") {
+            for what in ["open", "creat", "stat"] {
+                assert_eq!(played.of(&format!("{who} {what}")), refused, "{who} {what}");
+            }
+        }
+        for what in ["code", "process", "signal", "ioctl"] {
+            assert_eq!(played.of(&format!("{who} {what}")), unknown, "{who} {what}");
+        }
+        for what in ["read", "size", "thread", "wait"] {
+            assert_eq!(played.of(&format!("{who} {what}")), "done", "{who} {what}");
+        }
+    }
+}
+
+#[test]
+fn what_nobody_needs_ends_the_process() {
+    let place = place();
+    for call in [libc::SYS_execve, libc::SYS_ptrace, libc::SYS_bpf, libc::SYS_unshare, libc::SYS_setuid] {
+        let played = play(&format!("fatal {call}"), place.path());
+        assert_eq!(played.of("before"), "done");
+        assert_eq!(played.status.signal(), Some(libc::SIGSYS), "call {call}: {}", played.text);
+    }
+}
