@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use blockhouse_tests::{Outcome, blockhouse, component, run, sha256};
+use blockhouse_tests::{LANDLOCK, Outcome, blockhouse, component, landlock_is_here, run, sha256, without_calls};
 use serde_json::Value;
 
 use crate::case::{Subject, convert, have_qemu};
@@ -327,6 +327,46 @@ fn usage() {
         ended(&run(&["--format", "raw", "--snapshot", "1", "a.raw"]), 5, &["snapshots", "\"1\""]);
         ended(&run(&["--format", "raw", "--plugin", "raw", "a.raw"]), 1, &["FORMAT=FILE"]);
     }
+}
+
+/// Where the kernel lacks a wall, that is a warning, or with --require-walls an error with a code of its own.
+#[test]
+fn missing_walls_are_said_and_can_be_required() {
+    let lab = Lab::new();
+    lab.raw("a.raw", 1 << 20, &[(0, 4096)]);
+    let read = |options: &[&str], without: &[libc::c_long], errno: i32| {
+        let mut command = blockhouse();
+        command.current_dir(lab.root()).args(["read", "--format", "raw", "--code-cache", "off"]).args(options);
+        command.arg("a.raw");
+        without_calls(&mut command, without, errno);
+        run(&mut command)
+    };
+    let content = std::fs::read(lab.path("a.raw")).unwrap();
+    let none = "Landlock: this kernel has none; Linux has it since 5.13";
+    let off = "Landlock: this kernel has it switched off (add landlock to its command line, after lsm=)";
+    let seccomp = "seccomp: Invalid argument (os error 22)";
+    let mut cases = vec![(LANDLOCK, libc::ENOSYS, none), (LANDLOCK, libc::EOPNOTSUPP, off)];
+    if landlock_is_here() {
+        cases.push((&[libc::SYS_seccomp], libc::EINVAL, seccomp));
+    }
+    for (without, errno, why) in cases {
+        let outcome = read(&[], without, errno).succeeded();
+        assert_eq!(outcome.stderr, format!(" WARN blockhouse::walls: a wall around the program is missing. {why}\n"));
+        assert!(outcome.stdout == content);
+
+        let outcome = read(&["--require-walls"], without, errno);
+        let required = "blockhouse: --require-walls: the walls around the program cannot be raised: ";
+        assert_eq!(outcome.stderr, format!("{required}{why}. No image was opened\n"));
+        assert_eq!((outcome.status.code(), outcome.stdout.len()), (Some(9), 0));
+
+        let outcome = read(&["--no-walls"], without, errno).succeeded();
+        assert_eq!((outcome.stderr.as_str(), outcome.stdout == content), ("", true));
+    }
+    if landlock_is_here() {
+        let outcome = read(&["--require-walls"], &[libc::SYS_bpf], libc::ENOSYS).succeeded();
+        assert_eq!((outcome.stderr.as_str(), outcome.stdout == content), ("", true));
+    }
+    ended(&read(&["--require-walls", "--no-walls"], &[libc::SYS_bpf], libc::ENOSYS), 2, &["cannot be used with"]);
 }
 
 /// What people read first is reviewed like code. `UPDATE=1` writes the file anew.

@@ -15,10 +15,20 @@ pub(crate) struct Library {
 
 impl Library {
     pub(crate) fn new(limits: Limits) -> Self {
+        Self::with(limits, &Self::components())
+    }
+
+    /// The components, by the formats that they serve.
+    pub(crate) fn components() -> Vec<(&'static str, Vec<u8>)> {
+        ["raw", "qcow2", "vmdk", "hostile"].map(|format| (format, std::fs::read(component(format)).unwrap())).into()
+    }
+
+    /// With components that were read before.
+    pub(crate) fn with(limits: Limits, components: &[(&'static str, Vec<u8>)]) -> Self {
         let sandbox = Sandbox::new(limits).unwrap();
         let mut formats = Formats::new();
-        for format in ["raw", "qcow2", "vmdk", "hostile"] {
-            formats.add_bytes(format, format, std::fs::read(component(format)).unwrap());
+        for (format, bytes) in components {
+            formats.add_bytes(*format, *format, bytes.clone());
         }
         Self { sandbox, formats }
     }

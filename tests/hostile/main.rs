@@ -12,6 +12,8 @@
 //! | `loading.rs` | components that want more than there is, and files that are no components |
 //! | `writing.rs` | components that misuse the right to write |
 //! | `machine.rs` | a component that breaks under a running guest |
+//! | `walls.rs` | components whose host hands out everything |
+//! | `traces.rs` | nobody: what the program asks of the kernel while it is attacked |
 //!
 //! `place.rs`, `qcow2.rs` and `library.rs` are the tools; `tally.rs` counts what was tried.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -27,6 +29,8 @@ mod place;
 mod qcow2;
 mod references;
 mod tally;
+mod traces;
 mod vmdk;
+mod walls;
 mod wasi;
 mod writing;

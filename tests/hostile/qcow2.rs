@@ -1,5 +1,11 @@
 //! qcow2 images written byte by byte, where qemu-img would refuse to, or would take too long.
 
+use std::path::PathBuf;
+
+use blockhouse_tests::qemu_img;
+
+use crate::place::Place;
+
 /// Header extension: the format of the backing file.
 pub(crate) const BACKING_FORMAT: u32 = 0xe279_2aca;
 
@@ -38,6 +44,24 @@ pub(crate) fn overlay(cluster_bits: u32, size: u64, backing: &[u8], format: Opti
     put(16, &u32::try_from(backing.len()).unwrap().to_be_bytes());
     put(at, backing);
     bytes
+}
+
+/// An image of 64 KiB whose data lies in the file at `name`, which need not be there and stays as it is. The name
+/// has as many bytes as `images/vm/own`.
+pub(crate) fn with_data_file(place: &Place, name: &str) -> PathBuf {
+    let image = place.path("images/vm/data-file.qcow2");
+    // qemu-img makes the data file, and empties one that is there.
+    let own = place.text("images/vm/own");
+    let options = format!("data_file={own},data_file_raw=on");
+    qemu_img(["create", "-q", "-f", "qcow2", "-o", &options, image.to_str().unwrap(), "64K"]);
+    std::fs::remove_file(&own).unwrap();
+    let mut bytes = std::fs::read(&image).unwrap();
+    let at = bytes.windows(own.len()).position(|window| window == own.as_bytes()).expect("the name is there");
+    let other = place.text(name);
+    assert_eq!(other.len(), own.len(), "the name has another length");
+    poke(&mut bytes, at, other.as_bytes());
+    std::fs::write(&image, bytes).unwrap();
+    image
 }
 
 /// Overwrites bytes of an image that qemu-img made.

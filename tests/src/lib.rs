@@ -14,6 +14,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 use sha2::{Digest, Sha256};
 
 /// Time that a command may take before [`run`] kills it and fails the test.
@@ -85,6 +86,36 @@ pub fn skip(reason: impl std::fmt::Display) {
         let mut file = std::fs::OpenOptions::new().append(true).create(true).open(file).unwrap();
         file.write_all(line.as_bytes()).unwrap();
     }
+}
+
+/// Makes a command run on a kernel that answers these system calls with this error: an older one, or one that has
+/// them switched off.
+pub fn without_calls(command: &mut Command, calls: &[libc::c_long], errno: i32) {
+    let rules = calls.iter().map(|call| (*call, Vec::new())).collect();
+    let error = SeccompAction::Errno(errno.unsigned_abs());
+    let arch = std::env::consts::ARCH.try_into().unwrap();
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, error, arch).unwrap();
+    let program = BpfProgram::try_from(filter).unwrap();
+    // SAFETY: it runs between fork and exec, where nothing may be allocated: installing a filter that is compiled
+    // makes two system calls.
+    unsafe {
+        command.pre_exec(move || seccompiler::apply_filter(&program).map_err(|_| std::io::ErrorKind::Other.into()));
+    }
+}
+
+/// The calls of Landlock, for [`without_calls`].
+pub const LANDLOCK: &[libc::c_long] =
+    &[libc::SYS_landlock_create_ruleset, libc::SYS_landlock_add_rule, libc::SYS_landlock_restrict_self];
+
+/// Whether this kernel has Landlock. If not, says that the calling test cannot run here.
+#[track_caller]
+pub fn landlock_is_here() -> bool {
+    // SAFETY: 1 asks for the version of the interface; nothing is pointed to.
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, std::ptr::null::<u8>(), 0usize, 1u32) };
+    if version < 1 {
+        skip("this kernel has no Landlock");
+    }
+    version >= 1
 }
 
 /// Whether a program is on the path.

@@ -36,7 +36,7 @@ impl std::fmt::Display for MissingWalls {
         for (number, missing) in self.0.iter().enumerate() {
             write!(f, "{}{missing}", if number == 0 { "" } else { "; " })?;
         }
-        f.write_str(". Nothing was opened")
+        f.write_str(". No image was opened")
     }
 }
 

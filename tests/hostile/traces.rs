@@ -1,0 +1,306 @@
+//! What the program asks of the kernel while it is attacked, as strace sees it.
+//!
+//! While a hostile image is opened and served, no system call names a path that comes out of it and lies
+//! outside of the grants, not even to be refused. And once the guest runs, no thread names any file at all.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Component, Path, PathBuf};
+use std::process::Command;
+
+use blockhouse_tests::{component, noise, on_path, program, qemu_img, run, skip};
+
+use crate::place::Place;
+use crate::qcow2::{overlay, with_data_file};
+use crate::tally;
+
+/// Calls that take names; who a thread is; where the walls go up; rings, through which no filter sees.
+const CALLS: &str = "%file,connect,bind,prctl,seccomp,io_uring_setup,io_uring_register,open_by_handle_at";
+
+/// One call, from its first line to its end.
+#[derive(Debug)]
+struct Call {
+    thread: u32,
+    name: String,
+    arguments: String,
+}
+
+/// A recorded run of the program.
+struct Trace {
+    calls: Vec<Call>,
+    text: String,
+}
+
+impl Trace {
+    /// Runs the program under strace. It fails or not; what it asked for is recorded.
+    fn of(place: &Place, arguments: &[&str]) -> Self {
+        let file = place.path("trace");
+        let mut strace = Command::new("strace");
+        // Not with --seccomp-bpf: a call that a filter of the program refuses would not be seen.
+        strace.args(["-f", "-y", "-s", "8192", "-e", "signal=none", "-e", &format!("trace={CALLS}"), "-o"]);
+        strace.arg(&file).arg(program()).args(arguments).args(["--code-cache", "off"]);
+        let outcome = run(&mut strace);
+        assert!(!outcome.stderr.contains("panicked"), "{}", outcome.stderr);
+        place.canary.assert_not_in(&outcome.stdout);
+        let text = std::fs::read_to_string(file).unwrap();
+        let mut calls = Vec::new();
+        let mut unfinished: BTreeMap<u32, usize> = BTreeMap::new();
+        for line in text.lines() {
+            let (thread, line) = line.split_once(' ').unwrap();
+            let (thread, line) = (thread.parse().unwrap(), line.trim_start());
+            if let Some(resumed) = line.strip_prefix("<... ") {
+                let begun: usize = unfinished.remove(&thread).unwrap();
+                let call: &mut Call = &mut calls[begun];
+                call.arguments.push_str(resumed.split_once("resumed>").unwrap().1);
+            } else if let Some((name, rest)) = line.split_once('(') {
+                if line.starts_with("+++") || line.starts_with("---") {
+                    continue;
+                }
+                let begun = rest.strip_suffix(" <unfinished ...>");
+                if begun.is_some() {
+                    unfinished.insert(thread, calls.len());
+                }
+                calls.push(Call { thread, name: name.to_owned(), arguments: begun.unwrap_or(rest).to_owned() });
+            }
+        }
+        assert!(calls.len() > 10, "strace saw nothing: {}\n{}", outcome.stderr, text);
+        Self { calls, text }
+    }
+
+    /// The calls after the walls were raised: there the program begins.
+    fn behind_the_walls(&self) -> &[Call] {
+        let first = self.calls.iter().position(|call| call.name == "seccomp");
+        &self.calls[first.expect("the program raises walls")..]
+    }
+
+    /// The calls after start-up: after the last filter for all threads at once.
+    fn after_start_up(&self) -> &[Call] {
+        let filters: Vec<usize> = (0..self.calls.len())
+            .filter(|at| self.calls[*at].name == "seccomp" && self.calls[*at].arguments.contains("FLAG_TSYNC"))
+            .collect();
+        assert!(filters.len() >= 5, "the program was not sealed: {}", self.text);
+        &self.calls[*filters.last().unwrap()..]
+    }
+
+    /// The threads with names like this.
+    fn threads(&self, like: &str) -> BTreeSet<u32> {
+        let named = self.calls.iter().filter(|call| call.name == "prctl");
+        let these = named.filter(|call| call.arguments.starts_with(&format!("PR_SET_NAME, \"{like}")));
+        these.map(|call| call.thread).collect()
+    }
+
+    /// A ring can open files unless it is restricted to what needs none, before its first request.
+    #[track_caller]
+    fn assert_rings_are_restricted(&self) {
+        let rings = self.calls.iter().filter(|call| call.name == "io_uring_setup");
+        let made = rings.filter(|call| !call.arguments.contains(") = -1")).collect::<Vec<_>>();
+        let restricted = self.calls.iter().filter(|call| {
+            call.name == "io_uring_register"
+                && call.arguments.contains("IORING_REGISTER_RESTRICTIONS")
+                && !call.arguments.contains(") = -1")
+        });
+        for ring in &made {
+            assert!(ring.arguments.contains("IORING_SETUP_R_DISABLED"), "it starts without restrictions: {ring:?}");
+        }
+        assert_eq!(made.len(), restricted.count(), "each ring is restricted once:\n{}", self.text);
+    }
+}
+
+impl Call {
+    /// The files that the call names, as absolute paths. A name that is empty means a descriptor.
+    fn names(&self) -> Vec<PathBuf> {
+        let mut names = Vec::new();
+        if matches!(self.name.as_str(), "prctl" | "seccomp" | "io_uring_setup" | "io_uring_register") {
+            return names;
+        }
+        // Results are not names: `readlink("/proc/self/exe", "/usr/…"`, `) = 3</file>`.
+        let arguments = self.arguments.split(") = ").next().unwrap();
+        let mut directory = PathBuf::from("/");
+        let mut rest = arguments;
+        let renames = self.name.starts_with("rename") || self.name.starts_with("link");
+        let most = if renames { 2 } else { 1 };
+        while names.len() < most {
+            let Some(quote) = rest.find('"') else { break };
+            // `-y` says what a descriptor is: `AT_FDCWD</here>, "name"`.
+            if let Some(start) = rest[..quote].rfind('<') {
+                directory = PathBuf::from(rest[start + 1..quote].split('>').next().unwrap());
+            } else if quote == 0 && names.is_empty() {
+                directory = std::env::current_dir().unwrap();
+            }
+            let end = quote + 1 + rest[quote + 1..].find('"').unwrap();
+            let name = &rest[quote + 1..end];
+            if !name.is_empty() {
+                names.push(normal(&directory.join(name)));
+            } else if names.is_empty() {
+                break;
+            }
+            rest = &rest[end + 1..];
+        }
+        names
+    }
+}
+
+/// Without `.` and `..`, by text: where a name without symbolic links leads.
+fn normal(path: &Path) -> PathBuf {
+    let mut normal = PathBuf::from("/");
+    for part in path.components() {
+        match part {
+            Component::ParentDir => {
+                normal.pop();
+            }
+            Component::Normal(part) => normal.push(part),
+            _ => {}
+        }
+    }
+    normal
+}
+
+/// strace is here; if not, says so.
+fn strace_is_here() -> bool {
+    let here = on_path("strace");
+    if !here {
+        skip("strace is not installed");
+    }
+    here
+}
+
+/// Every name is that of the image, of something granted, or one of the host's own, which are few.
+#[track_caller]
+fn assert_only_granted(place: &Place, trace: &Trace) {
+    let images = place.path("images");
+    let own = ["/dev/null", "/dev/kvm"].map(Path::new);
+    let mut seen = 0;
+    for call in trace.behind_the_walls() {
+        for name in call.names() {
+            let granted = name.starts_with(&images);
+            seen += usize::from(granted);
+            let open_already = name.strip_prefix("/proc/self/fd").is_ok();
+            assert!(granted || open_already || own.contains(&name.as_path()), "{call:?} names {}", name.display());
+        }
+    }
+    assert!(seen > 0, "not even the image was opened:\n{}", trace.text);
+    // Before as well, where the operator's own paths are looked at, and what the program is made of.
+    for call in &trace.calls {
+        for name in call.names() {
+            assert!(!name.starts_with(place.path("secret")), "{call:?} names {}", name.display());
+        }
+    }
+    trace.assert_rings_are_restricted();
+}
+
+/// Images that refer to the canary, with their formats. Nothing else of theirs is outside of the grant.
+fn attacks(place: &Place) -> Vec<(&'static str, PathBuf)> {
+    let canary = place.text("secret/canary");
+    let mut images = Vec::new();
+    let references = [
+        canary.clone(),
+        "../../secret/canary".to_owned(),
+        format!("/{}/../..{canary}", "x/..".repeat(20)),
+        format!("file:{canary}"),
+        format!("/proc/self/root{canary}"),
+        "/etc/passwd".to_owned(),
+        "/dev/sda".to_owned(),
+    ];
+    for (number, reference) in references.iter().enumerate() {
+        let bytes = overlay(12, 64 << 10, reference.as_bytes(), Some("raw"));
+        images.push(("qcow2", place.write(&format!("images/vm/{number}.qcow2"), bytes)));
+        let text = format!(
+            "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\ncreateType=\"monolithicFlat\"\n\
+             # Extent description\nRW 128 FLAT \"{reference}\" 0\n"
+        );
+        images.push(("vmdk", place.write(&format!("images/vm/{number}.vmdk"), text)));
+    }
+    images.push(("qcow2", with_data_file(place, "secret/canary")));
+    images
+}
+
+#[test]
+fn no_call_names_a_path_of_the_image_outside_of_the_grants() {
+    if !strace_is_here() {
+        return;
+    }
+    let place = Place::new();
+    let images = place.text("images");
+    for (format, image) in attacks(&place) {
+        let image = image.to_str().unwrap().to_owned();
+        let trace = Trace::of(&place, &["info", "--format", format, "--allow", &images, &image]);
+        assert_only_granted(&place, &trace);
+        tally::image_refused();
+    }
+    // What a component asks for by itself. Directories of the system with it.
+    let asks = place.write("images/vm/asks.img", format!("open {} /etc/shadow ../.. /\n", place.text("secret/canary")));
+    let plugin = format!("hostile={}", component("hostile").display());
+    let arguments = ["info", "--plugin", &plugin, "--format", "hostile", "--allow", &images, asks.to_str().unwrap()];
+    let trace = Trace::of(&place, &arguments);
+    let names: Vec<PathBuf> = trace.behind_the_walls().iter().flat_map(Call::names).collect();
+    for outside in ["/etc/shadow", &place.text("secret/canary")] {
+        assert!(!names.contains(&PathBuf::from(outside)), "{outside} is named:\n{}", trace.text);
+    }
+    tally::component_stopped();
+}
+
+/// The twin: granted, the same reference is named. So a name is seen where there is one.
+#[test]
+fn a_name_that_is_granted_is_seen() {
+    if !strace_is_here() {
+        return;
+    }
+    let place = Place::new();
+    let image = place.write("images/vm/a.qcow2", overlay(12, 64 << 10, b"../../secret/canary", Some("raw")));
+    let (secret, image) = (place.text("secret"), image.to_str().unwrap().to_owned());
+    let trace = Trace::of(&place, &["info", "--format", "qcow2", "--allow", &secret, &image]);
+    let names: Vec<PathBuf> = trace.behind_the_walls().iter().flat_map(Call::names).collect();
+    assert!(names.contains(&place.path("secret/canary")), "{names:?}\n{}", trace.text);
+    tally::image_served();
+}
+
+/// Four disks: a chain, a component that breaks while it is asked, a raw disk, one that is written to.
+#[test]
+fn while_a_guest_runs_no_thread_names_a_file() {
+    if !strace_is_here() {
+        return;
+    }
+    if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
+        return skip("/dev/kvm cannot be opened");
+    }
+    let place = Place::new();
+    place.write("images/vm/base", noise(1, 64 << 10));
+    let chain = place.write("images/vm/chain.qcow2", overlay(12, 64 << 10, b"base", Some("raw")));
+    let mut bytes = b"trap-at-locate 3\n".to_vec();
+    bytes.resize(1 << 20, b'.');
+    let breaks = place.write("images/vm/breaks.img", bytes);
+    let raw = place.write("images/vm/good.raw", noise(2, 1 << 20));
+    let written = place.path("images/vm/written.qcow2");
+    qemu_img(["create", "-q", "-f", "qcow2", written.to_str().unwrap(), "1M"]);
+    let plugin = format!("hostile={}", component("hostile").display());
+    let disks = [
+        format!("file={},format=qcow2,allow={},readonly=on", chain.display(), place.text("images")),
+        format!("file={},format=hostile,readonly=on", breaks.display()),
+        format!("file={},format=raw,readonly=on", raw.display()),
+        format!("file={},format=qcow2", written.display()),
+    ];
+    let mut arguments = vec!["run", "--json", "--memory", "64M", "--cpus", "2", "--plugin", &plugin];
+    disks.iter().for_each(|disk| arguments.extend(["--disk", disk]));
+    let trace = Trace::of(&place, &arguments);
+
+    let plugin_file = component("hostile");
+    for call in trace.behind_the_walls() {
+        for name in call.names() {
+            let own = ["/dev/null", "/dev/kvm"].map(Path::new).contains(&name.as_path()) || name == plugin_file;
+            let open_already = name.strip_prefix("/proc/self/fd").is_ok();
+            assert!(own || open_already || name.starts_with(place.path("images")), "{call:?}");
+        }
+    }
+    let vcpus = trace.threads("vcpu");
+    let workers = trace.threads("disk");
+    assert!(!vcpus.is_empty() && workers.len() >= disks.len(), "{vcpus:?} {workers:?}\n{}", trace.text);
+    for call in &trace.calls {
+        let serves = vcpus.contains(&call.thread) || workers.contains(&call.thread);
+        assert!(!serves || call.names().is_empty(), "a thread of the data path: {call:?}");
+    }
+    for call in trace.after_start_up() {
+        assert!(call.names().is_empty(), "after start-up: {call:?}");
+    }
+    trace.assert_rings_are_restricted();
+    tally::component_stopped();
+    tally::image_served();
+}
