@@ -6,7 +6,7 @@
 //! |---|---|---|
 //! | it is made | what the role needs | |
 //! | `ENOSYS` | what no table names | a library that tries a newer call finds a kernel without it, and falls back to an older one that is named here. So `clone3`, whose flags no filter can see, becomes `clone`, whose flags one can |
-//! | `EPERM` | calls of [`NAMES`], [`SOCKETS`] and [`CONNECTING`] that the role does not have | code that can cope makes them (a panic looks for its own program); the error says what is the matter |
+//! | `EPERM` | calls of [`NAMES`], [`SOCKETS`], [`SHARING`] and [`CONNECTING`] that the role does not have | code that can cope makes them (a panic looks for its own program); the error says what is the matter |
 //! | the process ends | calls of [`FATAL`] | nothing in the program makes one: who does has taken it over |
 
 /// What a thread is for, which decides what it may ask of the kernel.
@@ -18,6 +18,9 @@ pub enum Role {
     Program,
     /// Every thread once all is open: speaks on sockets it has, moves bytes. Opens nothing.
     Control,
+    /// Speaks with a front end (vhost-user): takes descriptors and memory from it, sees what kind they are, and
+    /// makes memory to share. Opens nothing.
+    FrontEnd,
     /// Runs a vCPU.
     Vcpu,
     /// Moves bytes between files and a guest: queue workers, threads of an I/O pool.
@@ -31,7 +34,7 @@ pub enum Role {
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Program, Self::Control, Self::Vcpu, Self::DataPath];
+    pub const ALL: [Self; 5] = [Self::Program, Self::Control, Self::FrontEnd, Self::Vcpu, Self::DataPath];
 
     /// May pass the kernel the name of a file.
     pub(crate) const fn names(self) -> bool {
@@ -45,7 +48,12 @@ impl Role {
 
     /// May use sockets that are there.
     pub(crate) const fn sockets(self) -> bool {
-        matches!(self, Self::Program | Self::Control)
+        matches!(self, Self::Program | Self::Control | Self::FrontEnd)
+    }
+
+    /// May see what a descriptor is that it was sent (a link of `/proc`), and make memory to be shared.
+    pub(crate) const fn sharing(self) -> bool {
+        matches!(self, Self::Program | Self::FrontEnd)
     }
 
     /// May make sockets of its own.
@@ -60,7 +68,7 @@ impl Role {
             Self::Program => None,
             Self::Control => Some(CONTROL_IOCTLS),
             Self::Vcpu => Some(VCPU_IOCTLS),
-            Self::DataPath => Some(USUAL_IOCTLS),
+            Self::FrontEnd | Self::DataPath => Some(USUAL_IOCTLS),
         }
     }
 }
@@ -174,11 +182,9 @@ pub(crate) const NAMES: &[libc::c_long] = &[
     libc::SYS_getcwd,
     libc::SYS_getdents64,
     libc::SYS_linkat,
-    libc::SYS_memfd_create,
     libc::SYS_mkdirat,
     libc::SYS_openat,
     libc::SYS_openat2,
-    libc::SYS_readlinkat,
     libc::SYS_renameat,
     libc::SYS_renameat2,
     libc::SYS_statfs,
@@ -200,8 +206,6 @@ pub(crate) const NAMES: &[libc::c_long] = &[
     libc::SYS_mkdir,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_open,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_readlink,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_rename,
     #[cfg(target_arch = "x86_64")]
@@ -250,6 +254,14 @@ pub(crate) const SOCKETS: &[libc::c_long] = &[
     libc::SYS_sendto,
     libc::SYS_setsockopt,
     libc::SYS_shutdown,
+];
+
+/// What a front end's descriptors are, and memory for it. Neither opens a file.
+pub(crate) const SHARING: &[libc::c_long] = &[
+    libc::SYS_memfd_create,
+    libc::SYS_readlinkat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_readlink,
 ];
 
 /// Making sockets.

@@ -24,7 +24,7 @@ pub enum Use {
     Write,
     /// As [`Write`](Self::Write) below a directory, and makes, renames and removes files there.
     MakeFiles,
-    /// Makes and removes sockets in the directory. Opens nothing there.
+    /// Makes and removes sockets in the directory, and locks it. Opens no file there.
     MakeSockets,
     /// Opens the device and controls it.
     Device,
@@ -38,7 +38,7 @@ impl Use {
             Self::MakeFiles => {
                 make_bitflags!(AccessFs::{ReadFile | ReadDir | WriteFile | Truncate | MakeReg | RemoveFile})
             }
-            Self::MakeSockets => make_bitflags!(AccessFs::{MakeSock | RemoveFile}),
+            Self::MakeSockets => make_bitflags!(AccessFs::{ReadDir | MakeSock | RemoveFile}),
             Self::Device => make_bitflags!(AccessFs::{ReadFile | WriteFile | IoctlDev}),
         }
     }

@@ -18,7 +18,7 @@ use seccompiler::{
     SeccompRule,
 };
 
-use crate::calls::{CONNECTING, EVERYBODY, FATAL, NAMES, NAMES_OF_NOBODY, PRCTLS, Role, SOCKETS, STARTING};
+use crate::calls::{CONNECTING, EVERYBODY, FATAL, NAMES, NAMES_OF_NOBODY, PRCTLS, Role, SHARING, SOCKETS, STARTING};
 
 /// Who gets a filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,15 +73,21 @@ fn unconditional(calls: impl IntoIterator<Item = libc::c_long>) -> Rules {
 fn refused(role: Role) -> impl Iterator<Item = libc::c_long> {
     let names = if role.names() { NAMES_OF_NOBODY } else { NAMES };
     let sockets = if role.sockets() { &[] } else { SOCKETS };
+    let sharing = if role.sharing() { &[] } else { SHARING };
     let connecting = if role.connecting() { &[] } else { CONNECTING };
-    names.iter().chain(sockets).chain(connecting).copied()
+    names.iter().chain(sockets).chain(sharing).chain(connecting).copied()
 }
 
 /// The calls that are made, and when.
 fn allowed(role: Role) -> Result<Rules, BackendError> {
     let mut rules = unconditional(EVERYBODY.iter().copied());
-    let tables: [(bool, &[libc::c_long]); 4] =
-        [(role.names(), NAMES), (role.names(), STARTING), (role.sockets(), SOCKETS), (role.connecting(), CONNECTING)];
+    let tables: [(bool, &[libc::c_long]); 5] = [
+        (role.names(), NAMES),
+        (role.names(), STARTING),
+        (role.sockets(), SOCKETS),
+        (role.sharing(), SHARING),
+        (role.connecting(), CONNECTING),
+    ];
     for (has, table) in tables {
         if has {
             rules.extend(unconditional(table.iter().copied()));
@@ -156,9 +162,12 @@ mod tests {
             let (all, some) = (Role::Control.ioctls().unwrap(), role.ioctls().unwrap());
             assert!(some.iter().all(|request| all.contains(request)), "{role:?}");
         }
-        // The thread of a queue is started by that of a vCPU.
-        assert!(calls(Role::Vcpu).is_superset(&calls(Role::DataPath)));
-        assert!(Role::DataPath.ioctls().unwrap().iter().all(|it| Role::Vcpu.ioctls().unwrap().contains(it)));
+        assert!(calls(Role::Program).is_superset(&calls(Role::FrontEnd)));
+        // The thread of a queue is started by that of a vCPU, or that of a front end.
+        for role in [Role::Vcpu, Role::FrontEnd] {
+            assert!(calls(role).is_superset(&calls(Role::DataPath)), "{role:?}");
+            assert!(Role::DataPath.ioctls().unwrap().iter().all(|it| role.ioctls().unwrap().contains(it)));
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@
 //!  Role::Control           every thread: no call that takes the name of a file, no new code
 //!    │ thread_start                              at the start of each thread that serves a guest
 //!    ▼
-//!  Role::Vcpu, Role::DataPath                    a vCPU runs; a queue worker moves bytes; no socket
+//!  Role::FrontEnd, Role::Vcpu, Role::DataPath    takes a front end's memory; runs a vCPU; moves bytes
 //! ```
 //!
 //! Filters add up: a thread has those of the threads that it comes from, and nobody can take one away.

@@ -158,7 +158,7 @@ fn the_part() {
             plan.read("/");
             let mut walls = Walls::raise(&plan);
             let path = granted.join("file");
-            for role in [Role::DataPath, Role::Vcpu] {
+            for role in [Role::DataPath, Role::Vcpu, Role::FrontEnd] {
                 let (start, path) = (walls.thread_start(role), path.clone());
                 let open = File::open(&path).unwrap();
                 std::thread::spawn(move || {
@@ -220,6 +220,7 @@ fn what_a_thread_may(who: &str, path: &Path, open: &File) {
         tell(&format!("{who} creat"), call(libc::SYS_creat, [name, 0o600, 0]));
         tell(&format!("{who} stat"), call(libc::SYS_stat, [name, 0, 0]));
     }
+    tell(&format!("{who} link"), std::fs::read_link("/proc/self/exe"));
     tell(&format!("{who} unlink"), std::fs::remove_file(path));
     tell(&format!("{who} socket"), std::os::unix::net::UnixDatagram::unbound());
     let executable = (libc::PROT_READ | libc::PROT_EXEC) as usize;
@@ -321,6 +322,7 @@ fn a_thread_of_the_data_path_opens_nothing_and_does_its_work() {
                 assert_eq!(played.of(&format!("{who} {what}")), refused, "{who} {what}");
             }
         }
+        assert_eq!(played.of(&format!("{who} link")), refused, "{who} link");
         for what in ["code", "process", "signal", "ioctl"] {
             assert_eq!(played.of(&format!("{who} {what}")), unknown, "{who} {what}");
         }
@@ -328,6 +330,18 @@ fn a_thread_of_the_data_path_opens_nothing_and_does_its_work() {
             assert_eq!(played.of(&format!("{who} {what}")), "done", "{who} {what}");
         }
     }
+}
+
+/// Who speaks with a front end is sent descriptors, and sees what they are.
+#[test]
+fn a_thread_of_a_front_end_opens_nothing_either() {
+    let place = place();
+    let played = play("threads", place.path());
+    let refused = libc::EPERM.to_string();
+    for what in ["openat", "openat2", "unlink", "socket"] {
+        assert_eq!(played.of(&format!("FrontEnd {what}")), refused, "{what}");
+    }
+    assert_eq!(played.of("FrontEnd link"), "done");
 }
 
 #[test]
