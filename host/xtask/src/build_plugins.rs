@@ -63,7 +63,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
         println!("{}", describe(name, bytes));
     }
     if arguments.check_reproducible {
-        check_reproducible(workspace, &toolchain, &components)?;
+        println!("{}", check_reproducible(workspace, &toolchain, &components)?);
     }
     Ok(())
 }
@@ -76,7 +76,24 @@ pub(crate) fn build_all(workspace: &Workspace) -> Result<()> {
 /// Builds all, and once more elsewhere to see that the bytes are the same.
 pub(crate) fn build_and_check(workspace: &Workspace) -> Result<()> {
     let (toolchain, components) = build_and_publish(workspace, None)?;
-    check_reproducible(workspace, &toolchain, &components)
+    println!("{}", check_reproducible(workspace, &toolchain, &components)?);
+    Ok(())
+}
+
+/// Components, and what built them.
+pub(crate) struct Built {
+    /// The compiler, as it calls itself.
+    pub(crate) compiler: String,
+    /// The components by name.
+    pub(crate) components: Components,
+}
+
+/// As [`build_and_check`], for whoever wants to tell of it.
+pub(crate) fn build_for_release(workspace: &Workspace) -> Result<Built> {
+    let (toolchain, components) = build_and_publish(workspace, None)?;
+    tools::say(check_reproducible(workspace, &toolchain, &components)?);
+    let compiler = tools::text(Command::new(&toolchain.rustc).arg("--version"))?;
+    Ok(Built { compiler, components })
 }
 
 /// The packages that are components.
@@ -97,7 +114,7 @@ fn build_and_publish(workspace: &Workspace, way: Option<Way>) -> Result<(Toolcha
 }
 
 /// Components by name, as built.
-type Components = BTreeMap<String, Vec<u8>>;
+pub(crate) type Components = BTreeMap<String, Vec<u8>>;
 
 fn describe(name: &str, bytes: &[u8]) -> String {
     let digest = tools::sha256(bytes);
@@ -381,8 +398,8 @@ fn publish(directory: &Path, components: &Components) -> Result<()> {
     Ok(())
 }
 
-/// Builds again from a copy of the tree in another directory, and compares.
-fn check_reproducible(workspace: &Workspace, toolchain: &Toolchain, first: &Components) -> Result<()> {
+/// Builds again from a copy of the tree in another directory, compares, and says so.
+fn check_reproducible(workspace: &Workspace, toolchain: &Toolchain, first: &Components) -> Result<String> {
     let elsewhere = tempfile::Builder::new().prefix("blockhouse-elsewhere-").tempdir()?;
     let copy = elsewhere.path().join("a/longer/path");
     copy_tree(&workspace.root, &copy)?;
@@ -404,13 +421,12 @@ fn check_reproducible(workspace: &Workspace, toolchain: &Toolchain, first: &Comp
             );
         }
     }
-    println!(
+    Ok(format!(
         "reproducible: {} components, the same bytes from {} and {}",
         first.len(),
         workspace.root.display(),
         copy.display()
-    );
-    Ok(())
+    ))
 }
 
 /// Copies the files that git tracks or would track; without git, everything but output and dot directories.

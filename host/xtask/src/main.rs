@@ -11,6 +11,8 @@ mod build_plugins;
 mod demo;
 mod packages;
 mod prerequisites;
+mod release_notes;
+mod sbom;
 mod simulate;
 mod test;
 mod tools;
@@ -40,6 +42,8 @@ enum Task {
     Test(test::Arguments),
     Simulate(simulate::Arguments),
     Bench(bench::Arguments),
+    Sbom(sbom::Arguments),
+    ReleaseNotes(release_notes::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -62,5 +66,7 @@ fn run() -> Result<()> {
         Task::Test(arguments) => test::run(&workspace, &arguments),
         Task::Simulate(arguments) => simulate::run(&workspace, &arguments),
         Task::Bench(arguments) => bench::run(&workspace, &arguments),
+        Task::Sbom(arguments) => sbom::run(&workspace, &arguments),
+        Task::ReleaseNotes(arguments) => release_notes::run(&workspace, &arguments),
     }
 }

@@ -12,7 +12,10 @@ use crate::demo;
 use crate::prerequisites::{self, Purpose};
 use crate::tools::{self, Workspace, style};
 
-/// Run every check: formatting, lints, documentation, licences, components, tests.
+/// A network that drops packets would be waited for for ever.
+const DATABASE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Run every check: formatting, lints, documentation, licences, advisories, components, tests.
 ///
 /// All checks run even if one fails. The last line says how many tests passed, failed and
 /// were skipped; a test that cannot run on this machine counts as skipped and says why.
@@ -36,6 +39,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
         steps.run("clippy, components", || clippy_components(workspace));
         steps.run("documentation", || documentation(workspace));
         steps.run("licences, sources", || deny(workspace));
+        steps.run("advisories", || advisories(workspace));
     }
     if prepared && built {
         steps.run("tests", || tests(workspace, arguments.quick, &mut totals));
@@ -165,8 +169,7 @@ fn documentation(workspace: &Workspace) -> Result<()> {
     )
 }
 
-/// `cargo deny` needs its own installation, and for advisories a network, so both are
-/// left to continuous integration where they are missing.
+/// `cargo deny` needs its own installation, so it is left to continuous integration where it is missing.
 fn deny(workspace: &Workspace) -> Result<()> {
     if tools::find("cargo-deny").is_none() {
         tools::say("left out: no cargo-deny; `cargo install --locked cargo-deny` adds it");
@@ -174,6 +177,34 @@ fn deny(workspace: &Workspace) -> Result<()> {
     }
     let check = ["deny", "--locked", "--config", ".deny.toml", "check", "--hide-inclusion-graph"];
     cargo(workspace, &[check.as_slice(), &["bans", "licenses", "sources"]].concat())
+}
+
+/// Known vulnerabilities. Their database comes over a network, which not every machine has.
+fn advisories(workspace: &Workspace) -> Result<()> {
+    if tools::find("cargo-deny").is_none() {
+        tools::say("left out: no cargo-deny");
+        return Ok(());
+    }
+    let deny = |arguments: &[&str]| {
+        let mut command = tools::cargo();
+        command.current_dir(&workspace.root).args(["deny", "--locked", "--config", ".deny.toml"]).args(arguments);
+        command
+    };
+    match tools::output_within(DATABASE_LIMIT, &mut deny(&["fetch", "db"]))? {
+        Some(output) if output.status.success() => tools::run(&mut deny(&["check", "--disable-fetch", "advisories"])),
+        Some(output) => {
+            let why = String::from_utf8_lossy(&output.stderr);
+            let why =
+                why.lines().find(|line| line.contains("ERROR") || line.contains("error")).unwrap_or("no reason given");
+            tools::say(format!("left out: the database of advisories is not to be had here: {why}"));
+            Ok(())
+        }
+        None => {
+            let limit = DATABASE_LIMIT.as_secs();
+            tools::say(format!("left out: the database of advisories did not come within {limit} s"));
+            Ok(())
+        }
+    }
 }
 
 fn tests(workspace: &Workspace, quick: bool, totals: &mut Totals) -> Result<()> {
