@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use blockhouse_block::{Access, BlockBackend, Disk};
+use blockhouse_block::{Access, BlockBackend, Disk, Pool};
 use blockhouse_sandbox::{OpenRequest, Opener};
-use blockhouse_walls::{Plan, Use};
+use blockhouse_walls::{Plan, Role, Use, Walls};
 
 use crate::args::{HostArgs, grants, plan_grants};
 use crate::disk_arg::DiskArg;
@@ -28,7 +28,7 @@ impl OpenDisk {
     }
 
     /// Opens each disk with its own grants.
-    pub(crate) fn open_all(host: &HostArgs, disks: &[DiskArg]) -> anyhow::Result<Vec<Self>> {
+    pub(crate) fn open_all(host: &HostArgs, disks: &[DiskArg], walls: &Walls) -> anyhow::Result<Vec<Self>> {
         let sandbox = host.sandbox()?;
         let formats = host.formats(&sandbox)?;
         let audit = host.audit()?;
@@ -43,7 +43,10 @@ impl OpenDisk {
             };
             let opened = opener.open(&request).with_context(|| format!("cannot open disk {number}"))?;
             let serial = disk.serial.clone().unwrap_or_else(|| format!("blockhouse-{number}"));
-            Ok(Self { number, disk: Arc::new(opened.disk), serial })
+            // One for each disk: who waits for a component must not keep other disks waiting.
+            let begin = walls.thread_start(Role::DataPath);
+            let disk = opened.disk.with_pool(Pool::beginning_with(move || begin()));
+            Ok(Self { number, disk: Arc::new(disk), serial })
         };
         disks.iter().enumerate().map(open).collect()
     }

@@ -8,7 +8,8 @@
 
 use std::path::Path;
 
-use blockhouse_walls::{Missing, Plan, Use, Walls};
+use blockhouse_vmm::Beginning;
+use blockhouse_walls::{Missing, Plan, Role, Use, Walls};
 
 use crate::Command;
 use crate::args::directory_of;
@@ -87,6 +88,12 @@ impl Command {
         }
         Ok(plan)
     }
+}
+
+/// What a thread with this role calls first.
+pub(crate) fn beginning(walls: &Walls, role: Role) -> Beginning {
+    let begin = walls.thread_start(role);
+    Beginning::with(move || begin())
 }
 
 /// A new file, or one that takes the place of another: it gets its name once it is complete, so files are made

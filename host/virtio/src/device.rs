@@ -15,6 +15,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use crate::ranges::{DISCARD, WRITE_ZEROES};
 use crate::report::Report;
 use crate::request::MAX_DESCRIPTORS;
+use crate::worker::Beginning;
 
 /// The virtio device type of a block device (section 5.2.1).
 pub const DEVICE_ID: u32 = VIRTIO_ID_BLOCK;
@@ -61,7 +62,7 @@ pub enum CacheMode {
 }
 
 /// What a user chooses about a device, as opposed to what the disk behind it decides.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct BlockDeviceOptions {
     /// The serial that the guest sees (`/sys/block/vda/serial` in Linux), up to [`SERIAL_LEN`]
     /// bytes; what is longer is cut off.
@@ -75,11 +76,20 @@ pub struct BlockDeviceOptions {
     /// Offer discards, and let the disk give back the space of zeroes. Without, zeroes are still
     /// offered, and their space stays allocated.
     pub discard: bool,
+    /// What the thread of each queue calls first.
+    pub beginning: Beginning,
 }
 
 impl Default for BlockDeviceOptions {
     fn default() -> Self {
-        Self { serial: String::new(), queues: 1, read_only: false, cache: CacheMode::WriteBack, discard: true }
+        Self {
+            serial: String::new(),
+            queues: 1,
+            read_only: false,
+            cache: CacheMode::WriteBack,
+            discard: true,
+            beginning: Beginning::default(),
+        }
     }
 }
 
@@ -98,6 +108,7 @@ pub struct BlockDevice {
     /// The field of config space with this name, while it can be toggled.
     writeback: AtomicBool,
     report: Report,
+    beginning: Beginning,
 }
 
 impl BlockDevice {
@@ -119,7 +130,13 @@ impl BlockDevice {
             accepted: AtomicU64::new(0),
             writeback: AtomicBool::new(true),
             report: Report::new(options.serial.clone()),
+            beginning: options.beginning.clone(),
         }
+    }
+
+    /// To be called first by a thread that is going to serve a queue.
+    pub(crate) fn begin_thread(&self) {
+        self.beginning.call();
     }
 
     /// The feature bits that the device offers (sections 5.2.3 and 6). `VIRTIO_F_VERSION_1` is among

@@ -46,4 +46,4 @@ mod driver;
 pub use device::{BlockDevice, BlockDeviceOptions, CacheMode, DEVICE_ID, MAX_QUEUES, QUEUE_SIZE, SERIAL_LEN};
 pub use queue::{BlockQueue, Host, InFlightRecord, Position, QueueError};
 pub use request::{MAX_DESCRIPTORS, Malformed};
-pub use worker::{Notifier, Worker};
+pub use worker::{Beginning, Notifier, Worker};

@@ -97,6 +97,10 @@ pub struct BlockQueue {
 }
 
 impl BlockQueue {
+    pub(crate) fn device(&self) -> &BlockDevice {
+        &self.device
+    }
+
     /// Queue number `index` of `device`, as the driver set it up: `queue` has its addresses and size
     /// and is ready; `features` are those that the driver accepted.
     pub fn new(device: Arc<BlockDevice>, index: u16, mut queue: Queue, features: u64) -> Self {

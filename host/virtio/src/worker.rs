@@ -9,6 +9,7 @@
 //! The kick is an eventfd that somebody else may hold as well, and perhaps read or fill: a worker only
 //! waits for it to change, and hears that it has to stop through an eventfd of its own.
 
+use std::fmt;
 use std::io;
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -24,6 +25,30 @@ use crate::queue::{BlockQueue, Host, Position};
 
 /// The event that the worker waits for when it names the lane of its queue.
 const LANE: u64 = 1;
+
+/// What each thread of a device calls before it looks at a queue: to lower its own rights.
+#[derive(Clone, Default)]
+pub struct Beginning(Option<Arc<dyn Fn() + Send + Sync>>);
+
+impl Beginning {
+    /// Calls `begin` on each thread.
+    pub fn with(begin: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Some(Arc::new(begin)))
+    }
+
+    /// Calls it on this thread.
+    pub fn call(&self) {
+        if let Some(begin) = &self.0 {
+            begin();
+        }
+    }
+}
+
+impl fmt::Debug for Beginning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "Beginning(set)" } else { "Beginning(none)" })
+    }
+}
 
 /// How a worker reaches the driver. Called from the worker's thread; must not block.
 pub trait Notifier: Send + Sync + 'static {
@@ -74,6 +99,7 @@ impl Worker {
             let shared = Arc::clone(&shared);
             thread::Builder::new().name(name).spawn(move || {
                 let _watch = Watch(notifier.as_ref());
+                queue.device().begin_thread();
                 let mut host = Waiting { shared: &shared, epoll, notifier: notifier.as_ref(), hears_lane: false };
                 // The device has logged what went wrong.
                 if queue.serve(&*memory, &mut host).is_err() {

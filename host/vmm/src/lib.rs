@@ -63,7 +63,7 @@ mod power;
 mod serial;
 mod vcpu;
 
-pub use blockhouse_virtio::CacheMode;
+pub use blockhouse_virtio::{Beginning, CacheMode};
 pub use builtin::{DiskReport, DiskResult};
 pub use error::{Error, ErrorKind, Result};
 pub use machine::{ConsoleInput, DiskConfig, Exit, ExitReason, Machine, MachineConfig, Payload, StopHandle};

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use blockhouse_block::BlockBackend;
-use blockhouse_virtio::{BlockDevice, BlockDeviceOptions, CacheMode};
+use blockhouse_virtio::{Beginning, BlockDevice, BlockDeviceOptions, CacheMode};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -72,12 +72,22 @@ pub struct DiskConfig {
     pub cache: CacheMode,
     /// Let the guest discard, and give back the space of zeroes.
     pub discard: bool,
+    /// What the thread of each queue calls first: to lower its own rights.
+    pub beginning: Beginning,
 }
 
 impl DiskConfig {
     /// A disk with one queue, a write-back cache and discards.
     pub fn new(backend: Arc<dyn BlockBackend>, serial: impl Into<String>) -> Self {
-        Self { backend, serial: serial.into(), queues: 1, read_only: false, cache: CacheMode::WriteBack, discard: true }
+        Self {
+            backend,
+            serial: serial.into(),
+            queues: 1,
+            read_only: false,
+            cache: CacheMode::WriteBack,
+            discard: true,
+            beginning: Beginning::default(),
+        }
     }
 }
 
@@ -163,6 +173,7 @@ pub struct Machine {
     shared: Arc<Shared>,
     sender: mpsc::Sender<Event>,
     events: mpsc::Receiver<Event>,
+    beginning: Beginning,
 }
 
 impl Machine {
@@ -220,7 +231,14 @@ impl Machine {
         let devices = Devices { serial: Arc::new(Mutex::new(serial)), disks, control };
         let shared = Arc::new(Shared { devices, _memory: memory, stop: AtomicBool::new(false) });
         let (sender, events) = mpsc::channel();
-        Ok(Self { vcpus, vm, shared, sender, events })
+        Ok(Self { vcpus, vm, shared, sender, events, beginning: Beginning::default() })
+    }
+
+    /// Makes the thread of each vCPU call `beginning` first: to lower its own rights. Threads of queues come
+    /// from those of vCPUs, and inherit what they lowered.
+    #[must_use]
+    pub fn vcpus_beginning_with(self, beginning: Beginning) -> Self {
+        Self { beginning, ..self }
     }
 
     /// A handle that ends the machine from another thread.
@@ -241,11 +259,11 @@ impl Machine {
     /// [`Guest`](ErrorKind::Guest) if KVM cannot go on with what the guest does,
     /// [`Host`](ErrorKind::Host) if the host fails.
     pub fn run(self) -> Result<Exit> {
-        let Self { vcpus, vm, shared, sender, events } = self;
+        let Self { vcpus, vm, shared, sender, events, beginning } = self;
         let mut running = Vec::new();
         let mut started = Ok(());
         for (id, fd) in (0..).zip(vcpus) {
-            match Vcpu::spawn(id, fd, shared.clone(), sender.clone()) {
+            match Vcpu::spawn(id, fd, shared.clone(), sender.clone(), beginning.clone()) {
                 Ok(vcpu) => running.push(vcpu),
                 Err(error) => {
                     started = Err(error);
@@ -343,6 +361,7 @@ fn plug_in(vm: &VmFd, memory: &Memory, slot: DiskSlot, number: usize, disk: &Dis
         read_only: disk.read_only,
         cache: disk.cache,
         discard: disk.discard,
+        beginning: disk.beginning.clone(),
     };
     let device = Arc::new(BlockDevice::new(disk.backend.clone(), &options));
     let kicks = (0..u32::from(device.queues()))

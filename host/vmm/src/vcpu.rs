@@ -5,6 +5,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use blockhouse_virtio::Beginning;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
@@ -44,7 +45,15 @@ pub(crate) struct Vcpu {
 
 impl Vcpu {
     /// Runs `fd` on a thread of its own. How the machine ends, if this vCPU ends it, goes to `events`.
-    pub(crate) fn spawn(id: u8, mut fd: VcpuFd, shared: Arc<Shared>, events: mpsc::Sender<Event>) -> Result<Self> {
+    ///
+    /// The thread calls `beginning` before the guest runs.
+    pub(crate) fn spawn(
+        id: u8,
+        mut fd: VcpuFd,
+        shared: Arc<Shared>,
+        events: mpsc::Sender<Event>,
+        beginning: Beginning,
+    ) -> Result<Self> {
         let thread = thread::Builder::new()
             .name(format!("vcpu{id}"))
             .spawn(move || {
@@ -53,6 +62,7 @@ impl Vcpu {
                     tracing::warn!(?error, "a vCPU may be slow to stop");
                 }
                 let mut end = End { id, events, result: None };
+                beginning.call();
                 end.result = Some(run(id, &mut fd, &shared));
             })
             .map_err(Error::host("start a vCPU's thread"))?;

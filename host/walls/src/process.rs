@@ -14,6 +14,7 @@ pub(crate) fn settle() -> io::Result<()> {
     set_no_new_privs(true)?;
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
     raise_file_limit();
+    settle_allocator();
     Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
 }
 
@@ -25,3 +26,19 @@ fn raise_file_limit() {
         tracing::warn!(%error, "cannot raise the limit of open files");
     }
 }
+
+/// Makes the GNU allocator's limit of arenas, eight for each processor as ever, known beforehand. It would count
+/// the processors in `/sys` otherwise, at some time, in whichever thread allocates then.
+#[cfg(target_env = "gnu")]
+fn settle_allocator() {
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let arenas = i32::try_from(processors.saturating_mul(8)).unwrap_or(i32::MAX);
+    // SAFETY: it takes two numbers, and changes a setting under the allocator's own lock.
+    let settled = unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) };
+    if settled != 1 {
+        tracing::debug!("the allocator takes no limit of arenas");
+    }
+}
+
+#[cfg(not(target_env = "gnu"))]
+fn settle_allocator() {}

@@ -6,13 +6,14 @@ use std::process::ExitCode;
 
 use anyhow::bail;
 use blockhouse_vmm::{ConsoleInput, DiskConfig, DiskReport, DiskResult, ExitReason, Machine, MachineConfig, Payload};
-use blockhouse_walls::{Plan, Use, Walls};
+use blockhouse_walls::{Plan, Role, Use, Walls};
 use serde::Serialize;
 
 use crate::args::HostArgs;
 use crate::disk_arg::{DiskArg, comma_help, field_help};
 use crate::open_disk::OpenDisk;
 use crate::output::{self, parse_size};
+use crate::walls::beginning;
 
 const DISK_HELP: &str = concat!(field_help!(), comma_help!());
 
@@ -80,12 +81,13 @@ pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
     if args.disks.iter().any(|disk| disk.socket.is_some()) {
         bail!("socket= is for `blockhouse serve`: here the guest has the disk");
     }
-    let opened = OpenDisk::open_all(&args.host, &args.disks)?;
+    let opened = OpenDisk::open_all(&args.host, &args.disks, &walls)?;
     let disks = opened.iter().zip(&args.disks).map(|(opened, disk)| DiskConfig {
         read_only: disk.readonly,
         cache: disk.cache,
         discard: disk.discard,
         queues: disk.queues,
+        beginning: beginning(&walls, Role::DataPath),
         ..DiskConfig::new(opened.backend(), &opened.serial)
     });
     let disks = disks.collect();
@@ -99,6 +101,7 @@ pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
     if linux {
         forward_input(machine.console_input());
     }
+    let machine = machine.vcpus_beginning_with(beginning(&walls, Role::Vcpu));
     // All is open and compiled.
     walls.seal();
     let ended = machine.run();

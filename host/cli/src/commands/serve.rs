@@ -6,7 +6,7 @@ use std::thread;
 
 use anyhow::{Context, anyhow, bail};
 use blockhouse_vhost::{BlockDeviceOptions, Handle, Listener, Server};
-use blockhouse_walls::{Plan, Use};
+use blockhouse_walls::{Plan, Role, Use, Walls};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -14,6 +14,7 @@ use crate::args::{HostArgs, directory_of};
 use crate::disk_arg::{DiskArg, comma_help, field_help};
 use crate::open_disk::OpenDisk;
 use crate::output;
+use crate::walls::beginning;
 
 const DISK_HELP: &str = concat!(
     field_help!(),
@@ -73,14 +74,14 @@ impl Args {
     }
 }
 
-pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
     // From here on nobody is killed in the middle of something.
     let signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;
     // Sockets first: those that were passed must be taken before other files get their numbers, and a socket
     // that is in use says so before an image is touched.
     let sockets = sockets(args)?;
     let listeners = sockets.iter().map(|socket| listen(socket)).collect::<anyhow::Result<Vec<_>>>()?;
-    let disks = OpenDisk::open_all(&args.host, &args.disks)?;
+    let disks = OpenDisk::open_all(&args.host, &args.disks, walls)?;
 
     let mut servers = Vec::new();
     for (number, ((listener, opened), disk)) in listeners.into_iter().zip(&disks).zip(&args.disks).enumerate() {
@@ -90,6 +91,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             read_only: disk.readonly,
             cache: disk.cache,
             discard: disk.discard,
+            beginning: beginning(walls, Role::DataPath),
         };
         servers.push(Server::new(listener, opened.backend(), &options, format!("disk{number}"))?);
     }
@@ -102,7 +104,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let ended = thread::scope(|scope| {
         let serve = |server| {
             let handles = &handles;
+            let begin = walls.thread_start(Role::FrontEnd);
             scope.spawn(move || {
+                // This thread, which the sockets' names do not concern, and those that it starts.
+                begin();
                 let ended = Server::run(server);
                 // One disk that cannot be served any more is the end of all: whoever looks after the
                 // process then notices.
