@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::process::Command;
 
 /// For each of our crates: the crates of ours that it may use directly, and what must not be anywhere
@@ -133,4 +134,66 @@ fn the_named_packages_are_in_real_use() {
             graph.ours.iter().filter(|ours| graph.direct.get(*ours).is_some_and(|d| d.contains(package))).collect();
         assert!(!users.is_empty(), "no crate of ours uses {package}");
     }
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
+/// `host/docs/threat-model.md` names a test for each boundary, as `file::test`.
+#[test]
+fn the_tests_of_the_threat_model_exist() {
+    let page = std::fs::read_to_string(root().join("host/docs/threat-model.md")).unwrap();
+    let mut missing = Vec::new();
+    let mut named = 0;
+    for reference in page.split('`').skip(1).step_by(2) {
+        let Some((file, test)) = reference.split_once(".rs::") else { continue };
+        let file = format!("{file}.rs");
+        named += 1;
+        let text = std::fs::read_to_string(root().join(&file)).unwrap_or_default();
+        if !has_test(&text, test) {
+            missing.push(reference);
+        }
+    }
+    assert!(missing.is_empty(), "the threat model names tests that are not there:\n{}", missing.join("\n"));
+    assert!(named > 40, "only {named} tests are named");
+    // Each row of a boundary is held by something.
+    let boundaries = page.split_once("## Boundary by boundary").unwrap().1;
+    for row in boundaries.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| attack ")) {
+        assert!(row.contains(".rs::") || row.contains("`cargo xtask "), "no test holds this: {row}");
+    }
+    let policy = std::fs::read_to_string(root().join(".github/SECURITY.md")).unwrap();
+    assert!(policy.contains("../host/docs/threat-model.md"));
+}
+
+/// Whether the text has a function of that name that is a test.
+fn has_test(text: &str, name: &str) -> bool {
+    text.split("#[test]").skip(1).any(|rest| {
+        let signature = rest.lines().map(str::trim).find(|line| line.starts_with("fn "));
+        signature.is_some_and(|line| line.starts_with(&format!("fn {name}(")))
+    })
+}
+
+/// Two programs read the database of advisories, each with a list of exceptions of its own.
+#[test]
+fn exceptions_of_advisories_are_reasoned_and_the_same() {
+    let read = |file: &str| std::fs::read_to_string(root().join(file)).unwrap();
+    // The list without comments, from its bracket to the one that closes it.
+    let list = |text: &str| -> String {
+        let lines: Vec<&str> = text.lines().map(|line| line.split('#').next().unwrap()).collect();
+        let text = lines.join("\n");
+        let (_, advisories) = text.split_once("[advisories]").unwrap();
+        let (_, list) = advisories.split_once("ignore = [").unwrap();
+        list.split_once(']').unwrap().0.to_owned()
+    };
+    let ids = |list: &str| -> BTreeSet<String> {
+        list.split('"').filter(|word| word.starts_with("RUSTSEC-")).map(str::to_owned).collect()
+    };
+    let (deny, audit) = (list(&read(".deny.toml")), list(&read(".cargo/audit.toml")));
+    assert_eq!(ids(&deny), ids(&audit), "the exceptions of .deny.toml and .cargo/audit.toml differ");
+    for exception in deny.split('{').skip(1) {
+        assert!(exception.contains("reason = \""), "an exception has no reason: {{{exception}");
+    }
+    assert_eq!(deny.matches('{').count(), ids(&deny).len(), "each exception is a table with a reason");
+    assert_eq!(ids("{ id = \"RUSTSEC-2026-0001\", reason = \"r\" }").len(), 1);
 }
