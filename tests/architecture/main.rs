@@ -11,6 +11,7 @@ use std::process::Command;
 const RULES: &[(&str, &[&str], &[&str])] = &[
     ("blockhouse-block", &[], &["wasmtime", "wasmtime-wasi", "kvm-ioctls", "virtio-queue"]),
     ("blockhouse-sandbox", &["blockhouse-block"], &["kvm-ioctls", "virtio-queue"]),
+    ("blockhouse-imago", &["blockhouse-block"], &["wasmtime", "wasmtime-wasi", "kvm-ioctls", "virtio-queue"]),
     ("blockhouse-formats", &[], &["wasmtime", "kvm-ioctls", "virtio-queue"]),
     ("blockhouse-virtio", &["blockhouse-block"], &["wasmtime", "wasmtime-wasi", "kvm-ioctls"]),
     ("blockhouse-guest", &[], &["wasmtime", "kvm-ioctls", "virtio-queue"]),
@@ -32,7 +33,7 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("kvm-ioctls", &["blockhouse-vmm"]),
     ("vhost", &["blockhouse-vhost", "blockhouse-tests"]),
     ("landlock", &["blockhouse-walls"]),
-    ("imago", &["blockhouse-block", "blockhouse-tests"]),
+    ("imago", &["blockhouse-block", "blockhouse-imago", "blockhouse-tests"]),
     ("wit-bindgen", &["blockhouse-plugin", "blockhouse-probe"]),
 ];
 

@@ -8,15 +8,11 @@
 //! The rights are enforced here, whatever a layer claimed about the file (`host/ARCHITECTURE.md`, invariant 5).
 
 use std::fs;
-use std::future::Future;
 use std::io::{self, Seek};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, Wake, Waker};
-use std::thread::{self, Thread};
+use std::sync::{Mutex, PoisonError};
 
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::storage::ext::StorageExt;
@@ -374,7 +370,13 @@ impl AsFd for ImageFile {
 
 /// Runs a future of imago to its end. Its file driver makes blocking system calls inside `poll`, so the
 /// first poll is the last, except for an unaligned write to a direct-I/O file that waits for another one.
+#[maybe_async::async_impl]
 fn block_on<T>(future: impl Future<Output = T>) -> T {
+    use std::pin::pin;
+    use std::sync::Arc;
+    use std::task::{Context, Poll, Wake, Waker};
+    use std::thread::{self, Thread};
+
     let mut future = pin!(future);
     if let Poll::Ready(value) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
         return value;
@@ -393,4 +395,10 @@ fn block_on<T>(future: impl Future<Output = T>) -> T {
         }
         thread::park();
     }
+}
+
+/// In a build whose imago is synchronous there is nothing to run.
+#[maybe_async::sync_impl]
+fn block_on<T>(result: T) -> T {
+    result
 }

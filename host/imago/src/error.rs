@@ -1,0 +1,26 @@
+//! Errors of a disk as I/O errors.
+
+use std::io;
+
+use blockhouse_block::{Error, ErrorKind};
+
+/// An I/O error that a VMM can match on, with the error of the disk inside.
+///
+/// Never [`Unsupported`](io::ErrorKind::Unsupported): imago takes that from a storage as "do it in another
+/// way" or "never mind", and here it would mean that the image cannot be read.
+pub(crate) fn io_error(error: Error) -> io::Error {
+    let kind = match error.kind() {
+        ErrorKind::Denied => io::ErrorKind::PermissionDenied,
+        ErrorKind::Invalid => io::ErrorKind::InvalidInput,
+        ErrorKind::Corrupt => io::ErrorKind::InvalidData,
+        // What the host said, so that a machine can be stopped when its storage is full.
+        ErrorKind::Storage => system_error(&error).unwrap_or(io::ErrorKind::Other),
+        _ => io::ErrorKind::Other,
+    };
+    io::Error::new(kind, error)
+}
+
+fn system_error(error: &Error) -> Option<io::ErrorKind> {
+    let source = std::error::Error::source(error)?.downcast_ref::<io::Error>()?;
+    Some(source.kind()).filter(|kind| *kind != io::ErrorKind::Unsupported)
+}
