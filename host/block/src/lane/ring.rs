@@ -152,6 +152,19 @@ impl Ring {
     }
 }
 
+impl Drop for Ring {
+    /// Gives the files back now. The kernel takes a ring apart some time after its descriptor was closed, and
+    /// until then its files would stay open, and locked for everybody else.
+    fn drop(&mut self) {
+        let none: Vec<RawFd> = vec![-1; usize::try_from(self.files).unwrap_or_default()];
+        if !none.is_empty()
+            && let Err(error) = self.ring.submitter().register_files_update(0, &none)
+        {
+            tracing::warn!(%error, "the kernel keeps the files of a ring for a while");
+        }
+    }
+}
+
 impl AsFd for Ring {
     fn as_fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the ring owns its descriptor, and the borrow keeps the ring.
