@@ -1,5 +1,6 @@
 //! The commands themselves: ranges, output files, errors and exit codes; `probe`; `plugin`.
 
+use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 use blockhouse_tests::{LANDLOCK, Outcome, blockhouse, component, landlock_is_here, run, sha256, without_calls};
@@ -293,6 +294,60 @@ fn a_component_from_a_file_serves_its_format() {
     ended(&read("other"), 5, &["\"other\"", "mine, qcow2, raw, vmdk"]);
 }
 
+/// Compiled ahead, it is taken when it is asked for by that word, and trusted only if it is the user's own.
+#[test]
+fn a_component_compiled_ahead() {
+    let lab = Lab::new();
+    lab.write("a.raw", &[3; 1024]);
+    let compile = |arguments: &[&str]| {
+        let mut command = blockhouse();
+        run(command.current_dir(lab.root()).args(["plugin", "compile"]).arg(component("raw")).args(arguments))
+    };
+    let read = |plugin: &str| {
+        let mut command = blockhouse();
+        command.env("BLOCKHOUSE_CODE_CACHE", "off").current_dir(lab.root());
+        run(command.args(["read", "--format", "mine", "--plugin", plugin, "a.raw"]))
+    };
+    assert_eq!(compile(&["-o", "raw.compiled"]).succeeded().text(), "");
+    let file = lab.root().join("raw.compiled");
+    let mode = |mode| std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+    assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    mode(0o644);
+    assert_eq!(read("mine=compiled:raw.compiled").succeeded().stdout, [3; 1024]);
+    // It is known by what it was made of.
+    let mut info = blockhouse();
+    info.current_dir(lab.root()).args(["info", "--json", "--format", "mine", "--plugin", "mine=compiled:raw.compiled"]);
+    let report = run(info.arg("a.raw")).succeeded().text();
+    assert!(report.contains(&sha256(&std::fs::read(component("raw")).unwrap())), "{report}");
+
+    // Not by mistake: a stranger's file may be one.
+    ended(&read("mine=raw.compiled"), 3, &["raw.compiled", "outside of the sandbox", "compiled:FILE"]);
+    let mut inspect = blockhouse();
+    inspect.current_dir(lab.root()).args(["plugin", "inspect", "raw.compiled"]);
+    ended(&run(&mut inspect), 3, &["outside of the sandbox"]);
+    // And a component is not one.
+    let wasm = format!("mine=compiled:{}", component("raw").display());
+    ended(&read(&wasm), 4, &["raw.wasm", "it is damaged"]);
+
+    mode(0o664);
+    ended(&read("mine=compiled:raw.compiled"), 3, &["somebody else can have written it", "mode 664"]);
+    mode(0o644);
+    let good = std::fs::read(&file).unwrap();
+    let mut bad = good.clone();
+    *bad.last_mut().unwrap() ^= 1;
+    std::fs::write(&file, bad).unwrap();
+    ended(&read("mine=compiled:raw.compiled"), 4, &["it is damaged"]);
+
+    ended(&compile(&["-o", "raw.compiled"]), 1, &["raw.compiled exists"]);
+    compile(&["-o", "raw.compiled", "--force"]).succeeded();
+    assert_eq!(read("mine=compiled:raw.compiled").succeeded().stdout, [3; 1024]);
+    let mut compile = blockhouse();
+    compile.current_dir(lab.root()).args(["plugin", "compile", "a.raw", "-o", "nothing"]);
+    ended(&run(&mut compile), 6, &["a.raw", "not a WebAssembly component"]);
+    let names: Vec<_> = std::fs::read_dir(lab.root()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 2, "a draft stayed: {names:?}");
+}
+
 /// The component that authors start from, as `plugins/README.md` has them try it.
 #[test]
 fn the_template_is_a_format() {
@@ -374,6 +429,7 @@ fn missing_walls_are_said_and_can_be_required() {
 fn help_texts() {
     let mut text = String::new();
     let inspect = ["plugin", "inspect", "--help"];
+    let compile = ["plugin", "compile", "--help"];
     for arguments in [
         &["--help"][..],
         &["info", "--help"],
@@ -389,6 +445,7 @@ fn help_texts() {
         &["commit", "--help"],
         &["rebase", "--help"],
         &inspect,
+        &compile,
         &["probe", "--help"],
     ] {
         let help = run(blockhouse().args(arguments)).succeeded().text();

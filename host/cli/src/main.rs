@@ -94,7 +94,7 @@ enum Command {
     /// List, make, apply and delete the snapshots inside an image
     #[command(subcommand)]
     Snapshot(commands::snapshot::Command),
-    /// Look at format components
+    /// Look at format components, and compile them ahead
     #[command(subcommand)]
     Plugin(commands::plugin::Command),
     Probe(commands::probe::Args),

@@ -38,6 +38,15 @@ impl Target {
     ///
     /// Replaced is only a regular file that nobody uses and that is none of `in_use`.
     pub(crate) fn new(path: &Path, replace: bool, opener: &Opener, in_use: &[PathBuf]) -> anyhow::Result<Self> {
+        let target = Self::beside(path, replace)?;
+        if replace && let Ok(metadata) = fs::symlink_metadata(path) {
+            refuse_used(path, &metadata, opener, in_use)?;
+        }
+        Ok(target)
+    }
+
+    /// As [`new`](Self::new), for a file that is no image.
+    pub(crate) fn beside(path: &Path, replace: bool) -> anyhow::Result<Self> {
         let name = path.file_name().with_context(|| format!("{} does not end in a file name", path.display()))?;
         match fs::symlink_metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -46,7 +55,7 @@ impl Target {
             Ok(metadata) if !metadata.is_file() => {
                 bail!("{} is not a regular file, and was not replaced", path.display());
             }
-            Ok(metadata) => refuse_used(path, &metadata, opener, in_use)?,
+            Ok(_) => {}
         }
         let mut shown = String::new();
         for character in name.to_string_lossy().chars() {

@@ -1,7 +1,7 @@
 //! Compiled components on disk, so that a start does not compile them again.
 //!
-//! Compiled code is run as it is, with the rights of this process: whoever can write it owns the process. So
-//! a cache is used only if nobody but its user can have written it, and what is in it only if it is whole:
+//! A cache is used only if nobody but its user can have written it, and what is in it only if it is whole
+//! (`code.rs` says why):
 //!
 //! | what | must be |
 //! |---|---|
@@ -13,23 +13,19 @@
 //! Whatever is not so is not used, with a line in the log, and compiled anew.
 
 use std::fs::File;
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use blockhouse_block::{Error, ErrorKind, Result};
 use rustix::fs::{AtFlags, Mode, OFlags};
-use sha2::{Digest, Sha256};
 use wasmtime::Engine;
 use wasmtime::component::Component;
 
+use crate::code::{self, Whole};
+
 /// What each file starts with: the version of this layout.
 const MAGIC: &[u8; 8] = b"BHCODE1\n";
-/// Bytes of the SHA-256 that follows.
-const DIGEST: usize = 32;
-/// The largest file that is read: far above what the largest component compiles to.
-const MAX_BYTES: u64 = 1 << 30;
 /// Files that are kept; the oldest go first.
 const MAX_FILES: usize = 64;
 /// How the names of files end.
@@ -106,27 +102,14 @@ impl CodeCache {
         }
     }
 
-    fn read(&self, name: &str) -> io::Result<Option<Vec<u8>>> {
+    fn read(&self, name: &str) -> io::Result<Option<Whole>> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file: File = match rustix::fs::openat(&self.directory, name, flags, Mode::empty()) {
             Ok(file) => file.into(),
             Err(rustix::io::Errno::NOENT) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        let metadata = file.metadata()?;
-        let own = metadata.uid() == rustix::process::geteuid().as_raw() && metadata.mode() & 0o022 == 0;
-        if !metadata.is_file() || !own || metadata.nlink() != 1 {
-            return Err(io::Error::other("somebody else can have written it"));
-        }
-        let mut bytes = Vec::new();
-        file.take(MAX_BYTES).read_to_end(&mut bytes)?;
-        let damaged = || io::Error::other("it is damaged");
-        let rest = bytes.strip_prefix(MAGIC.as_slice()).ok_or_else(damaged)?;
-        let (digest, code) = rest.split_at_checked(DIGEST).ok_or_else(damaged)?;
-        if Sha256::digest(code).as_slice() != digest {
-            return Err(damaged());
-        }
-        Ok(Some(code.to_vec()))
+        code::read(&file, MAGIC, 1).map(Some)
     }
 
     /// Writes under another name first: nobody sees a part of it.
@@ -134,9 +117,7 @@ impl CodeCache {
         let draft = format!("{name}.{}", std::process::id());
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut file: File = rustix::fs::openat(&self.directory, &draft, flags, Mode::RUSR | Mode::WUSR)?.into();
-        let written = [MAGIC.as_slice(), Sha256::digest(code).as_slice(), code]
-            .iter()
-            .try_for_each(|part| file.write_all(part))
+        let written = code::write(&mut file, MAGIC, &[code])
             .and_then(|()| Ok(rustix::fs::renameat(&self.directory, &draft, &self.directory, name)?));
         if written.is_err() {
             let _ = rustix::fs::unlinkat(&self.directory, &draft, AtFlags::empty());
@@ -171,20 +152,17 @@ fn failed(path: &Path, what: &str, error: io::Error) -> Error {
     Error::new(ErrorKind::Storage, format!("the code cache {}: {what}: {error}", path.display())).with_source(error)
 }
 
-/// The component and the engine decide: its version, its settings, the processor that it compiles for.
+/// The component and the engine decide.
 fn name(engine: &Engine, digest: &str) -> String {
-    let mut hasher = DefaultHasher::new();
-    engine.precompile_compatibility_hash().hash(&mut hasher);
-    format!("{digest}-{:016x}{SUFFIX}", hasher.finish())
+    format!("{digest}-{}{SUFFIX}", code::engine_id(engine))
 }
 
 #[allow(unsafe_code)]
-fn deserialize(engine: &Engine, code: &[u8]) -> wasmtime::Result<Component> {
-    // SAFETY: the bytes must be what `Component::serialize` made. They come out of a file that only this user
-    // could write, in a directory that only this user can enter, and are what was written there: the digest
-    // was checked, and they are in memory that nobody else has. Who could make another file of that kind can
-    // replace this program as well. The engine checks version and settings itself.
-    unsafe { Component::deserialize(engine, code) }
+fn deserialize(engine: &Engine, code: &Whole) -> wasmtime::Result<Component> {
+    // SAFETY: they come out of a file that only this user could write, in a directory that only this user can
+    // enter, and are what was written there. Who could make another file of that kind can replace this program
+    // as well.
+    unsafe { code::deserialize(engine, code.content()) }
 }
 
 #[cfg(test)]

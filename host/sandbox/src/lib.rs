@@ -18,7 +18,8 @@
 //! | `locks.rs` | one writer or many readers, as QEMU sees it |
 //! | `host.rs` | the functions behind the table |
 //! | `instance.rs`, `clock.rs` | calling a component within its time, and throwing it away |
-//! | `sandbox.rs`, `cache.rs` | the engine; compiled components, kept between starts |
+//! | `sandbox.rs` | the engine, and loading components |
+//! | `cache.rs`, `compiled.rs`, `code.rs` | compiled components, kept between starts or made by hand; when they may be run |
 //! | `chain.rs` | from an image to a disk |
 //! | `maintenance.rs` | calls that change an image as a whole: create, check, resize, snapshots |
 //! | `inspect.rs`, `probe.rs` | looking at a component; guessing a format |
@@ -46,6 +47,8 @@ mod bindings;
 mod cache;
 mod chain;
 mod clock;
+mod code;
+mod compiled;
 mod grants;
 mod host;
 mod inspect;

@@ -23,6 +23,7 @@ use crate::bindings::snapshots::SnapshotAbilityPre;
 use crate::bindings::writer::WriterAbilityPre;
 use crate::cache::CodeCache;
 use crate::clock::Clock;
+use crate::compiled;
 use crate::host::{State, read_only_linker, read_write_linker};
 use crate::inspect::{Inspection, inspect};
 use crate::limits::Limits;
@@ -115,6 +116,53 @@ impl Sandbox {
             .on_image(name));
         }
         let (component, inspection) = self.compile(name, bytes)?;
+        self.link(name, component, inspection)
+    }
+
+    /// Compiles a component into what [`load_precompiled`](Self::load_precompiled) takes from a file, for this
+    /// machine and this version. It is refused as [`load`](Self::load) refuses it.
+    ///
+    /// # Errors
+    /// As [`load_file`](Self::load_file).
+    pub fn precompile(&self, path: &Path) -> Result<Vec<u8>> {
+        let name = path.display().to_string();
+        let bytes = self.read_component(path)?;
+        let plugin = self.load(&name, &bytes)?;
+        // From the cache, or once more.
+        let (component, _) = self.compile(&name, &bytes)?;
+        compiled::make(&self.engine, &component, plugin.digest(), bytes.len()).map_err(|error| {
+            Error::new(ErrorKind::Component, format!("it cannot be compiled: {error}"))
+                .with_source(error)
+                .on_image(name)
+        })
+    }
+
+    /// Takes a component that [`precompile`](Self::precompile) made from a file, which must be this user's and
+    /// writable by nobody else. It is linked as [`load`](Self::load) does it, against the same functions.
+    ///
+    /// # Errors
+    /// [`Denied`](ErrorKind::Denied) if somebody else could have written the file;
+    /// [`Corrupt`](ErrorKind::Corrupt) if it is not whole; [`Unsupported`](ErrorKind::Unsupported) if it was made
+    /// by another version or for another machine; else as [`load_file`](Self::load_file).
+    ///
+    /// # Safety
+    /// The file must have been made by `precompile`. What is in it is not confined by this sandbox but run as
+    /// it is, with all rights of the process; ownership and digest say that nobody changed it, not who made it.
+    #[allow(unsafe_code)]
+    pub unsafe fn load_precompiled(&self, path: &Path) -> Result<Plugin> {
+        let name = path.display().to_string();
+        let (about, whole) = compiled::open(&self.engine, path)?;
+        // SAFETY: what the caller promises.
+        let component = unsafe { compiled::component(&self.engine, &whole) }.map_err(|error| {
+            Error::new(ErrorKind::Unsupported, format!("the compiled component is not used: {error:#}"))
+                .on_image(name.as_str())
+        })?;
+        let inspection = inspect(&self.engine, &component, about.component_sha256, about.component_bytes);
+        self.link(&name, component, inspection)
+    }
+
+    /// Sees that a component fits its world.
+    fn link(&self, name: &str, component: Component, inspection: Inspection) -> Result<Plugin> {
         let refuse = |why: String| Err(Error::new(ErrorKind::Component, why).on_image(name));
         let kind = match inspection.world {
             Some(Authority::Prober) => {
@@ -204,6 +252,11 @@ impl Sandbox {
     }
 
     fn compile(&self, name: &str, bytes: &[u8]) -> Result<(Component, Inspection)> {
+        if compiled::is_compiled(bytes) {
+            let why = "it is not a component but compiled from one, and would run outside of the sandbox. \
+                       If you made it yourself, say so: --plugin FORMAT=compiled:FILE";
+            return Err(Error::new(ErrorKind::Denied, why).on_image(name));
+        }
         let digest = hex(&Sha256::digest(bytes));
         let kept = self.cache.as_ref().and_then(|cache| cache.load(&self.engine, &digest));
         let component = match kept {

@@ -1,14 +1,20 @@
-//! `blockhouse plugin`: look at format components without running them.
+//! `blockhouse plugin`: look at format components without running them, and compile them ahead.
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::Context;
 use blockhouse_formats::{FORMATS, PROBER};
 use blockhouse_sandbox::{Authority, Inspection, Limits, Sandbox};
 use blockhouse_walls::Plan;
 use serde::Serialize;
 
 use crate::output;
+use crate::target::Target;
+use crate::walls::new_file;
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
@@ -23,6 +29,22 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Compile a component ahead, for this machine and this version
+    ///
+    /// What comes out is for --plugin FORMAT=compiled:OUT, which then starts without compiling and needs no
+    /// cache. It is a program, not a component any more: nothing confines it, so take none that you did not
+    /// make. It is taken only if it is yours and nobody else can write it.
+    Compile {
+        /// The component
+        #[arg(value_name = "FILE.wasm")]
+        file: PathBuf,
+        /// The file to make
+        #[arg(short, long, value_name = "OUT")]
+        output: PathBuf,
+        /// Replace the file if it exists
+        #[arg(long)]
+        force: bool,
+    },
     /// List the built-in components
     List {
         /// Print JSON
@@ -36,6 +58,10 @@ impl Command {
     pub(crate) fn plan(&self, plan: &mut Plan) {
         match self {
             Self::Inspect { file, .. } => plan.read(file),
+            Self::Compile { file, output, .. } => {
+                plan.read(file);
+                new_file(plan, output);
+            }
             Self::List { .. } => {}
         }
     }
@@ -57,8 +83,23 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
             let loadable = inspection.world.is_some();
             Ok(if loadable { ExitCode::SUCCESS } else { ExitCode::from(6) })
         }
+        Command::Compile { file, output, force } => compile(&sandbox, file, output, *force),
         Command::List { json } => list(&sandbox, *json),
     }
+}
+
+fn compile(sandbox: &Sandbox, file: &Path, output: &Path, force: bool) -> anyhow::Result<ExitCode> {
+    let code = sandbox.precompile(file)?;
+    let target = Target::beside(output, force)?;
+    let mut options = File::options();
+    options.write(true).create_new(true).mode(0o600);
+    let mut partial = options.open(target.partial()).with_context(|| format!("cannot make {}", output.display()))?;
+    partial
+        .write_all(&code)
+        .and_then(|()| partial.sync_all())
+        .with_context(|| format!("cannot write {}", output.display()))?;
+    target.finish()?;
+    Ok(ExitCode::SUCCESS)
 }
 
 #[derive(Serialize)]
