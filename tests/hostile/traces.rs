@@ -4,8 +4,10 @@
 //! outside of the grants, not even to be refused. And once the guest runs, no thread names any file at all.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use blockhouse_tests::{component, noise, on_path, program, qemu_img, run, skip};
 
@@ -14,7 +16,10 @@ use crate::qcow2::{overlay, with_data_file};
 use crate::tally;
 
 /// Calls that take names; who a thread is; where the walls go up; rings, through which no filter sees.
-const CALLS: &str = "%file,connect,bind,prctl,seccomp,io_uring_setup,io_uring_register,open_by_handle_at";
+const CALLS: &str = "%file,prctl,seccomp,io_uring_setup,io_uring_register,open_by_handle_at";
+
+/// Far longer than anything here takes.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// One call, from its first line to its end.
 #[derive(Debug)]
@@ -33,15 +38,24 @@ struct Trace {
 impl Trace {
     /// Runs the program under strace. It fails or not; what it asked for is recorded.
     fn of(place: &Place, arguments: &[&str]) -> Self {
-        let file = place.path("trace");
+        let outcome = run(&mut Self::command(place, arguments));
+        assert!(!outcome.stderr.contains("panicked"), "{}", outcome.stderr);
+        place.canary.assert_not_in(&outcome.stdout);
+        Self::read(place)
+    }
+
+    /// The program under strace.
+    fn command(place: &Place, arguments: &[&str]) -> Command {
         let mut strace = Command::new("strace");
         // Not with --seccomp-bpf: a call that a filter of the program refuses would not be seen.
         strace.args(["-f", "-y", "-s", "8192", "-e", "signal=none", "-e", &format!("trace={CALLS}"), "-o"]);
-        strace.arg(&file).arg(program()).args(arguments).args(["--code-cache", "off"]);
-        let outcome = run(&mut strace);
-        assert!(!outcome.stderr.contains("panicked"), "{}", outcome.stderr);
-        place.canary.assert_not_in(&outcome.stdout);
-        let text = std::fs::read_to_string(file).unwrap();
+        strace.arg(place.path("trace")).arg(program()).args(arguments).args(["--code-cache", "off"]);
+        strace
+    }
+
+    /// What strace wrote.
+    fn read(place: &Place) -> Self {
+        let text = std::fs::read_to_string(place.path("trace")).unwrap();
         let mut calls = Vec::new();
         let mut unfinished: BTreeMap<u32, usize> = BTreeMap::new();
         for line in text.lines() {
@@ -62,7 +76,7 @@ impl Trace {
                 calls.push(Call { thread, name: name.to_owned(), arguments: begun.unwrap_or(rest).to_owned() });
             }
         }
-        assert!(calls.len() > 10, "strace saw nothing: {}\n{}", outcome.stderr, text);
+        assert!(calls.len() > 10, "strace saw nothing: {text}");
         Self { calls, text }
     }
 
@@ -305,5 +319,61 @@ fn while_a_guest_runs_no_thread_names_a_file() {
     }
     trace.assert_rings_are_restricted();
     tally::component_stopped();
+    tally::image_served();
+}
+
+/// The same for `serve`: the thread that speaks with a front end sees what kind of descriptors it was sent, and
+/// no thread but the first names a file, which removes the socket in the end.
+#[test]
+fn while_a_front_end_is_served_no_thread_of_it_names_a_file() {
+    use std::io::{Read as _, Write as _};
+    if !strace_is_here() {
+        return;
+    }
+    let place = Place::new();
+    place.write("images/vm/base", noise(1, 64 << 10));
+    let chain = place.write("images/vm/chain.qcow2", overlay(12, 64 << 10, b"base", Some("raw")));
+    std::fs::create_dir(place.path("run")).unwrap();
+    let socket = place.path("run/socket");
+    let disk = format!("file={},format=qcow2,allow={},readonly=on", chain.display(), place.text("images"));
+    let arguments = ["serve", "--socket", socket.to_str().unwrap(), "--disk", &disk];
+    let mut strace = Trace::command(&place, &arguments).spawn().unwrap();
+    let deadline = Instant::now() + LIMIT;
+    let mut front_end = loop {
+        match UnixStream::connect(&socket) {
+            Ok(stream) => break stream,
+            Err(error) => assert!(Instant::now() < deadline, "nobody listens: {error}"),
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    front_end.set_read_timeout(Some(LIMIT)).unwrap();
+    // VHOST_USER_GET_FEATURES, in version 1 of the protocol: a header without a payload.
+    front_end.write_all(&[1u32, 1, 0].map(u32::to_le_bytes).concat()).unwrap();
+    let mut answer = [0; 20];
+    front_end.read_exact(&mut answer).unwrap();
+    assert_eq!(answer[..4], 1u32.to_le_bytes());
+    drop(front_end);
+    // strace follows the program to its end, and does not pass signals on.
+    let children = format!("/proc/{}/task/{0}/children", strace.id());
+    let child = std::fs::read_to_string(children).unwrap();
+    run(Command::new("kill").args(["-TERM", child.trim()])).succeeded();
+    assert!(strace.wait().unwrap().success());
+    assert!(!socket.exists());
+
+    let trace = Trace::read(&place);
+    let first = trace.calls[0].thread;
+    let sessions = trace.threads("disk0-session");
+    assert!(!sessions.is_empty(), "{}", trace.text);
+    let mut filtered = 0;
+    for call in trace.behind_the_walls() {
+        filtered += usize::from(call.thread != first && call.name == "seccomp");
+        for name in call.names() {
+            let own = name.starts_with(place.path("images")) || name.starts_with(place.path("run"));
+            let of_all = name.starts_with("/proc/self/fd") || name == Path::new("/dev/null");
+            assert!(of_all || call.thread == first && own, "{call:?}");
+        }
+    }
+    assert!(filtered >= 2, "no thread has a filter of its own:\n{}", trace.text);
+    trace.assert_rings_are_restricted();
     tally::image_served();
 }
