@@ -33,7 +33,10 @@ const OWNERS: &[(&str, &[&str])] = &[
     ("kvm-ioctls", &["blockhouse-vmm"]),
     ("vhost", &["blockhouse-vhost", "blockhouse-tests"]),
     ("landlock", &["blockhouse-walls"]),
-    ("imago", &["blockhouse-block", "blockhouse-imago", "blockhouse-imago-vmm", "blockhouse-tests"]),
+    (
+        "imago",
+        &["blockhouse-bench", "blockhouse-block", "blockhouse-imago", "blockhouse-imago-vmm", "blockhouse-tests"],
+    ),
     ("wit-bindgen", &["blockhouse-plugin", "blockhouse-probe"]),
 ];
 
