@@ -12,12 +12,12 @@ mod full;
 mod queues;
 
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
-use blockhouse_sandbox::block::{Access, BlockBackend, Disk, VolatileSlice};
+use blockhouse_sandbox::block::{Access, BlockBackend, Disk, DiskOptions, VolatileSlice};
 use blockhouse_sandbox::{Formats, Grants, Limits, OpenRequest, Opener, Sandbox};
 use blockhouse_tests::{Outcome, component, noise, scratch};
 
@@ -73,8 +73,22 @@ impl Place {
     }
 
     fn open(&self, name: &str) -> Disk {
-        let request = OpenRequest { access: Access::ReadWrite, ..OpenRequest::new(self.path(name), "qcow2") };
-        self.opener.open(&request).unwrap().disk
+        self.open_with(name, &self.opener, DiskOptions::default())
+    }
+
+    fn open_with(&self, name: &str, opener: &Opener, disk: DiskOptions) -> Disk {
+        let request = OpenRequest { access: Access::ReadWrite, disk, ..OpenRequest::new(self.path(name), "qcow2") };
+        opener.open(&request).unwrap().disk
+    }
+
+    /// With direct I/O where the file system has it, and with space that is reserved ahead.
+    fn open_direct(&self, name: &str) -> Disk {
+        let file = std::fs::File::options().read(true).custom_flags(libc::O_DIRECT).open(self.path(name));
+        if file.is_err() {
+            eprintln!("without direct I/O, which the file system does not have");
+        }
+        let opener = self.opener.clone().direct(file.is_ok());
+        self.open_with(name, &opener, DiskOptions { allocate_ahead_bytes: 1 << 20, ..DiskOptions::default() })
     }
 
     fn qemu_img(&self, arguments: &str) {
@@ -116,11 +130,14 @@ fn read(disk: &Disk, offset: u64, length: usize) -> Vec<u8> {
 fn operate(disk: &Disk, part: &mut [u8], base: u64, seed: u64, count: u64) {
     let mut random = Random(seed);
     let sectors = part.len() as u64 / SECTOR;
+    let mut end = 0;
     for number in 0..count {
-        let first = random.below(sectors);
+        // Some go on where the one before ended.
+        let first = if random.below(3) == 0 { end % sectors } else { random.below(sectors) };
         let length = (1 + random.below(300)).min(sectors - first) * SECTOR;
         let (from, to) = ((first * SECTOR) as usize, (first * SECTOR + length) as usize);
         let offset = base + first * SECTOR;
+        end = first + length / SECTOR;
         match random.below(10) {
             0..=4 => {
                 let mut bytes = noise(seed ^ number, length as usize);
@@ -150,7 +167,7 @@ fn operate(disk: &Disk, part: &mut [u8], base: u64, seed: u64, count: u64) {
 fn turns(place: &Place, name: &str, mut model: Vec<u8>, seed: u64) {
     let rounds = std::env::var("WRITES_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
     for round in 0..rounds {
-        let disk = place.open(name);
+        let disk = if round % 2 == 0 { place.open(name) } else { place.open_direct(name) };
         let share = (model.len() / THREADS as usize).next_multiple_of(SECTOR as usize);
         let capacity = model.len();
         std::thread::scope(|scope| {

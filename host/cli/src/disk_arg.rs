@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use blockhouse_block::Engine;
 use blockhouse_vhost::{CacheMode, MAX_QUEUES};
+
+use crate::output::parse_size;
 
 /// What the fields mean, for the help of the commands that take them.
 macro_rules! field_help {
@@ -20,6 +23,10 @@ cache=MODE        when a write is durable: writeback (default), once the guest f
                   writethrough, before the guest hears that it is done; unsafe, some time:
                   flushes do nothing, a crash of the host loses data and may destroy the image
 discard=on|off    let the guest give back space (default on; off for drivers that fail)
+direct=on|off     read and write past the host's page cache (default off; not every file system can)
+engine=auto|threads
+                  what moves the bytes: io_uring where the host has it (auto, the default), or threads
+map=SIZE          memory for what is known about where bytes live (default 16M; K, M, G multiply)
 queues=N          queues, each with a thread of its own (default 1, at most 64); one per vCPU is
                   as many as a guest can use at once
 "
@@ -56,6 +63,12 @@ pub(crate) struct DiskArg {
     pub(crate) cache: CacheMode,
     /// The guest may discard.
     pub(crate) discard: bool,
+    /// The page cache is left out.
+    pub(crate) direct: bool,
+    /// What moves the bytes.
+    pub(crate) engine: Engine,
+    /// Memory for the extent map, in bytes.
+    pub(crate) map: Option<usize>,
     /// Queues that the device has.
     pub(crate) queues: u16,
     /// Where it is served.
@@ -75,6 +88,9 @@ impl FromStr for DiskArg {
         let mut snapshot = None;
         let mut cache = None;
         let mut discard = None;
+        let mut direct = None;
+        let mut engine = None;
+        let mut map = None;
         let mut queues = None;
         let mut socket = None;
         for field in split_fields(text) {
@@ -112,6 +128,20 @@ impl FromStr for DiskArg {
                     serial.replace(value.to_owned()).is_some()
                 }
                 "snapshot" => snapshot.replace(value.to_owned()).is_some(),
+                "direct" => direct.replace(on_or_off(key, value)?).is_some(),
+                "engine" => {
+                    let chosen = match value {
+                        "auto" => Engine::Auto,
+                        "threads" => Engine::Threads,
+                        other => return Err(format!("engine={other} is neither auto nor threads")),
+                    };
+                    engine.replace(chosen).is_some()
+                }
+                "map" => {
+                    let bytes = parse_size(value).map_err(|why| format!("map={value}: {why}"))?;
+                    let bytes = usize::try_from(bytes).map_err(|_| format!("map={value} is too large"))?;
+                    map.replace(bytes).is_some()
+                }
                 "queues" => {
                     let number = value.parse().ok().filter(|number| (1..=MAX_QUEUES).contains(number));
                     let number =
@@ -122,7 +152,7 @@ impl FromStr for DiskArg {
                 other => {
                     return Err(format!(
                         "{other:?} is not a key of a disk; there is: file, format, allow, allow-write, readonly, \
-                         serial, snapshot, cache, discard, queues, socket"
+                         serial, snapshot, cache, discard, direct, engine, map, queues, socket"
                     ));
                 }
             };
@@ -140,6 +170,9 @@ impl FromStr for DiskArg {
             snapshot,
             cache: cache.unwrap_or_default(),
             discard: discard.unwrap_or(true),
+            direct: direct.unwrap_or(false),
+            engine: engine.unwrap_or_default(),
+            map,
             queues: queues.unwrap_or(1),
             socket,
         };
@@ -208,6 +241,14 @@ mod tests {
     }
 
     #[test]
+    fn how_bytes_are_moved() {
+        let disk: DiskArg = "file=/a,format=raw".parse().unwrap();
+        assert_eq!((disk.direct, disk.engine, disk.map), (false, Engine::Auto, None));
+        let disk: DiskArg = "file=/a,format=raw,direct=on,engine=threads,map=64K".parse().unwrap();
+        assert_eq!((disk.direct, disk.engine, disk.map), (true, Engine::Threads, Some(65536)));
+    }
+
+    #[test]
     fn queues_and_socket() {
         let disk: DiskArg = "file=/a,format=raw,queues=64,socket=fd:3".parse().unwrap();
         assert_eq!((disk.queues, disk.socket.as_deref()), (64, Some("fd:3")));
@@ -234,6 +275,8 @@ mod tests {
             ("file=/a,format=raw,readonly=yes", "neither on nor off"),
             ("file=/a,format=raw,serial=123456789012345678901", "20"),
             ("file=/a,format=qcow2,snapshot=1", "readonly=on"),
+            ("file=/a,format=qcow2,engine=libaio", "neither auto nor threads"),
+            ("file=/a,format=qcow2,map=lots", "map=lots"),
             ("file=/a,format=raw,cache=none", "writethrough"),
             ("file=/a,format=raw,cache=unsafe,cache=unsafe", "twice"),
             ("file=/a,format=raw,discard=unmap", "discard=unmap is neither on nor off"),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use blockhouse_block::{Access, BlockBackend, Disk, Pool};
+use blockhouse_block::{Access, BlockBackend, Disk, DiskOptions, Pool};
 use blockhouse_sandbox::{OpenRequest, Opener};
 use blockhouse_walls::{Plan, Role, Use, Walls};
 
@@ -35,10 +35,12 @@ impl OpenDisk {
         let open = |(number, disk): (usize, &DiskArg)| {
             let opener = Opener::new(&sandbox, formats.clone())
                 .grants(grants(&disk.allow, &disk.allow_write)?)
+                .direct(disk.direct)
                 .audit(audit.clone());
             let request = OpenRequest {
                 access: if disk.readonly { Access::ReadOnly } else { Access::ReadWrite },
                 snapshot: disk.snapshot.clone(),
+                disk: disk_options(disk),
                 ..OpenRequest::new(&disk.file, &disk.format)
             };
             let opened = opener.open(&request).with_context(|| format!("cannot open disk {number}"))?;
@@ -61,5 +63,18 @@ impl OpenDisk {
         let close = |disk: Self| disk.disk.close().with_context(|| format!("cannot close disk {}", disk.number));
         let closed: Vec<anyhow::Result<()>> = disks.into_iter().map(close).collect();
         closed.into_iter().collect()
+    }
+}
+
+/// Space that is reserved ahead of a guest that writes without gaps: a call of the component for megabytes.
+const ALLOCATE_AHEAD: u64 = 8 << 20;
+
+fn disk_options(disk: &DiskArg) -> DiskOptions {
+    let usual = DiskOptions::default();
+    DiskOptions {
+        extent_map_bytes: disk.map.unwrap_or(usual.extent_map_bytes),
+        allocate_ahead_bytes: ALLOCATE_AHEAD,
+        engine: disk.engine,
+        ..usual
     }
 }

@@ -226,6 +226,7 @@ pub struct Opener {
     formats: Formats,
     grants: Grants,
     locks: LockMode,
+    direct: bool,
     audit: Audit,
 }
 
@@ -251,7 +252,14 @@ struct Chain {
 impl Opener {
     /// An opener without grants: images that refer to nothing open.
     pub fn new(sandbox: &Sandbox, formats: Formats) -> Self {
-        Self { sandbox: sandbox.clone(), formats, grants: Grants::new(), locks: LockMode::Enforce, audit: Audit::new() }
+        Self {
+            sandbox: sandbox.clone(),
+            formats,
+            grants: Grants::new(),
+            locks: LockMode::Enforce,
+            direct: false,
+            audit: Audit::new(),
+        }
     }
 
     /// Sets what images may refer to.
@@ -265,6 +273,13 @@ impl Opener {
     #[must_use]
     pub fn locks(self, locks: LockMode) -> Self {
         Self { locks, ..self }
+    }
+
+    /// Sets whether the bytes of disks are read and written past the page cache (`O_DIRECT`). Files that cannot
+    /// be used like that are refused. Components read metadata through the page cache all the same.
+    #[must_use]
+    pub fn direct(self, direct: bool) -> Self {
+        Self { direct, ..self }
     }
 
     /// Sets where audit events go.
@@ -480,6 +495,13 @@ impl Opener {
             Identity { image: name.to_owned(), format: format.to_owned(), component: plugin.digest().to_owned() };
         let limits = self.sandbox.shared_limits();
         let mut state = State::new(identity, limits, self.grants.clone(), self.locks, self.audit.clone());
+        state.direct = self.direct;
+        if self.direct {
+            regular::direct(&file, access == Access::ReadWrite).map_err(|error| {
+                let why = format!("cannot be used with direct I/O, which was asked for: {error}");
+                Error::new(ErrorKind::Unsupported, why).with_source(error).on_image(name)
+            })?;
+        }
         let shared = Arc::clone(&state.shared);
         let events = Arc::clone(&state.events);
         let handle = state.add_file(file, name.to_owned(), access).map_err(|error| {

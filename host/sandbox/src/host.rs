@@ -26,6 +26,7 @@ use crate::grants::Grants;
 use crate::limits::Limits;
 use crate::locks::LockMode;
 use crate::policy;
+use crate::regular;
 use crate::text::clean;
 
 /// Files that an instance registered, by index. The layer reads it without the store.
@@ -80,6 +81,8 @@ pub(crate) struct State {
     grants: Grants,
     locks: LockMode,
     audit: Audit,
+    /// Whether the host's own I/O of shared files goes past the page cache.
+    pub(crate) direct: bool,
     opens: u32,
     host_calls: u64,
     /// What the present call may use.
@@ -110,6 +113,7 @@ impl State {
             grants,
             locks,
             audit,
+            direct: false,
             opens: 0,
             host_calls: 0,
             log_messages: 0,
@@ -340,9 +344,9 @@ impl files::Host for State {
         if index >= self.limits.shared_files {
             return Ok(Err(files::ShareError::TooMany));
         }
-        let image_file = open
-            .file
-            .try_clone()
+        let file =
+            if self.direct { regular::direct(&open.file, access == Access::ReadWrite) } else { open.file.try_clone() };
+        let image_file = file
             .map_err(|error| error.to_string())
             .and_then(|file| ImageFile::new(file, access, path.clone()).map_err(|error| error.to_string()));
         match image_file {

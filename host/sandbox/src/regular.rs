@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -18,6 +19,17 @@ pub(crate) fn careful() -> i32 {
 pub(crate) fn usual_mode(file: &File) -> io::Result<()> {
     let flags = fcntl_getfl(file)?;
     Ok(fcntl_setfl(file, flags & !OFlags::NONBLOCK)?)
+}
+
+/// The same open file past the page cache (`O_DIRECT` of open(2)), with a description of its own: what a
+/// component reads of it stays buffered, and needs no alignment.
+pub(crate) fn direct(file: &File, write: bool) -> io::Result<File> {
+    let flags = careful() | i32::try_from(OFlags::DIRECT.bits()).unwrap_or(0);
+    // The link leads to the open file itself, whatever its name leads to by now.
+    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let direct = File::options().read(true).write(write).custom_flags(flags).open(link)?;
+    usual_mode(&direct)?;
+    Ok(direct)
 }
 
 /// Opens `path`; `None` if it is not a regular file.
