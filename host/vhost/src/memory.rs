@@ -147,7 +147,7 @@ pub(crate) fn map(file: File, offset: u64, len: u64) -> Result<MmapRegion> {
         let size = metadata.len();
         return refuse!("{len:#x} bytes at {offset:#x} go past the end of its file, which has {size:#x}");
     }
-    if offset % PAGE != 0 {
+    if !offset.is_multiple_of(PAGE) {
         return refuse!("it starts at {offset:#x} in its file, which is not the start of a page");
     }
     let len = usize::try_from(len).map_err(Refusal::because)?;
