@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use blockhouse_block::Engine;
-use blockhouse_vhost::{CacheMode, MAX_QUEUES};
+use blockhouse_vhost::{CacheMode, DEFAULT_POLL, MAX_POLL, MAX_QUEUES};
 
 use crate::output::parse_size;
 
@@ -26,6 +27,8 @@ discard=on|off    let the guest give back space (default on; off for drivers tha
 direct=on|off     read and write past the host's page cache (default off; not every file system can)
 engine=auto|threads
                   what moves the bytes: io_uring where the host has it (auto, the default), or threads
+poll=N            microseconds for which a queue is looked at before its thread waits (default 20; 0 to
+                  10000): saves wake-ups, costs processor time
 map=SIZE          memory for what is known about where bytes live (default 16M; K, M, G multiply)
 queues=N          queues, each with a thread of its own (default 1, at most 64); one per vCPU is
                   as many as a guest can use at once
@@ -69,6 +72,8 @@ pub(crate) struct DiskArg {
     pub(crate) engine: Engine,
     /// Memory for the extent map, in bytes.
     pub(crate) map: Option<usize>,
+    /// How long a queue is looked at before its thread waits.
+    pub(crate) poll: Duration,
     /// Queues that the device has.
     pub(crate) queues: u16,
     /// Where it is served.
@@ -91,6 +96,7 @@ impl FromStr for DiskArg {
         let mut direct = None;
         let mut engine = None;
         let mut map = None;
+        let mut poll = None;
         let mut queues = None;
         let mut socket = None;
         for field in split_fields(text) {
@@ -142,6 +148,11 @@ impl FromStr for DiskArg {
                     let bytes = usize::try_from(bytes).map_err(|_| format!("map={value} is too large"))?;
                     map.replace(bytes).is_some()
                 }
+                "poll" => {
+                    let time = value.parse().ok().map(Duration::from_micros).filter(|time| *time <= MAX_POLL);
+                    let time = time.ok_or_else(|| format!("poll={value} is not a number from 0 to 10000"))?;
+                    poll.replace(time).is_some()
+                }
                 "queues" => {
                     let number = value.parse().ok().filter(|number| (1..=MAX_QUEUES).contains(number));
                     let number =
@@ -152,7 +163,7 @@ impl FromStr for DiskArg {
                 other => {
                     return Err(format!(
                         "{other:?} is not a key of a disk; there is: file, format, allow, allow-write, readonly, \
-                         serial, snapshot, cache, discard, direct, engine, map, queues, socket"
+                         serial, snapshot, cache, discard, direct, engine, map, poll, queues, socket"
                     ));
                 }
             };
@@ -173,6 +184,7 @@ impl FromStr for DiskArg {
             direct: direct.unwrap_or(false),
             engine: engine.unwrap_or_default(),
             map,
+            poll: poll.unwrap_or(DEFAULT_POLL),
             queues: queues.unwrap_or(1),
             socket,
         };
@@ -277,6 +289,7 @@ mod tests {
             ("file=/a,format=qcow2,snapshot=1", "readonly=on"),
             ("file=/a,format=qcow2,engine=libaio", "neither auto nor threads"),
             ("file=/a,format=qcow2,map=lots", "map=lots"),
+            ("file=/a,format=qcow2,poll=10001", "0 to 10000"),
             ("file=/a,format=raw,cache=none", "writethrough"),
             ("file=/a,format=raw,cache=unsafe,cache=unsafe", "twice"),
             ("file=/a,format=raw,discard=unmap", "discard=unmap is neither on nor off"),

@@ -48,7 +48,7 @@ mod ring;
 mod server;
 mod session;
 
-pub use blockhouse_virtio::{BlockDeviceOptions, CacheMode, MAX_QUEUES};
+pub use blockhouse_virtio::{BlockDeviceOptions, CacheMode, DEFAULT_POLL, MAX_POLL, MAX_QUEUES};
 pub use error::{Error, Result};
 pub use listener::Listener;
 pub use server::{Handle, Server};

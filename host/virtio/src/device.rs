@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use blockhouse_block::{BlockBackend, SECTOR_SIZE};
 use virtio_bindings::virtio_blk::{
@@ -25,6 +26,13 @@ pub const QUEUE_SIZE: u16 = 256;
 
 /// The most queues that one device may have.
 pub const MAX_QUEUES: u16 = 64;
+
+/// How long a queue is looked at before its thread waits, if nobody says otherwise: about what waiting and
+/// waking costs.
+pub const DEFAULT_POLL: Duration = Duration::from_micros(20);
+
+/// The longest that a queue is looked at.
+pub const MAX_POLL: Duration = Duration::from_millis(10);
 
 /// Bytes of the serial that `GET_ID` returns (section 5.2.6); a shorter serial is padded with NUL.
 pub const SERIAL_LEN: usize = 20;
@@ -76,6 +84,9 @@ pub struct BlockDeviceOptions {
     /// Offer discards, and let the disk give back the space of zeroes. Without, zeroes are still
     /// offered, and their space stays allocated.
     pub discard: bool,
+    /// How long the thread of a queue looks for more requests before it waits to be notified, at most
+    /// [`MAX_POLL`]. Costs processor time and saves a notification and a wake-up.
+    pub poll: Duration,
     /// What the thread of each queue calls first.
     pub beginning: Beginning,
 }
@@ -88,6 +99,7 @@ impl Default for BlockDeviceOptions {
             read_only: false,
             cache: CacheMode::WriteBack,
             discard: true,
+            poll: DEFAULT_POLL,
             beginning: Beginning::default(),
         }
     }
@@ -103,6 +115,7 @@ pub struct BlockDevice {
     read_only: bool,
     cache: CacheMode,
     discard: bool,
+    poll: Duration,
     /// The features that the driver accepted.
     accepted: AtomicU64,
     /// The field of config space with this name, while it can be toggled.
@@ -127,6 +140,7 @@ impl BlockDevice {
             read_only,
             cache: options.cache,
             discard: options.discard,
+            poll: options.poll.min(MAX_POLL),
             accepted: AtomicU64::new(0),
             writeback: AtomicBool::new(true),
             report: Report::new(options.serial.clone()),
@@ -270,6 +284,10 @@ impl BlockDevice {
         self.cache == CacheMode::WriteThrough
             || features & 1 << VIRTIO_BLK_F_FLUSH == 0
             || features & 1 << VIRTIO_BLK_F_CONFIG_WCE != 0 && !self.writeback.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn poll(&self) -> Duration {
+        self.poll
     }
 
     pub(crate) fn is_read_only(&self) -> bool {

@@ -43,7 +43,9 @@ mod worker;
 #[cfg(test)]
 mod driver;
 
-pub use device::{BlockDevice, BlockDeviceOptions, CacheMode, DEVICE_ID, MAX_QUEUES, QUEUE_SIZE, SERIAL_LEN};
+pub use device::{
+    BlockDevice, BlockDeviceOptions, CacheMode, DEFAULT_POLL, DEVICE_ID, MAX_POLL, MAX_QUEUES, QUEUE_SIZE, SERIAL_LEN,
+};
 pub use queue::{BlockQueue, Host, InFlightRecord, Position, QueueError};
 pub use request::{MAX_DESCRIPTORS, Malformed};
 pub use worker::{Beginning, Notifier, Worker};

@@ -14,6 +14,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use blockhouse_block::{LANE_REQUESTS, Lane, LaneRequest, Operation};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
@@ -232,6 +233,8 @@ where
 
     fn run(mut self, host: &mut dyn Host) -> Result<(), Broken> {
         let mut hears = true;
+        let poll = self.queue.device.poll();
+        let mut idle_since: Option<Instant> = None;
         loop {
             let stops = host.stops();
             if hears && !stops {
@@ -251,8 +254,15 @@ where
                 return Ok(());
             }
             if taken > 0 || ended > 0 {
+                idle_since = None;
                 continue;
             }
+            // The driver was asked not to notify: while the queue is looked at there is no need to.
+            if !poll.is_zero() && !stops && idle_since.get_or_insert_with(Instant::now).elapsed() < poll {
+                std::hint::spin_loop();
+                continue;
+            }
+            idle_since = None;
             // A request may slip in between the last look and the switching on; then this returns true and
             // the loop goes on. With a full lane there is no use in hearing of more.
             let deaf = stops || self.free.is_empty();

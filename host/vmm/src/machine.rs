@@ -5,9 +5,10 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::Duration;
 
 use blockhouse_block::BlockBackend;
-use blockhouse_virtio::{Beginning, BlockDevice, BlockDeviceOptions, CacheMode};
+use blockhouse_virtio::{Beginning, BlockDevice, BlockDeviceOptions, CacheMode, DEFAULT_POLL};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -72,6 +73,8 @@ pub struct DiskConfig {
     pub cache: CacheMode,
     /// Let the guest discard, and give back the space of zeroes.
     pub discard: bool,
+    /// How long the thread of a queue looks for more requests before it waits to be notified.
+    pub poll: Duration,
     /// What the thread of each queue calls first: to lower its own rights.
     pub beginning: Beginning,
 }
@@ -86,6 +89,7 @@ impl DiskConfig {
             read_only: false,
             cache: CacheMode::WriteBack,
             discard: true,
+            poll: DEFAULT_POLL,
             beginning: Beginning::default(),
         }
     }
@@ -361,6 +365,7 @@ fn plug_in(vm: &VmFd, memory: &Memory, slot: DiskSlot, number: usize, disk: &Dis
         read_only: disk.read_only,
         cache: disk.cache,
         discard: disk.discard,
+        poll: disk.poll,
         beginning: disk.beginning.clone(),
     };
     let device = Arc::new(BlockDevice::new(disk.backend.clone(), &options));

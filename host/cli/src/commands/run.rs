@@ -86,6 +86,7 @@ pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
         read_only: disk.readonly,
         cache: disk.cache,
         discard: disk.discard,
+        poll: disk.poll,
         queues: disk.queues,
         beginning: beginning(&walls, Role::DataPath),
         ..DiskConfig::new(opened.backend(), &opened.serial)

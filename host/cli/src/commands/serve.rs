@@ -91,6 +91,7 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
             read_only: disk.readonly,
             cache: disk.cache,
             discard: disk.discard,
+            poll: disk.poll,
             beginning: beginning(walls, Role::DataPath),
         };
         servers.push(Server::new(listener, opened.backend(), &options, format!("disk{number}"))?);
