@@ -4,6 +4,8 @@
 //! Everything here panics when it fails: that is how a test fails.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+pub mod serve;
+
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::io::Write as _;

@@ -1,0 +1,159 @@
+//! What a guest does with a disk, in the eyes of qemu-img.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use blockhouse_tests::serve::Serve;
+use blockhouse_tests::{noise, qemu_img, run, scratch};
+
+use crate::client::{BUFFER, Client, Request};
+
+const SIZE: usize = 8 << 20;
+
+/// A disk of the same content in several forms: the image, and the fields that open it.
+fn images(directory: &Path, content: &[u8]) -> Vec<(PathBuf, String)> {
+    let raw = directory.join("disk.raw");
+    std::fs::write(&raw, content).unwrap();
+    let base = directory.join("base.qcow2");
+    let convert = ["convert", "-c", "-f", "raw", "-O", "qcow2"].map(AsRef::as_ref);
+    qemu_img(convert.into_iter().chain([raw.as_os_str(), base.as_os_str()]));
+    let overlay = directory.join("overlay.qcow2");
+    let create = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2"].map(AsRef::as_ref);
+    qemu_img(create.into_iter().chain([overlay.as_os_str()]));
+    vec![
+        (raw.clone(), format!("file={},format=raw", raw.display())),
+        (overlay.clone(), format!("file={},format=qcow2,allow={}", overlay.display(), base.display())),
+    ]
+}
+
+/// What QEMU reads.
+fn qemu_reads(directory: &Path, image: &Path) -> Vec<u8> {
+    let to = directory.join("converted.raw");
+    let format = image.extension().unwrap();
+    qemu_img([
+        "convert".as_ref(),
+        "-f".as_ref(),
+        format,
+        "-O".as_ref(),
+        "raw".as_ref(),
+        image.as_os_str(),
+        to.as_os_str(),
+    ]);
+    std::fs::read(to).unwrap()
+}
+
+#[test]
+fn a_guest_reads_writes_and_discards() {
+    let directory = scratch();
+    let mut expected = noise(3, SIZE);
+    expected[1 << 20..2 << 20].fill(0);
+    for (image, fields) in images(directory.path(), &expected) {
+        let mut expected = expected.clone();
+        let socket = directory.path().join("socket");
+        let serve = Serve::disk(&socket, &fields);
+        let mut client = Client::connect(&socket, 1);
+        assert_eq!(client.capacity(), SIZE as u64);
+        assert_eq!(client.read_all(), expected, "{fields}");
+
+        for (offset, len) in [(0, 512), (65536 - 512, 1024), (3 << 20, BUFFER), (SIZE - 4096, 4096)] {
+            let data = noise(offset as u64 + 77, len);
+            client.write(offset as u64, &data).unwrap();
+            expected[offset..offset + len].copy_from_slice(&data);
+        }
+        for (offset, len, unmap) in [(1 << 19, 4096, false), (5 << 20, 1 << 20, true)] {
+            let request = Request::Zero { offset: offset as u64, len: len as u64, unmap };
+            assert_eq!(client.run(0, &[request]), [Ok(vec![])]);
+            expected[offset..offset + len].fill(0);
+        }
+        let request = Request::Discard { offset: 6 << 20, len: 1 << 20 };
+        assert_eq!(client.run(0, &[request, Request::Flush]), [Ok(vec![]), Ok(vec![])]);
+        // What was discarded is as before or zero, and stays.
+        let discarded = client.read(6 << 20, 1 << 20).unwrap();
+        expected[6 << 20..7 << 20].copy_from_slice(&discarded);
+        assert_eq!(client.read_all(), expected);
+
+        // Past the end, and not whole sectors.
+        assert_eq!(client.read(SIZE as u64, 512), Err(libc::EIO));
+        assert_eq!(client.write(SIZE as u64 - 512, &[0; 1024]), Err(libc::EIO));
+        assert_eq!(client.read(0, 100), Err(libc::EIO));
+        drop(client);
+        serve.terminate();
+        assert!(!socket.exists(), "the socket goes with the server");
+        assert!(qemu_reads(directory.path(), &image) == expected, "QEMU reads other bytes from {fields}");
+        if image.extension().unwrap() == "qcow2" {
+            run(Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(&image)).succeeded();
+        }
+    }
+}
+
+/// Requests of several queues are served side by side, by threads of their own.
+#[test]
+fn queues_are_served_side_by_side() {
+    let directory = scratch();
+    let content = noise(4, SIZE);
+    for (image, fields) in images(directory.path(), &content) {
+        let socket = directory.path().join("socket");
+        let serve = Serve::disk(&socket, &format!("{fields},queues=4"));
+        let mut client = Client::connect(&socket, 4);
+        let mut expected = content.clone();
+        for round in 0..8 {
+            for queue in 0..4 {
+                let at = |index: usize| (queue << 21) + (index << 16) + (round << 12);
+                let data: Vec<Vec<u8>> = (0..16).map(|index| noise((at(index) + 1) as u64, 4096)).collect();
+                let writes: Vec<Request<'_>> =
+                    data.iter().enumerate().map(|(i, data)| Request::Write { offset: at(i) as u64, data }).collect();
+                assert!(client.run(queue, &writes).into_iter().all(|result| result.is_ok()));
+                for (index, data) in data.iter().enumerate() {
+                    expected[at(index)..at(index) + 4096].copy_from_slice(data);
+                }
+                let other = (queue + 1) % 4;
+                let read = Request::Read { offset: at(3) as u64, len: 4096 };
+                assert_eq!(client.run(other, &[read]), [Ok(data[3].clone())]);
+            }
+        }
+        let threads = std::fs::read_dir(format!("/proc/{}/task", serve.id())).unwrap();
+        let names = threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("comm")).unwrap());
+        assert_eq!(names.filter(|name| name.starts_with("disk0-queue")).count(), 4);
+        drop(client);
+        serve.terminate();
+        assert!(qemu_reads(directory.path(), &image) == expected);
+    }
+}
+
+#[test]
+fn a_read_only_disk_says_so_and_is_not_written() {
+    let directory = scratch();
+    let content = noise(5, SIZE);
+    for (image, fields) in images(directory.path(), &content) {
+        let before = std::fs::read(&image).unwrap();
+        let socket = directory.path().join("socket");
+        let serve = Serve::disk(&socket, &format!("{fields},readonly=on"));
+        let mut client = Client::connect(&socket, 1);
+        assert_ne!(client.features() & 1 << 5, 0, "VIRTIO_BLK_F_RO");
+        assert_eq!(client.write(0, &[7; 512]), Err(libc::EIO));
+        assert_eq!(client.read(0, 4096).unwrap(), content[..4096]);
+        drop(client);
+        serve.terminate();
+        assert!(std::fs::read(&image).unwrap() == before);
+    }
+}
+
+/// What a guest flushed is in the image, whatever happens to the server.
+#[test]
+fn what_was_flushed_survives_a_kill() {
+    let directory = scratch();
+    let mut expected = noise(6, SIZE);
+    let (image, fields) = images(directory.path(), &expected).pop().unwrap();
+    let socket = directory.path().join("socket");
+    for round in 0..4 {
+        let serve = Serve::disk(&socket, &fields);
+        let mut client = Client::connect(&socket, 1);
+        let data = noise(round + 50, 4096);
+        let at = (usize::try_from(round).unwrap() << 20) + 512;
+        client.write(at as u64, &data).unwrap();
+        client.flush().unwrap();
+        expected[at..at + 4096].copy_from_slice(&data);
+        serve.kill();
+        assert!(qemu_reads(directory.path(), &image) == expected, "round {round}");
+    }
+}

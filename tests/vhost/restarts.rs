@@ -1,0 +1,187 @@
+//! Back ends that are killed, and others that take over.
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use blockhouse_tests::serve::Serve;
+use blockhouse_tests::{noise, qemu_img, run, scratch};
+
+use crate::frontend::{BUFFER, Guest, READ, SLOTS, WRITE};
+
+/// The slots that are marked as in flight.
+fn marked(guest: &Guest) -> Vec<u16> {
+    let mut marked = Vec::new();
+    for slot in 0..SLOTS {
+        let mut byte = [0];
+        guest.inflight().read_exact_at(&mut byte, 16 + 16 * 3 * u64::from(slot)).unwrap();
+        if byte[0] != 0 {
+            marked.push(slot);
+        }
+    }
+    marked
+}
+
+/// What a slot writes the `version`th time.
+fn content(slot: u16, version: u64) -> Vec<u8> {
+    noise(version * 1000 + u64::from(slot), BUFFER)
+}
+
+/// Writes all the time while `serve` is killed again and again: every request is answered, once, and the
+/// last bytes that were written are those that are read.
+fn survives_kills(directory: &Path, disk: &str) {
+    const ROUNDS: u64 = 40;
+    let socket = directory.join("socket");
+    // Each write waits for the storage, so that a kill comes while one does.
+    let disk = format!("{disk},cache=writethrough");
+    let mut guest = Guest::new();
+    let mut versions = [0_u64; SLOTS as usize];
+    let (mut rounds, mut rounds_in_flight) = (0, 0);
+    for round in 0..ROUNDS {
+        let serve = Serve::disk(&socket, &disk);
+        let _frontend = guest.connect(&socket);
+        if round > 0 {
+            let taken_up = guest.wait(usize::from(SLOTS));
+            assert!(taken_up.iter().all(|(_, status)| *status == 0), "{taken_up:?}");
+            let mut slots: Vec<u16> = taken_up.iter().map(|(slot, _)| *slot).collect();
+            slots.sort_unstable();
+            assert_eq!(slots, (0..SLOTS).collect::<Vec<_>>(), "each is answered once");
+        }
+        for slot in 0..SLOTS {
+            versions[usize::from(slot)] += 1;
+            guest.prepare(slot, WRITE, u64::from(slot) * 128, &content(slot, versions[usize::from(slot)]));
+        }
+        // In another order each time, so that ring and descriptors tell different stories.
+        for index in 0..SLOTS {
+            guest.offer((index * 5 + 3) % SLOTS);
+        }
+        guest.kick.write(1).unwrap();
+        // Somewhere in the middle.
+        while u64::from(guest.waiting()) < 1 + round % u64::from(SLOTS - 2) {
+            std::hint::spin_loop();
+        }
+        serve.kill();
+        for (slot, status) in guest.answered() {
+            assert_eq!(status, 0);
+            versions[usize::from(slot)] += 1;
+            guest.submit(slot, WRITE, u64::from(slot) * 128, &content(slot, versions[usize::from(slot)]));
+        }
+        rounds_in_flight += u64::from(!marked(&guest).is_empty());
+        rounds = round + 1;
+        if rounds >= 8 && rounds_in_flight >= 3 {
+            break;
+        }
+    }
+    let serve = Serve::disk(&socket, &disk);
+    let _frontend = guest.connect(&socket);
+    guest.wait(usize::from(SLOTS));
+    assert!(marked(&guest).is_empty());
+    for slot in 0..SLOTS {
+        guest.submit(slot, READ, u64::from(slot) * 128, &vec![0; BUFFER]);
+    }
+    guest.wait(usize::from(SLOTS));
+    for slot in 0..SLOTS {
+        assert_eq!(guest.data(slot, BUFFER), content(slot, versions[usize::from(slot)]), "slot {slot}");
+    }
+    eprintln!("{rounds_in_flight} of {rounds} kills came while a request was executed");
+    assert!(rounds_in_flight > 0, "no kill came while a request was executed");
+    assert!(serve.log().contains("executed again"), "{}", serve.log());
+    serve.terminate();
+}
+
+#[test]
+fn requests_on_a_raw_disk_survive_kills() {
+    let directory = scratch();
+    let image = directory.path().join("disk.raw");
+    std::fs::File::create(&image).unwrap().set_len(4 << 20).unwrap();
+    survives_kills(directory.path(), &format!("file={},format=raw", image.display()));
+}
+
+#[test]
+fn requests_on_a_qcow2_chain_survive_kills() {
+    let directory = scratch();
+    let image = chain(directory.path());
+    let fields = format!("file={},format=qcow2,allow={}", image.display(), directory.path().display());
+    survives_kills(directory.path(), &fields);
+    let mut check = std::process::Command::new("qemu-img");
+    let outcome = run(check.args(["check", "-f", "qcow2"]).arg(&image));
+    assert!(matches!(outcome.status.code(), Some(0 | 3)), "{}{}", outcome.text(), outcome.stderr);
+}
+
+/// An empty qcow2 overlay, over a qcow2 base with content everywhere.
+fn chain(directory: &Path) -> std::path::PathBuf {
+    let raw = directory.join("base.raw");
+    std::fs::write(&raw, noise(9, 4 << 20)).unwrap();
+    let (base, overlay) = (directory.join("base.qcow2"), directory.join("overlay.qcow2"));
+    qemu_img(
+        ["convert", "-f", "raw", "-O", "qcow2"]
+            .map(AsRef::as_ref)
+            .into_iter()
+            .chain([raw.as_os_str(), base.as_os_str()]),
+    );
+    let create = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2"].map(AsRef::as_ref);
+    qemu_img(create.into_iter().chain([overlay.as_os_str()]));
+    overlay
+}
+
+/// What another back end left in flight is executed in the order in which it was taken, not in that of the
+/// descriptors; what it did not take yet comes after that.
+#[test]
+fn requests_of_another_back_end_are_executed_in_their_order() {
+    let directory = scratch();
+    let image = directory.path().join("disk.raw");
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let socket = directory.path().join("socket");
+    let fields = format!("file={},format=raw", image.display());
+    let mut guest = Guest::new();
+    // The memory comes from a first back end, which has nothing to do.
+    let serve = Serve::disk(&socket, &fields);
+    drop(guest.connect(&socket));
+    serve.kill();
+
+    // Three writes to the same sector, of which two were taken, and one in the ring after them.
+    for slot in 0..3_u8 {
+        guest.prepare(slot.into(), WRITE, 5, &[b'a' + slot; 512]);
+    }
+    for (slot, counter) in [(2_u16, 7_u64), (0, 8)] {
+        guest.offer(slot);
+        let entry = 16 + 16 * 3 * u64::from(slot);
+        guest.inflight().write_all_at(&counter.to_ne_bytes(), entry + 8).unwrap();
+        guest.inflight().write_all_at(&[1], entry).unwrap();
+    }
+    guest.offer(1);
+
+    let serve = Serve::disk(&socket, &fields);
+    let frontend = guest.connect(&socket);
+    assert_eq!(guest.wait(3), [(2, 0), (0, 0), (1, 0)]);
+    assert!(marked(&guest).is_empty());
+    assert!(guest.answered().is_empty());
+    drop(frontend);
+    serve.terminate();
+    assert_eq!(std::fs::read(&image).unwrap()[5 * 512..6 * 512], [b'b'; 512]);
+}
+
+/// A front end that leaves, rather than a back end: nothing is in flight afterwards, and the same memory can
+/// be served on.
+#[test]
+fn a_front_end_that_reconnects_goes_on_where_it_was() {
+    let directory = scratch();
+    let image = directory.path().join("disk.raw");
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let socket = directory.path().join("socket");
+    let serve = Serve::disk(&socket, &format!("file={},format=raw", image.display()));
+    let mut guest = Guest::new();
+    for round in 0..20 {
+        let frontend = guest.connect(&socket);
+        for slot in 0..SLOTS {
+            guest.submit(slot, WRITE, u64::from(slot), &[round; 512]);
+        }
+        // It does not wait for the answers.
+        drop(frontend);
+        let _frontend = guest.connect(&socket);
+        let answered = guest.wait(usize::from(SLOTS));
+        assert!(answered.iter().all(|(_, status)| *status == 0));
+        assert!(marked(&guest).is_empty());
+    }
+    serve.terminate();
+    assert_eq!(std::fs::read(&image).unwrap()[..8192], [19; 8192]);
+}
