@@ -436,6 +436,7 @@ fn help_texts() {
         &["map", "--help"],
         &["read", "--help"],
         &["run", "--help"],
+        &["serve", "--help"],
         &["create", "--help"],
         &["check", "--help"],
         &["resize", "--help"],

@@ -4,4 +4,5 @@
 mod client;
 mod disks;
 mod frontend;
+mod hostile;
 mod restarts;

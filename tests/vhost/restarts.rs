@@ -29,7 +29,7 @@ fn content(slot: u16, version: u64) -> Vec<u8> {
 /// Writes all the time while `serve` is killed again and again: every request is answered, once, and the
 /// last bytes that were written are those that are read.
 fn survives_kills(directory: &Path, disk: &str) {
-    const ROUNDS: u64 = 40;
+    const ROUNDS: u64 = 60;
     let socket = directory.join("socket");
     // Each write waits for the storage, so that a kill comes while one does.
     let disk = format!("{disk},cache=writethrough");
@@ -123,10 +123,9 @@ fn chain(directory: &Path) -> std::path::PathBuf {
     overlay
 }
 
-/// What another back end left in flight is executed in the order in which it was taken, not in that of the
-/// descriptors; what it did not take yet comes after that.
+/// What another back end left in flight is executed, each once; and so is what it did not take yet.
 #[test]
-fn requests_of_another_back_end_are_executed_in_their_order() {
+fn requests_of_another_back_end_are_executed() {
     let directory = scratch();
     let image = directory.path().join("disk.raw");
     std::fs::write(&image, vec![0; 1 << 20]).unwrap();
@@ -138,9 +137,9 @@ fn requests_of_another_back_end_are_executed_in_their_order() {
     drop(guest.connect(&socket));
     serve.kill();
 
-    // Three writes to the same sector, of which two were taken, and one in the ring after them.
+    // Three writes, of which two were taken, and one is in the ring after them.
     for slot in 0..3_u8 {
-        guest.prepare(slot.into(), WRITE, 5, &[b'a' + slot; 512]);
+        guest.prepare(slot.into(), WRITE, u64::from(slot), &[b'a' + slot; 512]);
     }
     for (slot, counter) in [(2_u16, 7_u64), (0, 8)] {
         guest.offer(slot);
@@ -152,12 +151,15 @@ fn requests_of_another_back_end_are_executed_in_their_order() {
 
     let serve = Serve::disk(&socket, &fields);
     let frontend = guest.connect(&socket);
-    assert_eq!(guest.wait(3), [(2, 0), (0, 0), (1, 0)]);
+    let mut answered = guest.wait(3);
+    answered.sort_unstable();
+    assert_eq!(answered, [(0, 0), (1, 0), (2, 0)]);
     assert!(marked(&guest).is_empty());
     assert!(guest.answered().is_empty());
     drop(frontend);
     serve.terminate();
-    assert_eq!(std::fs::read(&image).unwrap()[5 * 512..6 * 512], [b'b'; 512]);
+    let expected: Vec<u8> = b"abc".iter().flat_map(|byte| [*byte; 512]).collect();
+    assert_eq!(std::fs::read(&image).unwrap()[..3 * 512], expected);
 }
 
 /// A front end that leaves, rather than a back end: nothing is in flight afterwards, and the same memory can

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use blockhouse_block::{Access, BlockBackend, Disk, DiskOptions, Pool};
-use blockhouse_sandbox::{OpenRequest, Opener};
+use blockhouse_sandbox::{LockMode, OpenRequest, Opener};
 use blockhouse_walls::{Plan, Role, Use, Walls};
 
 use crate::args::{HostArgs, grants, plan_grants};
@@ -28,7 +28,12 @@ impl OpenDisk {
     }
 
     /// Opens each disk with its own grants.
-    pub(crate) fn open_all(host: &HostArgs, disks: &[DiskArg], walls: &Walls) -> anyhow::Result<Vec<Self>> {
+    pub(crate) fn open_all(
+        host: &HostArgs,
+        disks: &[DiskArg],
+        locks: LockMode,
+        walls: &Walls,
+    ) -> anyhow::Result<Vec<Self>> {
         let sandbox = host.sandbox()?;
         let formats = host.formats(&sandbox)?;
         let audit = host.audit()?;
@@ -36,6 +41,7 @@ impl OpenDisk {
             let opener = Opener::new(&sandbox, formats.clone())
                 .grants(grants(&disk.allow, &disk.allow_write)?)
                 .direct(disk.direct)
+                .locks(locks)
                 .audit(audit.clone());
             let request = OpenRequest {
                 access: if disk.readonly { Access::ReadOnly } else { Access::ReadWrite },

@@ -562,7 +562,7 @@ pub(crate) fn open_image(path: &Path, access: Access, locks: LockMode) -> Result
     if locks == LockMode::Off && access == Access::ReadOnly {
         return Ok(file);
     }
-    match locks::take(&file, access).map_err(failed)? {
+    match locks::take(&file, access, locks).map_err(failed)? {
         None => Ok(file),
         Some(why) => Err(Error::new(
             ErrorKind::Storage,

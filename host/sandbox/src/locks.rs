@@ -17,6 +17,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Once;
+use std::time::{Duration, Instant};
 
 use blockhouse_block::Access;
 
@@ -38,10 +39,17 @@ pub enum LockMode {
     /// One writer or many readers; somebody else's contradicting use is an error.
     #[default]
     Enforce,
+    /// As `Enforce`, and whoever uses the image gets some seconds to stop: for a service that is started again
+    /// after a kill. What a killed process had in flight keeps its files open for a while.
+    Patient,
     /// Nobody is asked, and nobody is told. What is read of an image that somebody writes may be neither
     /// the old nor the new; nothing is ever written this way.
     Off,
 }
+
+/// How long [`LockMode::Patient`] waits, and how long between two looks.
+const PATIENCE: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// Sets the locks that using the image with `access` means. `Ok(Some(why))` if somebody else's use
 /// contradicts it; then the file is to be closed, which takes the locks away. So `file` has an open file
@@ -49,7 +57,20 @@ pub enum LockMode {
 ///
 /// # Errors
 /// If the kernel refuses the question. A file system without such locks is no error: there nobody has any.
-pub(crate) fn take(file: &File, access: Access) -> io::Result<Option<&'static str>> {
+pub(crate) fn take(file: &File, access: Access, mode: LockMode) -> io::Result<Option<&'static str>> {
+    let started = Instant::now();
+    loop {
+        let contradiction = try_take(file, access)?;
+        if contradiction.is_none() || mode != LockMode::Patient || started.elapsed() >= PATIENCE {
+            return Ok(contradiction);
+        }
+        // Who waits for the same must not find these.
+        call(file, libc::F_OFD_SETLK, &mut libc::flock { l_len: 0, ..lock(libc::F_UNLCK, 0)? })?;
+        std::thread::sleep(PAUSE);
+    }
+}
+
+fn try_take(file: &File, access: Access) -> io::Result<Option<&'static str>> {
     let used: &[i64] = match access {
         Access::ReadOnly => &[CONSISTENT_READ],
         Access::ReadWrite => &[CONSISTENT_READ, WRITE, RESIZE],
@@ -130,7 +151,7 @@ mod tests {
 
     fn open(path: &std::path::Path, access: Access) -> (File, Option<&'static str>) {
         let file = File::options().read(true).write(access == Access::ReadWrite).open(path).unwrap();
-        let contradiction = take(&file, access).unwrap();
+        let contradiction = take(&file, access, LockMode::Enforce).unwrap();
         (file, contradiction)
     }
 
@@ -153,8 +174,31 @@ mod tests {
         let duplicate = writer.try_clone().unwrap();
         drop(writer);
         assert!(open(image.path(), Access::ReadOnly).1.is_some(), "a duplicate keeps the lock");
-        assert_eq!(take(&duplicate, Access::ReadWrite).unwrap(), None, "one's own lock is in nobody's way");
+        assert_eq!(
+            take(&duplicate, Access::ReadWrite, LockMode::Enforce).unwrap(),
+            None,
+            "one's own lock is in nobody's way"
+        );
         drop(duplicate);
         assert_eq!(open(image.path(), Access::ReadWrite).1, None);
+    }
+
+    #[test]
+    fn who_is_patient_waits_for_the_end_of_a_use() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let (writer, none) = open(image.path(), Access::ReadWrite);
+        assert_eq!(none, None);
+        let both = std::thread::scope(|scope| {
+            let patient = || {
+                let file = File::options().read(true).write(true).open(image.path()).unwrap();
+                take(&file, Access::ReadWrite, LockMode::Patient).unwrap()
+            };
+            // Two that wait do not keep each other from it.
+            let both = [scope.spawn(patient), scope.spawn(patient)];
+            std::thread::sleep(5 * PAUSE);
+            drop(writer);
+            both.map(|thread| thread.join().unwrap())
+        });
+        assert_eq!(both, [None, None]);
     }
 }

@@ -202,7 +202,7 @@ fn lock(file: &File, access: Access, locks: LockMode) -> Result<(), (ErrorCode, 
     if locks == LockMode::Off && access == Access::ReadOnly {
         return Ok(());
     }
-    match locks::take(file, access) {
+    match locks::take(file, access, locks) {
         Ok(None) => Ok(()),
         Ok(Some(why)) => Err((ErrorCode::NotPermitted, format!("it is in use: {why}"))),
         Err(error) => Err((ErrorCode::Io, format!("it cannot be locked: {error}"))),
@@ -377,15 +377,15 @@ mod tests {
         let place = Place::new();
         let place = Place { grants: Grants::new().allow(place.granted().join("base.raw")).unwrap(), ..place };
         let writer = File::options().read(true).write(true).open(place.granted().join("base.raw")).unwrap();
-        assert_eq!(locks::take(&writer, Access::ReadWrite).unwrap(), None);
+        assert_eq!(locks::take(&writer, Access::ReadWrite, LockMode::Enforce).unwrap(), None);
         assert!(place.refused("base.raw").contains("in use"));
         drop(writer);
         let used = place.open("base.raw").unwrap();
         let writer = File::options().read(true).write(true).open(place.granted().join("base.raw")).unwrap();
-        assert!(locks::take(&writer, Access::ReadWrite).unwrap().is_some());
+        assert!(locks::take(&writer, Access::ReadWrite, LockMode::Enforce).unwrap().is_some());
         drop((used, writer));
         let writer = File::options().read(true).write(true).open(place.granted().join("base.raw")).unwrap();
-        assert_eq!(locks::take(&writer, Access::ReadWrite).unwrap(), None);
+        assert_eq!(locks::take(&writer, Access::ReadWrite, LockMode::Enforce).unwrap(), None);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::bail;
+use blockhouse_sandbox::LockMode;
 use blockhouse_vmm::{ConsoleInput, DiskConfig, DiskReport, DiskResult, ExitReason, Machine, MachineConfig, Payload};
 use blockhouse_walls::{Plan, Role, Use, Walls};
 use serde::Serialize;
@@ -81,7 +82,7 @@ pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
     if args.disks.iter().any(|disk| disk.socket.is_some()) {
         bail!("socket= is for `blockhouse serve`: here the guest has the disk");
     }
-    let opened = OpenDisk::open_all(&args.host, &args.disks, &walls)?;
+    let opened = OpenDisk::open_all(&args.host, &args.disks, LockMode::Enforce, &walls)?;
     let disks = opened.iter().zip(&args.disks).map(|(opened, disk)| DiskConfig {
         read_only: disk.readonly,
         cache: disk.cache,

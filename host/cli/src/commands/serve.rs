@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::thread;
 
 use anyhow::{Context, anyhow, bail};
+use blockhouse_sandbox::LockMode;
 use blockhouse_vhost::{BlockDeviceOptions, Handle, Listener, Server};
 use blockhouse_walls::{Plan, Role, Use, Walls};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -81,7 +82,8 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
     // that is in use says so before an image is touched.
     let sockets = sockets(args)?;
     let listeners = sockets.iter().map(|socket| listen(socket)).collect::<anyhow::Result<Vec<_>>>()?;
-    let disks = OpenDisk::open_all(&args.host, &args.disks, walls)?;
+    // A server that was killed may have left something in flight.
+    let disks = OpenDisk::open_all(&args.host, &args.disks, LockMode::Patient, walls)?;
 
     let mut servers = Vec::new();
     for (number, ((listener, opened), disk)) in listeners.into_iter().zip(&disks).zip(&args.disks).enumerate() {
