@@ -55,7 +55,11 @@ impl WallArgs {
             return Err(MissingWalls(walls.missing().to_vec()).into());
         }
         for missing in walls.missing() {
-            tracing::warn!("a wall around the program is missing. {missing}");
+            if missing.partial {
+                tracing::info!("a wall around the program is not whole. {missing}");
+            } else {
+                tracing::warn!("a wall around the program is missing. {missing}");
+            }
         }
         for (path, uses) in plan.paths() {
             tracing::debug!(path = %path.display(), ?uses, "planned");

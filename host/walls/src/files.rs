@@ -11,8 +11,8 @@ use landlock::{
 
 /// The newest version of Landlock whose restrictions were looked at. An older kernel enforces what it knows.
 const NEWEST: ABI = ABI::V7;
-/// The oldest version that is as good as the newest for regular files: before, a file could be truncated by
-/// name.
+/// The oldest version that is as good as the newest for regular files: before, a file that may be read could be
+/// emptied. What is outside of the plan is out of reach with any version.
 const OLDEST: i32 = 3;
 
 /// What a program does with a path of its [`Plan`].
@@ -108,7 +108,7 @@ impl Landlock {
     pub(crate) fn lacks(self) -> Option<String> {
         (self.version < OLDEST).then(|| {
             format!(
-                "this kernel has version {} of it, and version {OLDEST} is the first to guard sizes of files",
+                "this kernel has version {} of it, and version {OLDEST} is the first that keeps files to read from being emptied",
                 self.version
             )
         })
@@ -144,5 +144,53 @@ pub(crate) fn restrict(plan: &Plan) -> Result<Landlock, String> {
         (RulesetStatus::NotEnforced, _) => Err("this kernel has none; Linux has it since 5.13".to_owned()),
         (_, LandlockStatus::Available { effective_abi, .. }) => Ok(Landlock { version: effective_abi as i32 }),
         (_, status) => Err(format!("this kernel enforces something that it does not have ({status:?})")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_plan_holds_each_path_once_with_all_its_uses() {
+        let mut plan = Plan::new();
+        plan.read("/b");
+        plan.write("/a");
+        plan.read("/b");
+        plan.add("/b", Use::MakeSockets);
+        plan.read("");
+        let paths: Vec<(&Path, &[Use])> = plan.paths().collect();
+        let expected: [(&Path, &[Use]); 2] =
+            [(Path::new("/a"), &[Use::Write]), (Path::new("/b"), &[Use::Read, Use::MakeSockets])];
+        assert_eq!(paths, expected);
+    }
+
+    #[test]
+    fn a_path_that_leads_nowhere_adds_no_rule() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut plan = Plan::new();
+        plan.read(directory.path());
+        plan.write(directory.path());
+        plan.read(directory.path().join("nowhere"));
+        let rules: Vec<_> = plan.rules().map(|(_, rights)| rights).collect();
+        assert_eq!(rules, [Use::Read.rights() | Use::Write.rights()]);
+    }
+
+    /// No use lets a program be run, or a device be made.
+    #[test]
+    fn no_use_is_more_than_it_says() {
+        let never = make_bitflags!(AccessFs::{Execute | MakeChar | MakeBlock | MakeSym | MakeFifo | MakeDir | Refer});
+        for what in [Use::Read, Use::Write, Use::MakeFiles, Use::MakeSockets, Use::Device] {
+            assert!(!what.rights().intersects(never), "{what:?}");
+        }
+        assert!(!Use::Read.rights().intersects(AccessFs::from_write(NEWEST)));
+        assert!(!Use::Write.rights().intersects(make_bitflags!(AccessFs::{MakeReg | MakeSock | RemoveFile})));
+    }
+
+    #[test]
+    fn an_old_version_says_what_it_lacks() {
+        assert!(Landlock { version: 2 }.lacks().unwrap().contains("version 2"));
+        assert_eq!(Landlock { version: 3 }.lacks(), None);
     }
 }

@@ -61,6 +61,8 @@ pub struct Missing {
     pub wall: &'static str,
     /// Why not.
     pub why: String,
+    /// It stands, but an older kernel enforces less of it.
+    pub partial: bool,
 }
 
 impl Walls {
@@ -79,11 +81,11 @@ impl Walls {
         match files::restrict(plan) {
             Ok(landlock) => {
                 if let Some(why) = landlock.lacks() {
-                    walls.missing.push(Missing { wall: "Landlock", why });
+                    walls.missing.push(Missing { wall: "Landlock", why, partial: true });
                 }
                 walls.landlock = Some(landlock);
             }
-            Err(why) => walls.missing.push(Missing { wall: "Landlock", why }),
+            Err(why) => walls.missing.push(Missing { wall: "Landlock", why, partial: false }),
         }
         walls.filters = walls.note("seccomp", filter::install(Role::Program, filter::Threads::All));
         walls
@@ -120,7 +122,7 @@ impl Walls {
         match raised {
             Ok(()) => true,
             Err(error) => {
-                self.missing.push(Missing { wall, why: error.to_string() });
+                self.missing.push(Missing { wall, why: error.to_string(), partial: false });
                 false
             }
         }

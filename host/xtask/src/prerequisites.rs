@@ -85,7 +85,7 @@ fn prepare(workspace: &Workspace, purpose: Purpose) -> Vec<Needed> {
         },
         Needed {
             name: "strace",
-            why: "recording and failing system calls in the tests of power cuts",
+            why: "recording and failing system calls, in the tests of power cuts and of attacks",
             essential: false,
             found: program("strace", "strace"),
         },
