@@ -16,7 +16,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use blockhouse_tests::{on_path, program, run, run_within, scratch, target_directory};
@@ -80,20 +80,14 @@ impl Machine {
         if hardware && kvm.is_ok() {
             return Ok(Self::Here);
         }
-        let unpacked = match pieces::cache("qemu") {
-            Ok(directory) => Some(directory),
-            Err(_) if on_path("qemu-system-x86_64") => None,
-            Err(reason) => return Err(reason),
-        };
+        let unpacked = find_qemu()?;
         Ok(Self::Emulated(Box::new(Emulator { unpacked, linux: Linux::find()? })))
     }
 
     /// Runs a job to its end and returns what it printed, which is in `<target>/guest/NAME.log` as well.
     #[track_caller]
     pub(crate) fn run(&self, job: &Job<'_>) -> Log {
-        // The emulator takes two cores, and a test that waits for another looks like one that hangs.
-        static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-        let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let _turn = turn();
         let logs = target_directory().join("guest");
         std::fs::create_dir_all(&logs).unwrap();
         let file = logs.join(format!("{}.log", job.name));
@@ -204,20 +198,7 @@ impl Emulator {
     }
 
     fn command(&self, initramfs: &Path) -> Command {
-        let mut qemu = match &self.unpacked {
-            None => Command::new("qemu-system-x86_64"),
-            Some(package) => {
-                let mut qemu = Command::new(package.join("usr/bin/qemu-system-x86_64"));
-                let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|below| package.join(below));
-                qemu.env("QEMU_MODULE_DIR", libraries[0].join("qemu"))
-                    .env("LD_LIBRARY_PATH", std::env::join_paths(&libraries).unwrap())
-                    .arg("-L")
-                    .arg(package.join("usr/share/qemu"))
-                    .arg("-L")
-                    .arg(package.join("usr/share/seabios"));
-                qemu
-            }
-        };
+        let mut qemu = qemu(self.unpacked.as_deref());
         // q35 and not microvm, and a CPU without what the emulator's nested SVM lacks: other
         // choices hang now and then.
         qemu.args(["-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,-la57,-pku"])
@@ -229,6 +210,37 @@ impl Emulator {
             .args(["-append", &format!("console=ttyS0 quiet {KERNEL_OPTIONS}")]);
         qemu
     }
+}
+
+/// A turn of the emulator, which takes two cores; a test that waits for another looks like one that hangs.
+pub(crate) fn turn() -> MutexGuard<'static, ()> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Where QEMU was unpacked, `None` when it is installed, or why there is none.
+pub(crate) fn find_qemu() -> Result<Option<PathBuf>, String> {
+    match pieces::cache("qemu") {
+        Ok(directory) => Ok(Some(directory)),
+        Err(_) if on_path("qemu-system-x86_64") => Ok(None),
+        Err(reason) => Err(reason),
+    }
+}
+
+/// QEMU, without arguments but for where its files are.
+pub(crate) fn qemu(unpacked: Option<&Path>) -> Command {
+    let Some(package) = unpacked else {
+        return Command::new("qemu-system-x86_64");
+    };
+    let mut qemu = Command::new(package.join("usr/bin/qemu-system-x86_64"));
+    let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|below| package.join(below));
+    qemu.env("QEMU_MODULE_DIR", libraries[0].join("qemu"))
+        .env("LD_LIBRARY_PATH", std::env::join_paths(&libraries).unwrap())
+        .arg("-L")
+        .arg(package.join("usr/share/qemu"))
+        .arg("-L")
+        .arg(package.join("usr/share/seabios"));
+    qemu
 }
 
 /// What makes a kernel start fast and end for sure in an emulated machine.

@@ -8,6 +8,7 @@ mod fio;
 mod initramfs;
 mod machine;
 mod pieces;
+mod vhost_user;
 
 use std::fmt::Write as _;
 

@@ -6,3 +6,4 @@ mod disks;
 mod frontend;
 mod hostile;
 mod restarts;
+mod service;

@@ -1,0 +1,178 @@
+//! `blockhouse serve` as a service: its sockets, its start, its end.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+
+use blockhouse_tests::serve::Serve;
+use blockhouse_tests::{blockhouse, noise, run, scratch};
+use rustix::process::Signal;
+
+use crate::client::Client;
+use crate::frontend::{Guest, SLOTS, WRITE};
+
+const SIZE: usize = 1 << 20;
+
+fn raw(directory: &Path, name: &str, seed: u64) -> String {
+    let image = directory.join(name);
+    std::fs::write(&image, noise(seed, SIZE)).unwrap();
+    format!("file={},format=raw", image.display())
+}
+
+#[test]
+fn guests_come_one_after_the_other() {
+    let directory = scratch();
+    let socket = directory.path().join("socket");
+    let fields = raw(directory.path(), "disk.raw", 1);
+    let serve = Serve::disk(&socket, &fields);
+    assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    for round in 0..3_u8 {
+        let mut client = Client::connect(&socket, 1);
+        if round > 0 {
+            assert_eq!(client.read(0, 512).unwrap(), [round - 1; 512]);
+        }
+        client.write(0, &[round; 512]).unwrap();
+    }
+    // Who comes while another one is served waits for it to leave.
+    let first = Client::connect(&socket, 1);
+    let path = socket.clone();
+    let second = std::thread::spawn(move || Client::connect(&path, 1).read(0, 512).unwrap());
+    drop(first);
+    assert_eq!(second.join().unwrap(), [2; 512]);
+    serve.terminate();
+}
+
+#[test]
+fn a_live_socket_is_refused_and_a_dead_one_replaced() {
+    let directory = scratch();
+    let socket = directory.path().join("socket");
+    let fields = raw(directory.path(), "disk.raw", 2);
+    let other = raw(directory.path(), "other.raw", 3);
+    let serve = Serve::disk(&socket, &fields);
+    let serve_other = || {
+        let mut command = blockhouse();
+        command.args(["serve", "--disk", &other, "--socket"]).arg(&socket);
+        run(&mut command)
+    };
+    let refused = serve_other().refused();
+    assert!(refused.stderr.contains("is served by another process"), "{}", refused.stderr);
+    Client::connect(&socket, 1).read(0, 512).unwrap();
+    serve.kill();
+    assert!(socket.exists());
+    let serve = Serve::disk(&socket, &fields);
+    Client::connect(&socket, 1).read(0, 512).unwrap();
+    serve.terminate();
+
+    std::fs::write(&socket, "precious").unwrap();
+    let refused = serve_other().refused();
+    assert!(refused.stderr.contains("is no socket"), "{}", refused.stderr);
+    assert_eq!(std::fs::read(&socket).unwrap(), b"precious");
+}
+
+#[test]
+fn several_disks_have_several_sockets() {
+    let directory = scratch();
+    let [a, b] = ["a", "b"].map(|name| directory.path().join(name));
+    let disks = [(&a, 4), (&b, 5)].map(|(socket, seed)| {
+        let name = format!("{seed}.raw");
+        format!("{},socket={}", raw(directory.path(), &name, seed), socket.display())
+    });
+    let mut command = blockhouse();
+    command.args(["-v", "serve", "--disk", &disks[0], "--disk", &disks[1]]);
+    let serve = Serve::start(&mut command, &directory.path().join("log"));
+    let mut clients = [&a, &b].map(|socket| Client::connect(socket, 1));
+    for (client, seed) in clients.iter_mut().zip([4, 5]) {
+        assert_eq!(client.read_all(), noise(seed, SIZE));
+    }
+    // The process ends although both are connected.
+    serve.terminate();
+    assert!(!a.exists() && !b.exists());
+}
+
+#[test]
+fn what_is_missing_is_said() {
+    let directory = scratch();
+    let disk = raw(directory.path(), "disk.raw", 6);
+    let with_socket = format!("{disk},socket=/s");
+    for (arguments, why) in [
+        (vec!["--disk", &disk], "where is"),
+        (vec!["--disk", &disk, "--disk", &with_socket], "where is"),
+        (vec!["--socket", "/s", "--disk", &disk, "--disk", &disk], "a socket of its own"),
+        (vec!["--socket", "/s", "--disk", &with_socket], "two sockets"),
+        (vec!["--socket", "fd:x", "--disk", &disk], "as in fd:3"),
+        (vec!["--socket", "fd:1", "--disk", &disk], "fd:3"),
+        (vec!["--socket", "fd:77", "--disk", &disk], "fd:77 is not open"),
+        (vec!["--socket", "/nowhere/at/all", "--disk", &disk], "/nowhere/at/all"),
+    ] {
+        let refused = run(blockhouse().arg("serve").args(&arguments)).refused();
+        assert!(refused.stderr.contains(why), "{arguments:?}: {}", refused.stderr);
+    }
+    let refused = run(blockhouse().args(["run", "--disk", &with_socket])).refused();
+    assert!(refused.stderr.contains("blockhouse serve"), "{}", refused.stderr);
+}
+
+/// As a service manager passes one: file descriptor 3.
+#[test]
+fn a_socket_can_be_passed() {
+    let directory = scratch();
+    let socket = directory.path().join("socket");
+    let fields = raw(directory.path(), "disk.raw", 7);
+    let listener = UnixListener::bind(&socket).unwrap();
+    // Who connects before there is a server waits.
+    let waits = UnixStream::connect(&socket).unwrap();
+    for _ in 0..2 {
+        let mut command = blockhouse();
+        command.args(["-v", "serve", "--socket", "fd:3", "--disk", &fields]);
+        let fd = listener.as_raw_fd();
+        // SAFETY: dup2 is async-signal-safe, and `listener` is open as long as the child starts.
+        unsafe {
+            command.pre_exec(move || {
+                // Its copy has no close-on-exec.
+                if fd == 3 {
+                    libc::fcntl(3, libc::F_SETFD, 0)
+                } else {
+                    libc::dup2(fd, 3)
+                };
+                Ok(())
+            });
+        }
+        let serve = Serve::start(&mut command, &directory.path().join("log"));
+        let _ = waits.shutdown(std::net::Shutdown::Both);
+        assert_eq!(Client::connect(&socket, 1).read_all(), noise(7, SIZE));
+        serve.terminate();
+        assert!(socket.exists(), "the name is its owner's");
+    }
+}
+
+/// Whatever was taken is answered before the end, and made durable; the image is closed.
+#[test]
+fn the_end_is_clean_in_the_middle_of_work() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let directory = scratch();
+        let socket = directory.path().join("socket");
+        let image = directory.path().join("disk.qcow2");
+        run(blockhouse().args(["create", "--format", "qcow2", "--size", "4M"]).arg(&image)).succeeded();
+        let mut serve = Serve::disk(&socket, &format!("file={},format=qcow2", image.display()));
+        let mut guest = Guest::new();
+        let _frontend = guest.connect(&socket);
+        for slot in 0..SLOTS {
+            guest.prepare(slot, WRITE, u64::from(slot) * 128, &noise(slot.into(), 65536));
+            guest.offer(slot);
+        }
+        guest.kick.write(1).unwrap();
+        serve.signal(signal);
+        assert_eq!(serve.wait().code(), Some(0), "{}", serve.log());
+        let answered = guest.answered();
+        assert!(answered.iter().all(|(_, status)| *status == 0));
+        let mut check = std::process::Command::new("qemu-img");
+        run(check.args(["check", "-q", "-f", "qcow2"]).arg(&image)).succeeded();
+        for (slot, _) in answered {
+            let mut read = blockhouse();
+            read.args(["read", "--format", "qcow2", "--offset", &(65536 * u64::from(slot)).to_string()]);
+            let content = run(read.args(["--length", "64K"]).arg(&image)).succeeded().stdout;
+            assert!(content == noise(slot.into(), 65536), "slot {slot}");
+        }
+    }
+}
