@@ -103,105 +103,31 @@ impl DiskLane {
         })
     }
 
-    /// Puts a read or write into a slot, with its bytes looked up; `None` if only the pool can do it. With no
-    /// parts in the slot it is done.
-    fn plan(&mut self, slot: &mut Slot, request: &LaneRequest<'_>, write: bool) -> Option<()> {
-        let disk = Arc::clone(&self.disk);
-        let end = disk.request_end(request.buffers, request.offset).ok()?;
-        if write && !disk.writable {
-            return None;
-        }
-        slot.kept = if disk.writable { Some(disk.inflight.try_shared(request.offset, end)?.keep()) } else { None };
-        // A disk is closed while nobody holds anything.
-        disk.refuse_closed().ok()?;
-        let mut buffers = Buffers::new(request.buffers);
-        let mut position = request.offset;
-        while position < end {
-            let flat = disk.map.lookup(position)?.head(end);
-            match flat.target {
-                Target::Data { file, offset, overwrite } if overwrite || !write => {
-                    self.add_part(slot, (file, disk.file(file).ok()?), offset, &flat, &mut buffers, write)?;
-                }
-                Target::Zero | Target::Unallocated if !write => buffers.zero(flat.length),
-                _ => return None,
-            }
-            position = flat.end();
-        }
-        (self.parts.saturating_add(slot.parts.len()) <= MAX_PARTS).then_some(())
-    }
-
-    fn add_part(
-        &mut self,
-        slot: &mut Slot,
-        (id, file): (FileId, &ImageFile),
-        offset: u64,
-        flat: &Flat,
-        buffers: &mut Buffers<'_, '_>,
-        write: bool,
-    ) -> Option<()> {
-        if write && !file.access().is_writable() || flat.length > MAX_PART {
-            return None;
-        }
-        offset.checked_add(flat.length).filter(|end| *end <= MAX_FILE_OFFSET)?;
-        let fixed = self.fixed(id, file)?;
-        let first = slot.iovecs.len();
-        let mut left = usize::try_from(flat.length).ok()?;
-        while left > 0 {
-            let part = buffers.next_part(left)?;
-            left = left.checked_sub(part.len())?;
-            let RawBuffer { base, length } = RawBuffer::new(&part);
-            slot.iovecs.push(libc::iovec { iov_base: base.cast(), iov_len: length });
-        }
-        let end = slot.iovecs.len();
-        let iovecs = slot.iovecs.get(first..end)?;
-        if iovecs.len() > MAX_IOVECS || !file.is_aligned(offset, iovecs) {
-            return None;
-        }
-        slot.parts.push(Part { file: id, fixed, offset, length: u32::try_from(flat.length).ok()?, first, end });
-        Some(())
-    }
-
-    /// The place of a file in the ring's table.
-    fn fixed(&mut self, id: FileId, file: &ImageFile) -> Option<FixedFile> {
-        let index = usize::from(id.bits());
-        if index >= self.fixed.len() {
-            self.fixed.resize(index.saturating_add(1).min(MAX_FILES), None);
-        }
-        let place = self.fixed.get_mut(index)?;
-        if place.is_none() {
-            *place = Some(self.ring.as_mut()?.register(file.as_fd()));
-        }
-        (*place)?
-    }
-
     /// Starts a read or write in the kernel, or returns false and leaves nothing.
     ///
     /// # Safety
     /// As [`Lane::start`].
     unsafe fn start_fast(&mut self, request: &LaneRequest<'_>, write: bool) -> bool {
-        if self.ring.is_none() {
-            return false;
-        }
-        let Some(index) = self.free.pop() else { return false };
-        let Some(mut slot) = self.slots.get_mut(index).map(std::mem::take) else { return false };
-        slot.token = request.token;
-        slot.write = write;
-        slot.offset = request.offset;
-        slot.again = false;
+        let Self { disk, ring: Some(ring), fixed, slots, free, parts, ended, .. } = self else { return false };
+        let Some(index) = free.last().copied() else { return false };
+        let Some(slot) = slots.get_mut(index) else { return false };
         slot.parts.clear();
         slot.iovecs.clear();
-        let made = self.plan(&mut slot, request, write).is_some();
+        let made = Planner { disk, ring, fixed, write }.plan(slot, request).is_some()
+            && parts.saturating_add(slot.parts.len()) <= MAX_PARTS;
         if made && !slot.parts.is_empty() {
+            slot.token = request.token;
+            slot.write = write;
+            slot.offset = request.offset;
+            slot.again = false;
+            slot.left = 0;
             slot.buffers.clear();
             slot.buffers.extend(request.buffers.iter().map(RawBuffer::new));
-            slot.left = 0;
             for (number, part) in slot.parts.iter().enumerate() {
-                let Some((ring, iovecs)) = self.ring.as_mut().zip(slot.iovecs.get(part.first..part.end)) else {
-                    continue;
-                };
                 let direction = if write { Direction::ToFile } else { Direction::FromFile };
-                // SAFETY: the iovecs are on the heap and stay as they are until `finish` has seen all parts; the
-                // memory that they name stays valid as long as that, as the caller says.
+                let iovecs = slot.iovecs.get(part.first..part.end).unwrap_or_default();
+                // SAFETY: the iovecs are on the heap and stay as they are until `part_ended` has seen all parts;
+                // the memory that they name stays valid as long as that, as the caller says.
                 match unsafe { ring.push(direction, part.fixed, part.offset, iovecs, user_data(index, number)) } {
                     Ok(()) => slot.left += 1,
                     Err(error) => {
@@ -210,25 +136,19 @@ impl DiskLane {
                     }
                 }
             }
-            self.parts += slot.left;
+            *parts += slot.left;
             if slot.left > 0 {
-                if let Some(place) = self.slots.get_mut(index) {
-                    *place = slot;
-                }
+                free.pop();
                 return true;
             }
         }
         if let Some(kept) = slot.kept.take() {
-            self.disk.inflight.end(kept);
+            disk.inflight.end(kept);
         }
         let zeroes_only = made && slot.parts.is_empty();
         if zeroes_only {
-            self.ended.push((request.token, Ok(())));
+            ended.push((request.token, Ok(())));
         }
-        if let Some(place) = self.slots.get_mut(index) {
-            *place = slot;
-        }
-        self.free.push(index);
         zeroes_only
     }
 
@@ -267,6 +187,86 @@ impl DiskLane {
         while let Some((user_data, result)) = self.ring.as_mut().and_then(Ring::next) {
             self.part_ended(user_data, result, each);
         }
+    }
+}
+
+/// What planning needs of a lane, while a slot is borrowed from it.
+struct Planner<'l> {
+    disk: &'l Disk,
+    ring: &'l mut Ring,
+    fixed: &'l mut Vec<Option<Option<FixedFile>>>,
+    write: bool,
+}
+
+impl Planner<'_> {
+    /// Puts a read or write into a slot, with its bytes looked up; `None` if only the pool can do it. With no
+    /// parts in the slot it is done.
+    fn plan(&mut self, slot: &mut Slot, request: &LaneRequest<'_>) -> Option<()> {
+        let disk = self.disk;
+        let end = disk.request_end(request.buffers, request.offset).ok()?;
+        if self.write && !disk.writable {
+            return None;
+        }
+        slot.kept = if disk.writable { Some(disk.inflight.try_shared(request.offset, end)?.keep()) } else { None };
+        // A disk is closed while nobody holds anything.
+        disk.refuse_closed().ok()?;
+        let mut buffers = Buffers::new(request.buffers);
+        let mut position = request.offset;
+        while position < end {
+            let flat = disk.map.lookup(position)?.head(end);
+            match flat.target {
+                Target::Data { file, offset, overwrite } if overwrite || !self.write => {
+                    self.add_part(slot, (file, disk.file(file).ok()?), offset, &flat, &mut buffers)?;
+                }
+                Target::Zero | Target::Unallocated if !self.write => buffers.zero(flat.length),
+                _ => return None,
+            }
+            position = flat.end();
+        }
+        Some(())
+    }
+
+    fn add_part(
+        &mut self,
+        slot: &mut Slot,
+        (id, file): (FileId, &ImageFile),
+        offset: u64,
+        flat: &Flat,
+        buffers: &mut Buffers<'_, '_>,
+    ) -> Option<()> {
+        if self.write && !file.access().is_writable() || flat.length > MAX_PART {
+            return None;
+        }
+        offset.checked_add(flat.length).filter(|end| *end <= MAX_FILE_OFFSET)?;
+        let fixed = self.fixed(id, file)?;
+        let first = slot.iovecs.len();
+        let mut left = usize::try_from(flat.length).ok()?;
+        while left > 0 {
+            let part = buffers.next_part(left)?;
+            left = left.checked_sub(part.len())?;
+            let RawBuffer { base, length } = RawBuffer::new(&part);
+            slot.iovecs.push(libc::iovec { iov_base: base.cast(), iov_len: length });
+        }
+        let end = slot.iovecs.len();
+        let iovecs = slot.iovecs.get(first..end)?;
+        if iovecs.len() > MAX_IOVECS || !file.is_aligned(offset, iovecs) {
+            return None;
+        }
+        slot.parts.push(Part { file: id, fixed, offset, length: u32::try_from(flat.length).ok()?, first, end });
+        Some(())
+    }
+
+    /// The place of a file in the ring's table.
+    fn fixed(&mut self, id: FileId, file: &ImageFile) -> Option<FixedFile> {
+        let index = usize::from(id.bits());
+        if index >= self.fixed.len() {
+            self.fixed.resize(index.saturating_add(1).min(MAX_FILES), None);
+        }
+        let place = self.fixed.get_mut(index)?;
+        if place.is_none() {
+            *place = Some(self.ring.register(file.as_fd()));
+        }
+        (*place)?
     }
 }
 
