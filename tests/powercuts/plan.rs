@@ -73,8 +73,13 @@ pub(crate) struct Plan {
 impl Plan {
     pub(crate) fn new(template: &Template, seed: u64, kind: Kind) -> Self {
         let mut random = Random::new(seed);
-        let mut maker =
-            Maker { template, next: 0, phase: 0, first_id: 1 << if kind == Kind::Recovery { 41 } else { 40 } };
+        let mut maker = Maker {
+            template,
+            next: 0,
+            phase: 0,
+            written: 0,
+            first_id: 1 << if kind == Kind::Recovery { 41 } else { 40 },
+        };
         let (phases, threads) = match kind {
             Kind::Work => (1 + random.below(2), 1 + random.below(3)),
             Kind::Alone => (2, 1),
@@ -124,6 +129,8 @@ struct Maker<'a> {
     next: usize,
     phase: usize,
     first_id: u64,
+    /// The end of the cluster that was written last, in sectors.
+    written: u64,
 }
 
 impl Maker<'_> {
@@ -155,12 +162,20 @@ impl Maker<'_> {
             (start * cluster, (stop * cluster).min(to) - start * cluster)
         };
         let (what, (start, count)) = match random.below(10) {
+            // From the end of the cluster that was written last.
+            0..=1 if (from..to).contains(&self.written) => {
+                let start = self.written;
+                (What::Write, (start, (1 + random.below(cluster * 2)).min(to - start)))
+            }
             0..=4 => (What::Write, anywhere(random)),
             5 => (What::Zero { may_unmap: random.below(2) == 0 }, anywhere(random)),
             6 if first < last => (What::Zero { may_unmap: random.below(4) > 0 }, whole(random)),
             7 if first < last => (What::Discard, whole(random)),
             _ => (What::Flush, (0, 0)),
         };
+        if what == What::Write {
+            self.written = (start + count).next_multiple_of(cluster);
+        }
         self.operation(what, start, count)
     }
 }

@@ -7,7 +7,7 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use blockhouse_sandbox::block::{Access, BlockBackend, Disk, Result, VolatileSlice};
+use blockhouse_sandbox::block::{Access, BlockBackend, Disk, DiskOptions, Result, VolatileSlice};
 use blockhouse_sandbox::{Formats, Grants, Limits, OpenRequest, Opener, Sandbox};
 use blockhouse_tests::component;
 use serde_json::{Value, json};
@@ -169,7 +169,10 @@ impl Subject<'_> {
 
     fn run(&self) {
         for phase in self.case.plan().phases {
-            let request = OpenRequest { access: Access::ReadWrite, ..OpenRequest::new(&self.case.image, "qcow2") };
+            // As guests have it: space is reserved ahead of writes that follow each other.
+            let disk = DiskOptions { allocate_ahead_bytes: 1 << 20, ..DiskOptions::default() };
+            let request =
+                OpenRequest { access: Access::ReadWrite, disk, ..OpenRequest::new(&self.case.image, "qcow2") };
             let Some(disk) = self.act(&phase.open, || self.opener.open(&request)) else { continue };
             let disk = disk.disk;
             if let [operations] = &phase.threads[..] {

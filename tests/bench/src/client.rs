@@ -59,7 +59,8 @@ impl Client {
     /// Connects to a server, which may still be starting.
     pub(crate) fn connect(socket: &Path, queues: usize) -> Result<Self> {
         let path = socket.to_str().context("the path of the socket is not UTF-8")?;
-        let features = VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_EVENT_IDX;
+        let features =
+            VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_EVENT_IDX | VirtioFeatureFlags::RING_INDIRECT_DESC;
         let begun = Instant::now();
         let transport = loop {
             match VhostUser::new(path, features.bits()) {
