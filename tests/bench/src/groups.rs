@@ -101,10 +101,10 @@ fn served(place: &Place<'_>) -> Result<Vec<Row>> {
     let mut workloads = vec![
         Workload { depth: 1, ..READ },
         READ,
-        Workload { depth: 128, ..READ },
+        Workload { depth: 64, ..READ },
         Workload::new(Kind::Write, true, 4096, 1),
         Workload::new(Kind::Write, true, 4096, 32),
-        Workload::new(Kind::Write, true, 4096, 128),
+        Workload::new(Kind::Write, true, 4096, 64),
     ];
     for size in [4 << 10, 64 << 10, 1 << 20] {
         for depth in [1, 32] {
