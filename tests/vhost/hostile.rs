@@ -309,7 +309,7 @@ fn rings_outside_of_memory_end_the_session() {
         (0, inside, inside, "the descriptor table of queue 0"),
         (inside, 0, inside, "the used ring of queue 0"),
         (inside, inside, end, "the available ring of queue 0"),
-        (u64::MAX & !0xf, inside, inside, "the descriptor table of queue 0"),
+        (!0xf, inside, inside, "the descriptor table of queue 0"),
         (end - 16, inside, inside, "does not lie in guest memory"),
         (inside, end - 16, inside, "does not lie in guest memory"),
         (inside, inside, end - 16, "does not lie in guest memory"),
