@@ -129,7 +129,7 @@ impl Drop for Killed {
 /// An overlay over a base with content, and the fields that open it.
 fn disk(directory: &Path) -> (std::path::PathBuf, String) {
     let raw = directory.join("base.raw");
-    std::fs::write(&raw, noise(21, SLOTS * SLOT_MIB << 20)).unwrap();
+    std::fs::write(&raw, noise(21, (SLOTS * SLOT_MIB) << 20)).unwrap();
     let (base, overlay) = (directory.join("base.qcow2"), directory.join("overlay.qcow2"));
     let convert = ["convert", "-f", "raw", "-O", "qcow2"].map(AsRef::as_ref);
     qemu_img(convert.into_iter().chain([raw.as_os_str(), base.as_os_str()]));
