@@ -22,7 +22,7 @@ pub(crate) fn serve(stream: UnixStream, handler: Handler, news: &NewsChannel, di
     let handler = Arc::new(Mutex::new(handler));
     match stream.try_clone() {
         Ok(peeked) => {
-            if let Err((message, error)) = messages(stream, &peeked, &handler, news) {
+            if let Err((message, error)) = messages(stream, &peeked, &handler, news, disk) {
                 let message = message.map_or("a message".to_owned(), |message| format!("{message:?}"));
                 tracing::warn!(disk, "the front end sent {message}, which ends its session: {error}");
             }
@@ -40,10 +40,14 @@ fn messages(
     peeked: &UnixStream,
     handler: &Arc<Mutex<Handler>>,
     news: &NewsChannel,
+    disk: &str,
 ) -> Result<(), (Option<FrontendReq>, Error)> {
     let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(handler));
     loop {
         let (message, channel) = peek(peeked);
+        if let Some(message) = message {
+            tracing::debug!(disk, "{message:?}");
+        }
         match requests.handle_request() {
             Ok(()) => {
                 // The crate has checked by now that it is a socket.
