@@ -371,7 +371,7 @@ impl Disk {
         };
         // Nothing of it is written yet if space was reserved ahead.
         let (from, to) = (from.min(run.end), to.max(run.start));
-        if run.zeroed && run.end.saturating_sub(to) >= self.cluster() {
+        if matches!(source, Source::Bytes { .. }) && run.zeroed && run.end.saturating_sub(to) >= self.cluster() {
             self.reach(run)?;
         }
         self.keep(run, run.start, from.min(to), questions)?;
