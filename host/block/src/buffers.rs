@@ -76,6 +76,17 @@ impl<'s, 'b> Buffers<'s, 'b> {
         }
     }
 
+    /// Copies the next bytes of the buffers to `bytes`.
+    pub(crate) fn copy_to(&mut self, mut bytes: &mut [u8]) {
+        while !bytes.is_empty()
+            && let Some(part) = self.next_part(bytes.len())
+        {
+            let (now, later) = bytes.split_at_mut(part.len());
+            part.copy_to(now);
+            bytes = later;
+        }
+    }
+
     /// Fills the next `length` bytes with zeroes.
     pub(crate) fn zero(&mut self, length: u64) {
         let mut left = usize::try_from(length).unwrap_or(usize::MAX);

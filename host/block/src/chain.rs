@@ -283,7 +283,7 @@ impl Chain {
 impl Link {
     /// Names the image in an error, and remembers a broken component.
     fn note(&self, error: Error) -> Error {
-        if error.kind() == ErrorKind::Component {
+        if error.kind() == ErrorKind::Component && !self.layer.may_recover() {
             self.failed.get_or_init(|| error.message().to_owned());
         }
         error.on_image(self.layer.info().name.clone())
@@ -291,6 +291,7 @@ impl Link {
 
     fn lie(&self, message: String) -> Error {
         tracing::warn!(image = self.layer.info().name, "{message}");
+        self.failed.get_or_init(|| message.clone());
         self.note(Error::new(ErrorKind::Component, message))
     }
 }

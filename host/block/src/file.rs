@@ -12,7 +12,7 @@ use std::io::{self, Seek};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::storage::ext::StorageExt;
@@ -22,6 +22,7 @@ use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::validity::Validity;
 
 /// The highest byte offset at which a file range may end (`off_t` is signed).
 pub const MAX_FILE_OFFSET: u64 = i64::MAX.unsigned_abs();
@@ -71,6 +72,8 @@ pub struct ImageFile {
     direct: Option<(usize, usize)>,
     /// Set when a write has finished (well or badly) that no sync has covered.
     unsynced: AtomicBool,
+    /// Who watches the file, if anybody does.
+    validity: Option<Arc<Validity>>,
     /// Held during a sync, so that a second flush waits for the first. True once a sync has failed.
     sync_failed: Mutex<bool>,
 }
@@ -126,6 +129,7 @@ impl ImageFile {
             identity,
             direct,
             unsynced: AtomicBool::new(false),
+            validity: None,
             sync_failed: Mutex::new(false),
         })
     }
@@ -162,6 +166,26 @@ impl ImageFile {
         size().map_err(|error| self.failed("cannot ask for the size", error))
     }
 
+    /// Makes every use of the file depend on `validity`.
+    #[must_use]
+    pub fn with_validity(mut self, validity: Arc<Validity>) -> Self {
+        self.validity = Some(validity);
+        self
+    }
+
+    /// Whether the file may still be used. Reads and writes here ask; an engine of its own, by
+    /// [`AsFd`], asks before each request.
+    ///
+    /// # Errors
+    /// [`Storage`](ErrorKind::Storage) once it was revoked.
+    pub fn check_valid(&self) -> Result<()> {
+        match self.validity.as_ref().and_then(|validity| validity.revoked()) {
+            None => Ok(()),
+            Some(why) => Err(Error::new(ErrorKind::Storage, format!("the file cannot be used any more: {why}"))
+                .on_image(self.name.clone())),
+        }
+    }
+
     /// Fills `buffers`, in order, with the bytes from `offset` on. Bytes past the end of the file, as
     /// it is at this moment, read as zero.
     ///
@@ -169,6 +193,7 @@ impl ImageFile {
     /// [`Invalid`](ErrorKind::Invalid) if the range ends past [`MAX_FILE_OFFSET`];
     /// [`Storage`](ErrorKind::Storage) if the host could not read.
     pub fn read(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
+        self.check_valid()?;
         self.for_each_batch(buffers, offset, |batch, position| {
             let (vector, _guard) = IoVectorMut::from_volatile_slice(batch);
             block_on(self.storage.readv(vector, position))

@@ -76,7 +76,7 @@ pub struct LayerInfo {
 /// Promises of the caller: `locate` is asked for ranges inside `virtual_size` only, and `unpack` for
 /// tokens that this layer returned. Promises of the implementation: no call blocks for longer than
 /// its documented time limit; after an error of kind [`Component`](crate::ErrorKind::Component)
-/// every further call fails the same way.
+/// every further call fails the same way, unless it [may recover](Self::may_recover).
 pub trait Layer: Send + Sync {
     /// What is fixed about it.
     fn info(&self) -> &LayerInfo;
@@ -95,6 +95,13 @@ pub trait Layer: Send + Sync {
     /// # Errors
     /// As [`locate`](Self::locate).
     fn unpack(&self, token: u64, length: u64) -> Result<Vec<u8>>;
+
+    /// Whether further calls may succeed after an error of kind [`Component`](crate::ErrorKind::Component),
+    /// because the layer starts its component again. What was answered before stays true then. Not asked after
+    /// a wrong answer: who gave one is not called any more.
+    fn may_recover(&self) -> bool {
+        false
+    }
 
     /// The file registered as `index`, or `None` if there is no such file.
     fn file(&self, index: FileIndex) -> Option<Arc<ImageFile>>;

@@ -22,6 +22,7 @@
 //! |---|---|
 //! | `backend.rs` | [`BlockBackend`]: a disk as devices see it |
 //! | `disk.rs` | [`Disk`] and [`DiskOptions`]: requests over any mix of extents |
+//! | `guard.rs` | [`HeaderGuard`]: a raw disk that its guest cannot turn into an image |
 //! | `write.rs` | what changes a disk: writes, zeroes, discards, flush, close |
 //! | `inflight.rs` | the in-flight table: who uses which clusters now |
 //! | `lane.rs` | [`Lane`]: many requests of one thread at a time, over io_uring |
@@ -30,6 +31,7 @@
 //! | `flat.rs`, `map.rs` | a flattened extent, and the bounded map of them |
 //! | `units.rs` | the cache of unpacked units |
 //! | `files.rs`, `file.rs` | the files of a disk by number; [`ImageFile`], a granted file with its rights |
+//! | `validity.rs` | [`Validity`]: files that may not be used any more |
 //! | `runs.rs` | [`Runs`]: the whole disk as a list, for `blockhouse map` |
 //! | `buffers.rs` | the buffers of a request as one run of bytes |
 //! | `layer.rs`, `error.rs` | [`Layer`] and [`LayerWriter`], the traits below a disk; [`Error`], one for the whole data path |
@@ -47,6 +49,7 @@ mod error;
 mod file;
 mod files;
 mod flat;
+mod guard;
 mod inflight;
 mod lane;
 mod layer;
@@ -54,6 +57,7 @@ mod map;
 mod runs;
 mod space;
 mod units;
+mod validity;
 mod whole;
 mod write;
 
@@ -64,10 +68,12 @@ pub use disk::{Disk, DiskOptions, Engine};
 pub use error::{Error, ErrorKind, Result};
 pub use file::{Access, FileIdentity, ImageFile, MAX_FILE_OFFSET};
 pub use files::MAX_FILES;
+pub use guard::HeaderGuard;
 pub use lane::{LANE_REQUESTS, Lane, LaneRequest, Operation, Pool, PoolLane};
 pub use layer::{Allocation, Extent, FileIndex, Freed, Layer, LayerInfo, LayerPacker, LayerWriter, Located, Placement};
 pub use map::{EXTENT_BYTES, MapStats};
 pub use runs::{Run, RunKind, Runs};
+pub use validity::Validity;
 /// A buffer that somebody else may change while it is used, such as guest memory.
 /// `VolatileSlice::from(&mut [u8])` makes one of ordinary memory.
 pub use vm_memory::VolatileSlice;

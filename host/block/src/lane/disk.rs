@@ -238,6 +238,8 @@ impl Planner<'_> {
             return None;
         }
         offset.checked_add(flat.length).filter(|end| *end <= MAX_FILE_OFFSET)?;
+        // The pool says why.
+        file.check_valid().ok()?;
         let fixed = self.fixed(id, file)?;
         let first = slot.iovecs.len();
         let mut left = usize::try_from(flat.length).ok()?;
