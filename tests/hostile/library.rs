@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use blockhouse_sandbox::block::{BlockBackend, Disk, Error, VolatileSlice};
-use blockhouse_sandbox::{Formats, Grants, Limits, OpenRequest, OpenedDisk, Opener, Sandbox};
+use blockhouse_sandbox::{Formats, Grants, Limits, OpenRequest, OpenedDisk, Opener, Restart, Sandbox};
 use blockhouse_tests::component;
 
 /// A sandbox and the formats that it serves.
@@ -35,7 +35,8 @@ impl Library {
 
     pub(crate) fn open(&self, format: &str, image: &Path, grants: &[&Path]) -> Result<OpenedDisk, Error> {
         let grants = grants.iter().fold(Grants::new(), |grants, path| grants.allow(path).unwrap());
-        Opener::new(&self.sandbox, self.formats.clone()).grants(grants).open(&OpenRequest::new(image, format))
+        let opener = Opener::new(&self.sandbox, self.formats.clone()).grants(grants).restart(Restart::never());
+        opener.open(&OpenRequest::new(image, format))
     }
 
     /// What `blockhouse info` does: the error that it ends with, if any.

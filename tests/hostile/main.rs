@@ -9,8 +9,11 @@
 //! | `parsers.rs` | header fields, bombs, truncations, polyglots |
 //! | `wasi.rs` | components that use the file functions against their meaning |
 //! | `components.rs` | components that loop, grow, trap and lie |
+//! | `restart.rs` | components that break down, and are started again or not |
 //! | `loading.rs` | components that want more than there is, and files that are no components |
 //! | `writing.rs` | components that misuse the right to write |
+//! | `grants.rs` | images that use a grant for what it is not meant for; files that change under a disk |
+//! | `guard.rs` | guests that make a raw disk look like an image |
 //! | `machine.rs` | a component that breaks under a running guest |
 //! | `walls.rs` | components whose host hands out everything |
 //! | `traces.rs` | nobody: what the program asks of the kernel while it is attacked |
@@ -21,6 +24,8 @@
 mod chains;
 mod components;
 mod files;
+mod grants;
+mod guard;
 mod library;
 mod loading;
 mod machine;
@@ -28,6 +33,7 @@ mod parsers;
 mod place;
 mod qcow2;
 mod references;
+mod restart;
 mod tally;
 mod traces;
 mod vmdk;

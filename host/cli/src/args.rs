@@ -1,16 +1,22 @@
 //! What every command that opens an image shares.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, bail};
-use blockhouse_block::Access;
+use blockhouse_block::{Access, Error, ErrorKind};
 use blockhouse_formats::FORMATS;
-use blockhouse_sandbox::{Audit, AuditFile, Formats, Grants, Limits, LockMode, OpenRequest, Opener, Plugin, Sandbox};
+use blockhouse_sandbox::{
+    Audit, AuditFile, Formats, Grant, Grants, Limits, LockMode, OpenRequest, Opener, Plugin, Restart, Sandbox,
+    Sha256Digest,
+};
 use blockhouse_walls::{Plan, Use};
 use clap::Args;
 
+use crate::grant_arg;
 use crate::output::parse_size;
+use crate::policy::Policy;
+use crate::progress::Progress;
 
 /// What stands before the name of a file that `plugin compile` made.
 const COMPILED: &str = "compiled:";
@@ -31,9 +37,28 @@ pub(crate) struct HostArgs {
     /// ~/.cache/blockhouse if left out
     #[arg(long, value_name = "DIR", env = "BLOCKHOUSE_CODE_CACHE", help_heading = "Components")]
     pub(crate) code_cache: Option<PathBuf>,
+
+    /// Go nowhere beyond the policy in FILE (TOML): formats, components, limits, and what images may refer
+    /// to. Where nothing is allowed on the command line, what FILE grants is. See host/cli/src/policy.rs
+    #[arg(long, value_name = "FILE", help_heading = "Components")]
+    pub(crate) policy: Option<PathBuf>,
+
+    /// The policy once it was read.
+    #[arg(skip)]
+    read_policy: OnceLock<Policy>,
 }
 
 impl HostArgs {
+    /// The policy, if one is in force. Read once, before the walls go up.
+    pub(crate) fn policy(&self) -> anyhow::Result<Option<&Policy>> {
+        let Some(file) = &self.policy else { return Ok(None) };
+        if self.read_policy.get().is_none() {
+            let policy = Policy::read(file)?;
+            return Ok(Some(self.read_policy.get_or_init(|| policy)));
+        }
+        Ok(self.read_policy.get())
+    }
+
     /// What is opened beside images. Makes the code cache and the audit file, so that they can be planned.
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         // What a component gets for a directory that is not granted.
@@ -56,7 +81,7 @@ impl HostArgs {
     }
 
     pub(crate) fn sandbox(&self) -> anyhow::Result<Sandbox> {
-        let sandbox = Sandbox::new(Limits::default())?;
+        let sandbox = Sandbox::new(self.policy()?.map_or_else(Limits::default, |policy| policy.limits.clone()))?;
         match self.cache_directory() {
             None => Ok(sandbox),
             // Asked for: what is wrong with it is an error.
@@ -83,13 +108,27 @@ impl HostArgs {
         for builtin in FORMATS {
             formats.add_bytes(builtin.format, format!("built-in {}", builtin.format), builtin.bytes);
         }
+        let policy = self.policy()?;
+        if let Some(policy) = policy {
+            policy.restrict(&mut formats);
+            if !policy.plugins && !self.plugins.is_empty() {
+                let why = format!("{} does not allow --plugin", policy.by());
+                return Err(Error::new(ErrorKind::Denied, why).into());
+            }
+        }
         for plugin in &self.plugins {
             let Some((format, file)) =
                 plugin.split_once('=').filter(|(format, file)| !format.is_empty() && !file.is_empty())
             else {
                 bail!("--plugin {plugin:?} is not of the form FORMAT=FILE, as in --plugin qcow2=./qcow2.wasm");
             };
-            formats.add(format, load(sandbox, file)?);
+            if let Some(policy) = policy.filter(|_| file.starts_with(COMPILED)) {
+                // Which component it was made of is what the file says of itself.
+                let why = format!("{} does not allow --plugin {plugin:?}: give it the component", policy.by());
+                return Err(Error::new(ErrorKind::Denied, why).into());
+            }
+            let plugin = load(sandbox, &formats, format, file)?;
+            formats.add(format, plugin);
         }
         Ok(formats)
     }
@@ -106,19 +145,62 @@ impl HostArgs {
         }
     }
 
+    /// What is asked for with `--allow` and `--allow-write`, or `allow=` and `allow-write=`, as far as the policy
+    /// goes; what the policy grants if it is nothing. `access` is that of the image.
+    fn grant_list(&self, read: &[PathBuf], write: &[PathBuf], access: Access) -> anyhow::Result<Vec<Grant>> {
+        let read = read.iter().map(|path| grant_arg::parse(path, Access::ReadOnly));
+        let write = write.iter().map(|path| grant_arg::parse(path, Access::ReadWrite));
+        let asked = read.chain(write).collect::<anyhow::Result<Vec<_>>>()?;
+        match self.policy()? {
+            Some(policy) => policy.grants(asked, access),
+            None => Ok(asked),
+        }
+    }
+
+    /// Plans what [`grants`](Self::grants) grants.
+    pub(crate) fn plan_grants(&self, plan: &mut Plan, read: &[PathBuf], write: &[PathBuf]) -> anyhow::Result<()> {
+        for grant in self.grant_list(read, write, Access::ReadWrite)? {
+            plan.add(&grant.path, if grant.access.is_writable() { Use::Write } else { Use::Read });
+        }
+        Ok(())
+    }
+
+    /// The grants of a command for an image that is opened with `access`.
+    pub(crate) fn grants(&self, read: &[PathBuf], write: &[PathBuf], access: Access) -> anyhow::Result<Grants> {
+        let mut grants = Grants::new();
+        for grant in &self.grant_list(read, write, access)? {
+            // Hashing a large file takes a while.
+            let mut progress = None;
+            let mut tell = |done: u64, total: u64| {
+                let bar = progress.get_or_insert_with(|| Progress::new(total, false));
+                let _ = bar.at(done);
+            };
+            let added = grants.add(grant, &mut tell);
+            progress.into_iter().for_each(Progress::finish);
+            grants = added?;
+        }
+        Ok(grants)
+    }
+
     /// An opener that grants nothing yet.
     pub(crate) fn opener(&self) -> anyhow::Result<Opener> {
         let sandbox = self.sandbox()?;
         let formats = self.formats(&sandbox)?;
-        Ok(Opener::new(&sandbox, formats).audit(self.audit()?))
+        // A command that ends with its first error waits for nobody.
+        Ok(Opener::new(&sandbox, formats).audit(self.audit()?).restart(Restart::never()))
     }
 }
 
 /// A component, or what was compiled from one: said by the operator, never seen from the file.
 #[allow(unsafe_code)]
-fn load(sandbox: &Sandbox, file: &str) -> anyhow::Result<Plugin> {
+fn load(sandbox: &Sandbox, formats: &Formats, format: &str, file: &str) -> anyhow::Result<Plugin> {
     match file.strip_prefix(COMPILED) {
-        None => Ok(sandbox.load_file(file.as_ref())?),
+        None => {
+            let bytes = sandbox.read_component(file.as_ref())?;
+            // Before it is compiled.
+            formats.check(format, &Sha256Digest::of(&bytes).to_string())?;
+            Ok(sandbox.load(file, &bytes)?)
+        }
         // SAFETY: that `plugin compile` made it is what the operator says with the word, of a file that nobody
         // else can have changed.
         Some(file) => Ok(unsafe { sandbox.load_precompiled(file.as_ref()) }?),
@@ -151,7 +233,9 @@ impl ShareArgs {
 #[derive(Clone, Debug, Default, Args)]
 pub(crate) struct GrantArgs {
     /// Let the image, and its backing files, refer to PATH: a file, or every regular file below a
-    /// directory. Read-only. Relative references resolve from the directory of the image that has them
+    /// directory. Read-only. Relative references resolve from the directory of the image that has them.
+    /// PATH@sha256:HEX is a file with that content, PATH@layer:N for references of layer N alone, and
+    /// PATH@image:IMAGE for those of one image; a path that has such a part has its @ twice
     #[arg(long, value_name = "PATH")]
     pub(crate) allow: Vec<PathBuf>,
 
@@ -163,12 +247,12 @@ pub(crate) struct GrantArgs {
 
 impl GrantArgs {
     /// What may be opened by reference.
-    pub(crate) fn plan(&self, plan: &mut Plan) {
-        plan_grants(plan, &self.allow, &self.allow_write);
+    pub(crate) fn plan(&self, plan: &mut Plan, host: &HostArgs) -> anyhow::Result<()> {
+        host.plan_grants(plan, &self.allow, &self.allow_write)
     }
 
-    pub(crate) fn grants(&self) -> anyhow::Result<Grants> {
-        grants(&self.allow, &self.allow_write)
+    pub(crate) fn grants(&self, host: &HostArgs) -> anyhow::Result<Grants> {
+        host.grants(&self.allow, &self.allow_write, Access::ReadWrite)
     }
 }
 
@@ -184,7 +268,9 @@ pub(crate) struct ImageArgs {
     pub(crate) format: String,
 
     /// Let the image, and its backing files, refer to PATH: a file, or every regular file below a
-    /// directory. Read-only. Relative references resolve from the directory of the image that has them
+    /// directory. Read-only. Relative references resolve from the directory of the image that has them.
+    /// PATH@sha256:HEX is a file with that content, PATH@layer:N for references of layer N alone, and
+    /// PATH@image:IMAGE for those of one image; a path that has such a part has its @ twice
     #[arg(long, value_name = "PATH")]
     pub(crate) allow: Vec<PathBuf>,
 
@@ -203,12 +289,13 @@ impl ImageArgs {
     /// What is opened to read the image.
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         plan.read(&self.image);
-        plan_grants(plan, &self.allow, &[]);
+        self.host.plan_grants(plan, &self.allow, &[])?;
         self.host.plan(plan)
     }
 
     pub(crate) fn opener(&self) -> anyhow::Result<Opener> {
-        Ok(self.host.opener()?.grants(grants(&self.allow, &[])?).locks(self.share.locks()))
+        let grants = self.host.grants(&self.allow, &[], Access::ReadOnly)?;
+        Ok(self.host.opener()?.grants(grants).locks(self.share.locks()))
     }
 
     pub(crate) fn request(&self) -> OpenRequest {
@@ -230,24 +317,6 @@ pub(crate) struct RangeArgs {
     /// Stop after N bytes; at the end of the disk if left out
     #[arg(long, value_name = "N", value_parser = parse_size)]
     pub(crate) length: Option<u64>,
-}
-
-/// The grants of `--allow` and `--allow-write`, or `allow=` and `allow-write=`.
-pub(crate) fn grants(read: &[PathBuf], write: &[PathBuf]) -> anyhow::Result<Grants> {
-    let mut grants = Grants::new();
-    for path in read {
-        grants = grants.allow(path)?;
-    }
-    for path in write {
-        grants = grants.allow_writing(path)?;
-    }
-    Ok(grants)
-}
-
-/// Plans what [`grants`] grants.
-pub(crate) fn plan_grants(plan: &mut Plan, read: &[PathBuf], write: &[PathBuf]) {
-    read.iter().for_each(|path| plan.read(path));
-    write.iter().for_each(|path| plan.write(path));
 }
 
 /// Where a name that is to stand in an image leads: relative names start at the directory of the image.

@@ -24,6 +24,8 @@ cache=MODE        when a write is durable: writeback (default), once the guest f
                   writethrough, before the guest hears that it is done; unsafe, some time:
                   flushes do nothing, a crash of the host loses data and may destroy the image
 discard=on|off    let the guest give back space (default on; off for drivers that fail)
+guard-header=on   refuse what would make a raw disk look like an image (qcow2, vmdk, vhd, ...) to
+                  programs that guess formats; the guest gets an I/O error, the log a line
 direct=on|off     read and write past the host's page cache (default off; not every file system can)
 engine=auto|threads
                   what moves the bytes: io_uring where the host has it (auto, the default), or threads
@@ -66,6 +68,8 @@ pub(crate) struct DiskArg {
     pub(crate) cache: CacheMode,
     /// The guest may discard.
     pub(crate) discard: bool,
+    /// The guest cannot make a raw disk look like an image.
+    pub(crate) guard_header: bool,
     /// The page cache is left out.
     pub(crate) direct: bool,
     /// What moves the bytes.
@@ -93,6 +97,7 @@ impl FromStr for DiskArg {
         let mut snapshot = None;
         let mut cache = None;
         let mut discard = None;
+        let mut guard_header = None;
         let mut direct = None;
         let mut engine = None;
         let mut map = None;
@@ -117,6 +122,7 @@ impl FromStr for DiskArg {
                     false
                 }
                 "readonly" => readonly.replace(on_or_off(key, value)?).is_some(),
+                "guard-header" => guard_header.replace(on_or_off(key, value)?).is_some(),
                 "discard" => discard.replace(on_or_off(key, value)?).is_some(),
                 "cache" => {
                     let mode = match value {
@@ -163,7 +169,7 @@ impl FromStr for DiskArg {
                 other => {
                     return Err(format!(
                         "{other:?} is not a key of a disk; there is: file, format, allow, allow-write, readonly, \
-                         serial, snapshot, cache, discard, direct, engine, map, poll, queues, socket"
+                         serial, snapshot, cache, discard, guard-header, direct, engine, map, poll, queues, socket"
                     ));
                 }
             };
@@ -181,6 +187,7 @@ impl FromStr for DiskArg {
             snapshot,
             cache: cache.unwrap_or_default(),
             discard: discard.unwrap_or(true),
+            guard_header: guard_header.unwrap_or(false),
             direct: direct.unwrap_or(false),
             engine: engine.unwrap_or_default(),
             map,
@@ -196,6 +203,12 @@ impl FromStr for DiskArg {
         }
         if disk.readonly && discard == Some(true) {
             return Err("discard=on needs readonly=off: a discard changes the disk".to_owned());
+        }
+        if disk.guard_header && disk.format != "raw" {
+            return Err("guard-header=on needs format=raw: other disks are not images of their own".to_owned());
+        }
+        if disk.guard_header && disk.readonly {
+            return Err("guard-header=on needs readonly=off: nothing is written".to_owned());
         }
         Ok(disk)
     }
@@ -296,6 +309,9 @@ mod tests {
             ("file=/a,format=raw,discard=on,discard=off", "twice"),
             ("file=/a,format=raw,discard=on,readonly=on", "readonly=off"),
             ("file=/a,format=raw,allow-write=/b,readonly=on", "use allow="),
+            ("file=/a,format=raw,guard-header=yes", "neither on nor off"),
+            ("file=/a,format=qcow2,guard-header=on", "needs format=raw"),
+            ("file=/a,format=raw,guard-header=on,readonly=on", "readonly=off"),
             ("file=/a,format=raw,", "key=value"),
             ("file=/a,format=raw,queues=0", "from 1 to 64"),
             ("file=/a,format=raw,queues=65", "from 1 to 64"),

@@ -4,6 +4,8 @@
 //! |---|---|
 //! | `args.rs` | what every command that opens an image shares: format, grants, plug-ins, audit |
 //! | `disk_arg.rs`, `open_disk.rs` | the disk strings of `run` and `serve`; the disks, opened and closed |
+//! | `grant_arg.rs`, `policy.rs` | what is allowed, and how much of it; the policy file |
+//! | `requested.rs` | what was asked for against what was granted |
 //! | `walls.rs` | the walls around the program: what each command will open |
 //! | `output.rs`, `progress.rs` | sizes, JSON, exit codes; how far long work has come |
 //! | `new_image.rs`, `target.rs` | a new image, which has its name once it is complete |
@@ -16,10 +18,13 @@ mod args;
 mod commands;
 mod copy;
 mod disk_arg;
+mod grant_arg;
 mod new_image;
 mod open_disk;
 mod output;
+mod policy;
 mod progress;
+mod requested;
 mod segments;
 mod target;
 mod walls;

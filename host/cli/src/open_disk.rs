@@ -3,28 +3,38 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use blockhouse_block::{Access, BlockBackend, Disk, DiskOptions, Pool};
-use blockhouse_sandbox::{LockMode, OpenRequest, Opener};
+use blockhouse_block::{Access, BlockBackend, Disk, DiskOptions, HeaderGuard, Pool};
+use blockhouse_sandbox::{AuditList, GrantReport, LockMode, OpenEvent, OpenRequest, Opener};
 use blockhouse_walls::{Plan, Role, Use, Walls};
 
-use crate::args::{HostArgs, grants, plan_grants};
+use crate::args::HostArgs;
 use crate::disk_arg::DiskArg;
+use crate::output::printable;
+use crate::requested;
 
 /// A disk that a guest gets.
 pub(crate) struct OpenDisk {
     number: usize,
+    /// How messages name it.
+    name: String,
     disk: Arc<Disk>,
+    guard_header: bool,
+    /// What its images asked for.
+    events: Arc<AuditList>,
+    /// What they may have.
+    pub(crate) granted: Vec<GrantReport>,
     /// What the guest sees as the serial number.
     pub(crate) serial: String,
 }
 
 impl OpenDisk {
     /// What is opened for the disks.
-    pub(crate) fn plan_all(plan: &mut Plan, disks: &[DiskArg]) {
+    pub(crate) fn plan_all(plan: &mut Plan, host: &HostArgs, disks: &[DiskArg]) -> anyhow::Result<()> {
         for disk in disks {
             plan.add(&disk.file, if disk.readonly { Use::Read } else { Use::Write });
-            plan_grants(plan, &disk.allow, &disk.allow_write);
+            host.plan_grants(plan, &disk.allow, &disk.allow_write)?;
         }
+        Ok(())
     }
 
     /// Opens each disk with its own grants.
@@ -38,13 +48,17 @@ impl OpenDisk {
         let formats = host.formats(&sandbox)?;
         let audit = host.audit()?;
         let open = |(number, disk): (usize, &DiskArg)| {
+            let access = if disk.readonly { Access::ReadOnly } else { Access::ReadWrite };
+            let grants = host.grants(&disk.allow, &disk.allow_write, access)?;
+            let granted = grants.list();
+            let events = Arc::new(AuditList::default());
             let opener = Opener::new(&sandbox, formats.clone())
-                .grants(grants(&disk.allow, &disk.allow_write)?)
+                .grants(grants)
                 .direct(disk.direct)
                 .locks(locks)
-                .audit(audit.clone());
+                .audit(audit.clone().with(Arc::clone(&events) as Arc<_>));
             let request = OpenRequest {
-                access: if disk.readonly { Access::ReadOnly } else { Access::ReadWrite },
+                access,
                 snapshot: disk.snapshot.clone(),
                 disk: disk_options(disk),
                 ..OpenRequest::new(&disk.file, &disk.format)
@@ -53,15 +67,33 @@ impl OpenDisk {
             let serial = disk.serial.clone().unwrap_or_else(|| format!("blockhouse-{number}"));
             // One for each disk: who waits for a component must not keep other disks waiting.
             let begin = walls.thread_start(Role::DataPath);
-            let disk = opened.disk.with_pool(Pool::beginning_with(move || begin()));
-            Ok(Self { number, disk: Arc::new(disk), serial })
+            let (name, guard_header) = (disk.file.display().to_string(), disk.guard_header);
+            let disk = Arc::new(opened.disk.with_pool(Pool::beginning_with(move || begin())));
+            Ok(Self { number, name, disk, guard_header, events, granted, serial })
         };
         disks.iter().enumerate().map(open).collect()
     }
 
     /// The disk as a device sees it.
-    pub(crate) fn backend(&self) -> Arc<dyn BlockBackend> {
-        Arc::clone(&self.disk) as _
+    pub(crate) fn backend(&self) -> anyhow::Result<Arc<dyn BlockBackend>> {
+        let disk: Arc<dyn BlockBackend> = Arc::clone(&self.disk) as _;
+        Ok(if self.guard_header { Arc::new(HeaderGuard::new(disk, &self.name)?) } else { disk })
+    }
+
+    /// What its images asked for so far.
+    pub(crate) fn requested(&self) -> Vec<OpenEvent> {
+        self.events.events()
+    }
+
+    /// Says what each disk's images asked for against what was granted, if there is anything to say.
+    pub(crate) fn summarize_all(disks: &[Self]) {
+        for disk in disks {
+            let events = disk.events.events();
+            if !(events.is_empty() && disk.granted.is_empty()) {
+                let (asked, granted) = (requested::requested(&events), requested::granted(&disk.granted));
+                eprintln!("{}: {asked}; {granted}", printable(&disk.name));
+            }
+        }
     }
 
     /// Makes what was written durable and ends the use of each image, even if another one cannot be closed.

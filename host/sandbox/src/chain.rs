@@ -8,7 +8,7 @@
 //! ```
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use blockhouse_block::{Access, Disk, DiskOptions, Error, ErrorKind, FileIdentity, Layer, LayerInfo, Result};
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 use wasmtime::component::Resource;
 use wasmtime_wasi::filesystem::Descriptor;
 
@@ -23,13 +24,15 @@ use crate::audit::{Audit, OpenEvent, Outcome};
 use crate::bindings::reader::blockhouse::format::types::Access as WitAccess;
 use crate::bindings::reader::exports::blockhouse::format::reader::ImageInfo;
 use crate::bindings::snapshots::SnapshotAbility;
-use crate::grants::{Grants, absolute_name};
-use crate::host::{Identity, SharedFiles, State};
+use crate::grants::{GrantReport, Grants, Sha256Digest, absolute_name};
+use crate::host::{Identity, OpenFile, SharedFiles, State};
 use crate::instance::Instance;
-use crate::layer::ComponentLayer;
+use crate::layer::{ComponentLayer, Incarnation, Revival};
 use crate::locks::{self, LockMode};
+use crate::pin::Pin;
 use crate::regular;
-use crate::sandbox::{Plugin, PluginKind, Sandbox};
+use crate::restart::{Backoff, Held, Now, Restart, monotonic};
+use crate::sandbox::{Plugin, PluginKind, Sandbox, hex};
 use crate::text::clean;
 
 /// Components by the name of the format they serve. Names are what operators write after `--format`
@@ -37,7 +40,13 @@ use crate::text::clean;
 ///
 /// A component that was added as bytes is compiled when an image first needs it.
 #[derive(Clone, Debug, Default)]
-pub struct Formats(BTreeMap<String, Arc<Source>>);
+pub struct Formats {
+    sources: BTreeMap<String, Arc<Source>>,
+    /// The formats that may be used at all, and who says so.
+    only: Option<(BTreeSet<String>, String)>,
+    /// The components that may serve a format, and who says so.
+    required: BTreeMap<String, (BTreeSet<String>, String)>,
+}
 
 #[derive(Debug)]
 struct Source {
@@ -56,7 +65,7 @@ impl Formats {
     pub fn add(&mut self, format: impl Into<String>, plugin: Plugin) {
         let name = plugin.name().to_owned();
         let source = Source { name, bytes: Cow::Borrowed(&[]), loaded: OnceLock::from(plugin) };
-        self.0.insert(format.into(), Arc::new(source));
+        self.sources.insert(format.into(), Arc::new(source));
     }
 
     /// Serves `format` with the component in `bytes`, instead of what served it before. `name` is for
@@ -68,29 +77,63 @@ impl Formats {
         bytes: impl Into<Cow<'static, [u8]>>,
     ) {
         let source = Source { name: name.into(), bytes: bytes.into(), loaded: OnceLock::new() };
-        self.0.insert(format.into(), Arc::new(source));
+        self.sources.insert(format.into(), Arc::new(source));
     }
 
     /// The names of the formats, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.0.keys().map(String::as_str)
+        self.sources.keys().map(String::as_str)
+    }
+
+    /// Refuses all formats but these. `by` is who says so, for messages: `the policy p.toml`.
+    pub fn only(&mut self, formats: impl IntoIterator<Item = String>, by: impl Into<String>) {
+        self.only = Some((formats.into_iter().collect(), by.into()));
+    }
+
+    /// Has `format` be served by a component with one of these digests, or not at all. `by` is who says so.
+    pub fn require(&mut self, format: &str, digests: impl IntoIterator<Item = Sha256Digest>, by: impl Into<String>) {
+        let digests = digests.into_iter().map(|digest| digest.to_string()).collect();
+        self.required.insert(format.to_owned(), (digests, by.into()));
+    }
+
+    /// Whether a component with this digest may serve a format.
+    ///
+    /// # Errors
+    /// [`Denied`](ErrorKind::Denied) if not, with who says so.
+    pub fn check(&self, format: &str, digest: &str) -> Result<()> {
+        let format_text = clean(format, 64);
+        let denied = |why: String| Err(Error::new(ErrorKind::Denied, why));
+        if let Some((only, by)) = &self.only
+            && !only.contains(format)
+        {
+            let allowed = only.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+            return denied(format!("{by} does not allow the format {format_text:?}; it allows: {allowed}"));
+        }
+        if let Some((required, by)) = self.required.get(format)
+            && !required.contains(digest)
+        {
+            return denied(format!("{by} does not allow the component for {format_text} with the sha256 {digest}"));
+        }
+        Ok(())
     }
 
     /// The component that serves `format`, compiled now if it was not yet.
     ///
     /// # Errors
-    /// [`Unsupported`](ErrorKind::Unsupported) if no component serves the format; else as
-    /// [`Sandbox::load`].
+    /// [`Unsupported`](ErrorKind::Unsupported) if no component serves the format; what
+    /// [`check`](Self::check) and [`Sandbox::load`] answer.
     pub fn load(&self, sandbox: &Sandbox, format: &str) -> Result<Plugin> {
-        let Some(source) = self.0.get(format) else {
-            let known = self.0.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        let Some(source) = self.sources.get(format) else {
+            let known = self.sources.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
             let known = if known.is_empty() { "none" } else { &known };
             let why = format!("no component serves the format {:?}; there is: {known}", clean(format, 64));
             return Err(Error::new(ErrorKind::Unsupported, why));
         };
         if let Some(plugin) = source.loaded.get() {
+            self.check(format, plugin.digest())?;
             return Ok(plugin.clone());
         }
+        self.check(format, &hex(&Sha256::digest(&source.bytes)))?;
         let plugin = sandbox.load(&source.name, &source.bytes)?;
         Ok(source.loaded.get_or_init(|| plugin).clone())
     }
@@ -206,8 +249,10 @@ pub struct LayerReport {
 pub struct ChainReport {
     /// The layers, the top first.
     pub layers: Vec<LayerReport>,
-    /// The grants in force.
+    /// The paths that are granted.
     pub grants: Vec<String>,
+    /// The grants in force, in detail.
+    pub granted: Vec<GrantReport>,
 }
 
 /// An opened disk, and what there is to know about it.
@@ -228,6 +273,18 @@ pub struct Opener {
     locks: LockMode,
     direct: bool,
     audit: Audit,
+    restart: Restart,
+    now: Clock,
+}
+
+/// A clock that can be printed.
+#[derive(Clone)]
+struct Clock(Now);
+
+impl std::fmt::Debug for Clock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Clock")
+    }
 }
 
 /// What the next layer is made of.
@@ -237,6 +294,16 @@ struct Next {
     format: String,
     access: Access,
     snapshot: Option<String>,
+    /// What it is pinned by.
+    pin: Option<Arc<Pin>>,
+}
+
+/// An image as it is handed to an instance.
+struct Hand {
+    file: File,
+    name: String,
+    access: Access,
+    pin: Option<Arc<Pin>>,
 }
 
 #[derive(Default)]
@@ -259,6 +326,8 @@ impl Opener {
             locks: LockMode::Enforce,
             direct: false,
             audit: Audit::new(),
+            restart: Restart::default(),
+            now: Clock(monotonic()),
         }
     }
 
@@ -288,6 +357,18 @@ impl Opener {
         Self { audit, ..self }
     }
 
+    /// Sets how components that break down are started again.
+    #[must_use]
+    pub fn restart(self, restart: Restart) -> Self {
+        Self { restart, ..self }
+    }
+
+    /// Sets the clock by which they are, in place of the system's: for tests.
+    #[must_use]
+    pub fn restart_clock(self, now: Now) -> Self {
+        Self { now: Clock(now), ..self }
+    }
+
     /// Opens an image and its whole chain.
     ///
     /// # Errors
@@ -313,7 +394,7 @@ impl Opener {
     }
 
     fn report(&self, layers: Vec<LayerReport>) -> ChainReport {
-        ChainReport { layers, grants: self.grants.paths() }
+        ChainReport { layers, grants: self.grants.paths(), granted: self.grants.list() }
     }
 
     fn open_chain(&self, request: &OpenRequest, chain: &mut Chain, describe: bool) -> Result<()> {
@@ -324,6 +405,7 @@ impl Opener {
             format: request.format.clone(),
             access: request.access,
             snapshot: request.snapshot.clone(),
+            pin: None,
         });
         while let Some(image) = next {
             let name = image.name.clone();
@@ -361,8 +443,10 @@ impl Opener {
         }
 
         let plugin = &self.formats.load(&self.sandbox, &image.format)?;
-        let Started { instance, handle, shared, events } =
-            self.start(plugin, image.file, &image.name, &image.format, image.access)?;
+        let depth = u32::try_from(chain.layers.len()).unwrap_or(u32::MAX);
+        let hand = Hand { file: image.file, name: image.name.clone(), access: image.access, pin: image.pin.clone() };
+        let started = self.start_layer(plugin, hand, &image.format, depth, None)?;
+        let Started { instance, handle, shared, held, file: held_image, events } = started;
 
         let info = self.open_format(&instance, handle, &image.name, image.access)?;
 
@@ -414,19 +498,22 @@ impl Opener {
         chain.reports.push(report);
         let (virtual_size, backing) = connected?;
 
+        let described = Described::new(&info, virtual_size);
+        let mut backing_file = None;
         let next = match (backing, info.backing) {
             (Some(handle), Some(reference)) => {
-                let (file, path, _) = instance
+                let OpenFile { file, path, pin, .. } = instance
                     .with_state(|state| state.take_file(handle))?
                     .ok_or_else(|| instance.condemn("`connect` returned something that is not a file it opened"))?;
                 let file = match Arc::try_unwrap(file) {
                     Ok(file) => file,
                     Err(shared) => shared.try_clone().map_err(storage)?,
                 };
+                backing_file = Some(identity(&file).map_err(storage)?);
                 // The host never opens a path that came out of an image: `file` is what the component
                 // opened through its grants, `path` is the host's own record of that.
                 let format = reference.format.unwrap_or_default();
-                Some(Next { file, name: path, format, access: Access::ReadOnly, snapshot: None })
+                Some(Next { file, name: path, format, access: Access::ReadOnly, snapshot: None, pin })
             }
             (None, None) => None,
             (Some(_), None) => {
@@ -456,19 +543,38 @@ impl Opener {
             _ => None,
         };
         let begins = writer.is_some();
-        let layer = Arc::new(ComponentLayer {
-            info: LayerInfo {
-                name: image.name,
-                format: image.format,
-                virtual_size,
-                cluster_size: info.cluster_size_bytes,
-                overwritable: info.overwritable,
-            },
-            instance,
-            shared,
-            writer,
-            packer,
-        });
+        let again = Again {
+            opener: self.clone(),
+            plugin: plugin.clone(),
+            image: held_image,
+            name: image.name.clone(),
+            format: image.format.clone(),
+            access: image.access,
+            pin: image.pin,
+            depth,
+            snapshot: image.snapshot,
+            described,
+            backing_file,
+            writes: writer.is_some(),
+            packs: packer.is_some(),
+            shared: Arc::clone(&shared),
+            held: Arc::clone(&held),
+        };
+        let revival = Revival {
+            start: Box::new(move || again.start()),
+            held,
+            backoff: Mutex::new(Backoff::new(self.restart.clone())),
+            now: Arc::clone(&self.now.0),
+        };
+        let info = LayerInfo {
+            name: image.name,
+            format: image.format,
+            virtual_size,
+            cluster_size: info.cluster_size_bytes,
+            overwritable: info.overwritable,
+        };
+        let first = Incarnation::new(instance, writer, packer);
+        let layer = Arc::new(ComponentLayer::new(info, first, shared, revival));
         if begins {
             chain.writable = Some(Arc::clone(&layer));
         }
@@ -477,8 +583,98 @@ impl Opener {
     }
 }
 
+/// What an image is, as far as the layers above and the disk depend on it.
+#[derive(Debug, PartialEq, Eq)]
+struct Described {
+    /// Of the image, and of the snapshot in its place.
+    sizes: (u64, u64),
+    cluster_size: u32,
+    overwritable: bool,
+    backing: Option<(String, Option<String>)>,
+}
+
+impl Described {
+    fn new(info: &ImageInfo, virtual_size: u64) -> Self {
+        Self {
+            sizes: (info.virtual_size_bytes, virtual_size),
+            cluster_size: info.cluster_size_bytes,
+            overwritable: info.overwritable,
+            backing: info.backing.as_ref().map(|backing| (backing.name.clone(), backing.format.clone())),
+        }
+    }
+}
+
+/// All that it takes to start a layer's component again.
+struct Again {
+    opener: Opener,
+    plugin: Plugin,
+    image: Arc<File>,
+    name: String,
+    format: String,
+    access: Access,
+    pin: Option<Arc<Pin>>,
+    depth: u32,
+    snapshot: Option<String>,
+    described: Described,
+    backing_file: Option<FileIdentity>,
+    writes: bool,
+    packs: bool,
+    shared: SharedFiles,
+    held: Arc<Mutex<Held>>,
+}
+
+impl Again {
+    /// A new instance with the files of the old one, which says of the image what the old one said. Otherwise
+    /// an error, of another kind than [`Component`](ErrorKind::Component) if it is not worth another attempt.
+    fn start(&self) -> Result<Incarnation> {
+        let storage = |error: std::io::Error| {
+            Error::new(ErrorKind::Storage, format!("cannot look at the image: {error}")).with_source(error)
+        };
+        let file = self.image.try_clone().map_err(storage)?;
+        let hand = Hand { file, name: self.name.clone(), access: self.access, pin: self.pin.clone() };
+        let before = Some((Arc::clone(&self.shared), Arc::clone(&self.held)));
+        let Started { instance, handle, .. } =
+            self.opener.start_layer(&self.plugin, hand, &self.format, self.depth, before)?;
+        let changed = |what: &str| {
+            let why = format!("the component that was started again describes another image: {what}");
+            Error::new(ErrorKind::Corrupt, why).on_image(&*self.name)
+        };
+        let info = self.opener.open_format(&instance, handle, &self.name, self.access)?;
+        let size = match &self.snapshot {
+            Some(id) => select_snapshot(&self.plugin, &instance, &self.format, id)?,
+            None => info.virtual_size_bytes,
+        };
+        if Described::new(&info, size) != self.described {
+            return Err(changed("its size, its clusters or its backing file are not what they were"));
+        }
+        let backing = instance
+            .call("connect", |call| call.format.blockhouse_format_reader().call_connect(call.store))?
+            .map(|handle| instance.with_state(|state| state.take_file(handle)))
+            .transpose()?;
+        let backing_file = match backing {
+            None => None,
+            Some(Some(open)) => Some(identity(&open.file).map_err(storage)?),
+            Some(None) => return Err(instance.condemn("`connect` returned something that is not a file it opened")),
+        };
+        if backing_file != self.backing_file {
+            return Err(changed("it has another backing file"));
+        }
+        let writer = self.writes.then(|| instance.writer()).transpose()?;
+        let packer = self.packs.then(|| instance.packer()).transpose()?;
+        let next = Incarnation::new(instance, writer, packer);
+        next.begin().transpose()?;
+        Ok(next)
+    }
+}
+
+/// Which file it is.
+fn identity(file: &File) -> std::io::Result<FileIdentity> {
+    let metadata = file.metadata()?;
+    Ok(FileIdentity { device: metadata.dev(), inode: metadata.ino() })
+}
+
 impl Opener {
-    /// Starts an instance of `plugin` for an image, and hands it the open file.
+    /// Starts an instance of `plugin` for an image that is no part of a chain, and hands it the open file.
     pub(crate) fn start(
         &self,
         plugin: &Plugin,
@@ -487,27 +683,47 @@ impl Opener {
         format: &str,
         access: Access,
     ) -> Result<Started> {
+        self.start_layer(plugin, Hand { file, name: name.to_owned(), access, pin: None }, format, 0, None)
+    }
+
+    /// Starts an instance of `plugin` for the image at `depth` of a chain, and hands it the open file. `before` is
+    /// what an instance before it registered and opened.
+    fn start_layer(
+        &self,
+        plugin: &Plugin,
+        image: Hand,
+        format: &str,
+        depth: u32,
+        before: Option<(SharedFiles, Arc<Mutex<Held>>)>,
+    ) -> Result<Started> {
         let PluginKind::Format(pre) = &plugin.kind else {
             let why = format!("it is a prober and cannot serve the format {format:?}");
             return Err(Error::new(ErrorKind::Component, why).on_image(plugin.name()));
         };
-        let identity =
-            Identity { image: name.to_owned(), format: format.to_owned(), component: plugin.digest().to_owned() };
+        let Hand { file, name, access, pin } = image;
+        let component = plugin.digest().to_owned();
+        let identity = Identity { image: name.clone(), depth, format: format.to_owned(), component };
         let limits = self.sandbox.shared_limits();
         let mut state = State::new(identity, limits, self.grants.clone(), self.locks, self.audit.clone());
         state.direct = self.direct;
-        if self.direct {
+        if let Some((shared, held)) = before {
+            (state.shared, state.held) = (shared, held);
+        } else if self.direct {
             regular::direct(&file, access == Access::ReadWrite).map_err(|error| {
                 let why = format!("cannot be used with direct I/O, which was asked for: {error}");
-                Error::new(ErrorKind::Unsupported, why).with_source(error).on_image(name)
+                Error::new(ErrorKind::Unsupported, why).with_source(error).on_image(&*name)
             })?;
         }
         let shared = Arc::clone(&state.shared);
+        let held = Arc::clone(&state.held);
         let events = Arc::clone(&state.events);
-        let handle = state.add_file(file, name.to_owned(), access).map_err(|error| {
+        let handle = state.add_file(file, name, access, pin).map_err(|error| {
             Error::new(ErrorKind::Component, "cannot hand the image to the component").with_source(error)
         })?;
-        Ok(Started { instance: Instance::start(&self.sandbox, pre, state)?, handle, shared, events })
+        let file = state
+            .file_of(&handle)
+            .ok_or_else(|| Error::new(ErrorKind::Component, "cannot hand the image to the component"))?;
+        Ok(Started { instance: Instance::start(&self.sandbox, pre, state)?, handle, shared, held, file, events })
     }
 
     /// Makes the component read what the image says, and checks what it reports.
@@ -549,6 +765,9 @@ pub(crate) struct Started {
     pub(crate) instance: Instance,
     pub(crate) handle: Resource<Descriptor>,
     shared: SharedFiles,
+    held: Arc<Mutex<Held>>,
+    /// The image.
+    file: Arc<File>,
     events: Arc<Mutex<Vec<OpenEvent>>>,
 }
 

@@ -2,16 +2,146 @@
 //! granted, before any image is looked at.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component as PathComponent, Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 
 use blockhouse_block::{Access, Error, ErrorKind, Result};
+use serde::{Serialize, Serializer};
+use sha2::{Digest, Sha256};
 use wasmtime_wasi::filesystem::{Dir, FsPerms, OpenMode};
 
+use crate::pin::Pin;
 use crate::regular;
+
+/// A SHA-256, written as 64 hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Sha256Digest([u8; 32]);
+
+impl Sha256Digest {
+    /// A digest of these bytes.
+    pub const fn new(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// The digest of some content.
+    pub fn of(content: &[u8]) -> Self {
+        Self(Sha256::digest(content).into())
+    }
+}
+
+impl FromStr for Sha256Digest {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+        let mut bytes = [0; 32];
+        let (pairs, rest) = text.as_bytes().as_chunks::<2>();
+        let complete = rest.is_empty() && pairs.len() == bytes.len();
+        let digits = bytes.iter_mut().zip(pairs).try_for_each(|(byte, [high, low])| {
+            *byte = digit(*high)? << 4 | digit(*low)?;
+            Some(())
+        });
+        match digits {
+            Some(()) if complete => Ok(Self(bytes)),
+            _ => Err(Error::new(ErrorKind::Invalid, format!("{text:?} is no SHA-256: 64 hexadecimal digits"))),
+        }
+    }
+}
+
+impl fmt::Display for Sha256Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Sha256Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl Serialize for Sha256Digest {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+/// Whose references a grant is for. By default: those of every image of the chain.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Referrer {
+    /// Only the image at this depth of the chain: 0 is the image that the operator named, 1 its backing file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layer: Option<u32>,
+    /// Only the image of this absolute name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+}
+
+impl Referrer {
+    /// Whether the image `name` at `depth` may use the grant.
+    pub(crate) fn includes(&self, depth: u32, name: &str) -> bool {
+        self.layer.is_none_or(|layer| layer == depth) && self.image.as_ref().is_none_or(|image| image == name)
+    }
+}
+
+/// One thing that is granted. See [`Grants::allow`] for what it means.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// A directory (every regular file below it) or one regular file.
+    pub path: PathBuf,
+    /// Read-write is for external data files of images that are opened read-write.
+    pub access: Access,
+    /// The file must have this SHA-256, and keep it: see [`Grants::add`].
+    pub sha256: Option<Sha256Digest>,
+    /// Whose references it is for.
+    pub referrer: Referrer,
+}
+
+impl Grant {
+    /// A grant to read `path`, for every image of a chain.
+    pub fn read(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), access: Access::ReadOnly, sha256: None, referrer: Referrer::default() }
+    }
+}
+
+/// A grant that is in force, for people and programs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct GrantReport {
+    /// The absolute path.
+    pub path: String,
+    /// `read-only` or `read-write`.
+    pub access: &'static str,
+    /// The SHA-256 that the file has and keeps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<Sha256Digest>,
+    /// Whose references it is for.
+    #[serde(flatten)]
+    pub referrer: Referrer,
+}
+
+impl fmt::Display for GrantReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.path)?;
+        if self.access == "read-write" {
+            f.write_str(", to be written")?;
+        }
+        if let Some(sha256) = &self.sha256 {
+            write!(f, ", pinned by sha256 {sha256}")?;
+        }
+        if let Some(layer) = self.referrer.layer {
+            write!(f, ", to layer {layer}")?;
+        }
+        if let Some(image) = &self.referrer.image {
+            write!(f, ", to {image}")?;
+        }
+        Ok(())
+    }
+}
 
 /// A set of grants. A clone shares the open files.
 ///
@@ -27,20 +157,64 @@ pub(crate) struct GrantTree {
 }
 
 /// A directory as components see it.
-#[derive(Clone)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Directory {
-    /// Set if the whole directory is granted.
-    pub(crate) whole: Option<(Dir, Access)>,
-    /// Single files that are granted in it, by name.
-    pub(crate) files: BTreeMap<String, (Arc<File>, Access)>,
+    /// The grants of the whole directory.
+    pub(crate) whole: Vec<WholeGrant>,
+    /// Single files that are granted in it, by name. Where there is any, the whole directory says nothing
+    /// about that name.
+    pub(crate) files: BTreeMap<String, Vec<FileGrant>>,
 }
 
-impl std::fmt::Debug for Directory {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Directory")
-            .field("whole", &self.whole.as_ref().map(|(_, access)| access))
-            .field("files", &self.files.keys())
+/// A directory that is granted as a whole.
+#[derive(Clone)]
+pub(crate) struct WholeGrant {
+    pub(crate) dir: Dir,
+    pub(crate) access: Access,
+    pub(crate) referrer: Referrer,
+}
+
+/// A file that is granted by itself.
+#[derive(Clone)]
+pub(crate) struct FileGrant {
+    pub(crate) file: Arc<File>,
+    pub(crate) access: Access,
+    pub(crate) referrer: Referrer,
+    pub(crate) pin: Option<Arc<Pin>>,
+}
+
+impl fmt::Debug for WholeGrant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WholeGrant").field("access", &self.access).field("referrer", &self.referrer).finish()
+    }
+}
+
+impl fmt::Debug for FileGrant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pin = self.pin.as_ref().map(|pin| pin.digest());
+        f.debug_struct("FileGrant")
+            .field("access", &self.access)
+            .field("referrer", &self.referrer)
+            .field("pin", &pin)
             .finish()
+    }
+}
+
+impl Directory {
+    /// The grant of the whole directory that the image `name` at `depth` may use for `access`, or else the one
+    /// that it may use for less.
+    pub(crate) fn whole_for(&self, depth: u32, name: &str, access: Access) -> Option<&WholeGrant> {
+        let mine = || self.whole.iter().filter(|grant| grant.referrer.includes(depth, name));
+        mine()
+            .find(|grant| grant.access == access)
+            .or_else(|| mine().find(|grant| grant.access.is_writable()))
+            .or_else(|| mine().next())
+    }
+
+    /// Whether the image `name` at `depth` may use any of it.
+    pub(crate) fn concerns(&self, depth: u32, name: &str) -> bool {
+        self.whole.iter().any(|grant| grant.referrer.includes(depth, name))
+            || self.files.values().flatten().any(|grant| grant.referrer.includes(depth, name))
     }
 }
 
@@ -59,7 +233,7 @@ impl Grants {
     /// [`Invalid`](ErrorKind::Invalid) if the path is not UTF-8, or neither a directory nor a regular
     /// file; [`Storage`](ErrorKind::Storage) if it cannot be opened.
     pub fn allow(self, path: impl AsRef<Path>) -> Result<Self> {
-        self.grant(path.as_ref(), Access::ReadOnly)
+        self.add(&Grant::read(path.as_ref()), &mut |_, _| {})
     }
 
     /// As [`allow`](Self::allow), and what is granted may be written by an image that is opened read-write:
@@ -68,60 +242,103 @@ impl Grants {
     /// # Errors
     /// As [`allow`](Self::allow).
     pub fn allow_writing(self, path: impl AsRef<Path>) -> Result<Self> {
-        self.grant(path.as_ref(), Access::ReadWrite)
+        self.add(&Grant { access: Access::ReadWrite, ..Grant::read(path.as_ref()) }, &mut |_, _| {})
     }
 
-    fn grant(self, path: &Path, access: Access) -> Result<Self> {
+    /// Grants in detail. A grant of a single file decides alone about its name: a directory around it that is
+    /// granted as well is not asked. A later grant of the same path to the same images replaces an earlier one.
+    ///
+    /// A pinned file is hashed now, which may take long; `progress` is told how many bytes of how many are done.
+    /// From then on it is held open, locked against writers that respect QEMU's locks, and watched. If its
+    /// content may have changed, every read of it fails, also by disks that are open; `host/sandbox/src/pin.rs`
+    /// says what is guaranteed on which file system.
+    ///
+    /// # Errors
+    /// As [`allow`](Self::allow). [`Denied`](ErrorKind::Denied) if the content of a pinned file is another one,
+    /// or somebody writes to it; [`Invalid`](ErrorKind::Invalid) if a directory is to be pinned, or a file that may
+    /// be written, or a file that is granted to the same images with another pin.
+    pub fn add(self, grant: &Grant, progress: &mut dyn FnMut(u64, u64)) -> Result<Self> {
+        let path = grant.path.as_path();
         let name = absolute_name(path)?;
         let fail = |error: io::Error| {
             Error::new(ErrorKind::Storage, format!("cannot grant {}: {error}", path.display())).with_source(error)
         };
+        let invalid =
+            |why: &str| Err(Error::new(ErrorKind::Invalid, format!("cannot grant {}: {why}", path.display())));
         // A directory cannot be opened for writing, and a file of which only the name is needed need not be:
         // it is opened again for each use.
         let file = File::options().read(true).custom_flags(regular::careful()).open(path).map_err(fail)?;
         let kind = file.metadata().map_err(fail)?.file_type();
+        let (access, referrer) = (grant.access, grant.referrer.clone());
         let mut tree = Arc::unwrap_or_clone(self.0);
         if kind.is_dir() {
+            if grant.sha256.is_some() {
+                return invalid("it is a directory, and only a file can be pinned by sha256");
+            }
             let (perms, mode) = match access {
                 Access::ReadOnly => (FsPerms::ReadOnly, OpenMode::READ),
                 Access::ReadWrite => (FsPerms::ReadWrite, OpenMode::READ | OpenMode::WRITE),
             };
-            tree.directory(&name).whole = Some((Dir::new(file, perms, mode, true), access));
+            let whole = &mut tree.directories.entry(name).or_default().whole;
+            whole.retain(|other| other.referrer != referrer);
+            whole.push(WholeGrant { dir: Dir::new(file, perms, mode, true), access, referrer });
         } else if kind.is_file() {
             regular::usual_mode(&file).map_err(fail)?;
             let (parent, leaf) = name.rsplit_once('/').unwrap_or(("", &name));
             let parent = if parent.is_empty() { "/" } else { parent };
-            tree.directory(parent).files.insert(leaf.to_owned(), (Arc::new(file), access));
+            let grants =
+                tree.directories.entry(parent.to_owned()).or_default().files.entry(leaf.to_owned()).or_default();
+            let before = grants.iter().find(|other| other.referrer == referrer);
+            if before.is_some_and(|other| other.pin.as_ref().map(|pin| pin.digest()) != grant.sha256.as_ref()) {
+                return invalid("it is granted twice, once with another sha256 or without one");
+            }
+            let file = Arc::new(file);
+            let pin = match grant.sha256 {
+                Some(_) if access.is_writable() => return invalid("what is pinned by sha256 cannot be written"),
+                Some(sha256) => Some(Pin::new(Arc::clone(&file), &name, sha256, progress)?),
+                None => None,
+            };
+            grants.retain(|other| other.referrer != referrer);
+            grants.push(FileGrant { file, access, referrer, pin });
         } else {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                format!("cannot grant {}: it is neither a directory nor a regular file", path.display()),
-            ));
+            return invalid("it is neither a directory nor a regular file");
         }
         Ok(Self(Arc::new(tree)))
     }
 
-    /// The granted paths, sorted: what a program prints as "granted".
+    /// The granted paths, sorted, each once.
     pub fn paths(&self) -> Vec<String> {
-        let mut paths = Vec::new();
-        for (name, directory) in &self.0.directories {
-            if directory.whole.is_some() {
-                paths.push(name.clone());
-            }
-            paths.extend(directory.files.keys().map(|leaf| join(name, leaf)));
-        }
-        paths.sort();
+        let mut paths: Vec<String> = self.list().into_iter().map(|grant| grant.path).collect();
+        paths.dedup();
         paths
+    }
+
+    /// The grants, sorted by path: what a program prints as "granted".
+    pub fn list(&self) -> Vec<GrantReport> {
+        let mut list = Vec::new();
+        let text = |access: Access| if access.is_writable() { "read-write" } else { "read-only" };
+        for (name, directory) in &self.0.directories {
+            list.extend(directory.whole.iter().map(|grant| GrantReport {
+                path: name.clone(),
+                access: text(grant.access),
+                sha256: None,
+                referrer: grant.referrer.clone(),
+            }));
+            for (leaf, grants) in &directory.files {
+                list.extend(grants.iter().map(|grant| GrantReport {
+                    path: join(name, leaf),
+                    access: text(grant.access),
+                    sha256: grant.pin.as_ref().map(|pin| *pin.digest()),
+                    referrer: grant.referrer.clone(),
+                }));
+            }
+        }
+        list.sort_by(|a, b| (&a.path, &a.referrer).cmp(&(&b.path, &b.referrer)));
+        list
     }
 
     pub(crate) fn tree(&self) -> &GrantTree {
         &self.0
-    }
-}
-
-impl GrantTree {
-    fn directory(&mut self, name: &str) -> &mut Directory {
-        self.directories.entry(name.to_owned()).or_insert_with(|| Directory { whole: None, files: BTreeMap::new() })
     }
 }
 

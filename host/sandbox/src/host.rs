@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::future::Future;
+use std::os::unix::fs::MetadataExt;
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use blockhouse_block::{Access, ImageFile};
+use blockhouse_block::{Access, FileIdentity, ImageFile};
 use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable, ResourceType};
 use wasmtime::{Engine, ResourceLimiter, StoreContextMut, bail};
 use wasmtime_wasi::filesystem::{
@@ -25,8 +26,10 @@ use crate::bindings::reader::blockhouse::format::{files, log, types};
 use crate::grants::Grants;
 use crate::limits::Limits;
 use crate::locks::LockMode;
+use crate::pin::Pin;
 use crate::policy;
 use crate::regular;
+use crate::restart::{Held, HeldFile};
 use crate::text::clean;
 
 /// Files that an instance registered, by index. The layer reads it without the store.
@@ -37,7 +40,16 @@ enum Node {
     /// A preopened directory, by its absolute name.
     Directory(String),
     /// A file.
-    File { path: String, access: Access },
+    File { path: String, access: Access, pin: Option<Arc<Pin>> },
+}
+
+/// An open file with all that the host knows of it.
+pub(crate) struct OpenFile {
+    pub(crate) file: Arc<File>,
+    /// The absolute path under which it was opened.
+    pub(crate) path: String,
+    /// What it is pinned by.
+    pub(crate) pin: Option<Arc<Pin>>,
 }
 
 /// Who an instance is, for audit events and messages.
@@ -45,6 +57,8 @@ enum Node {
 pub(crate) struct Identity {
     /// The image, by the name under which it was opened.
     pub(crate) image: String,
+    /// How deep it is in its chain: 0 is the top.
+    pub(crate) depth: u32,
     /// The declared format.
     pub(crate) format: String,
     /// SHA-256 of the component, in hexadecimal.
@@ -91,6 +105,10 @@ pub(crate) struct State {
     /// Every attempt to open, in order.
     pub(crate) events: Arc<Mutex<Vec<OpenEvent>>>,
     pub(crate) shared: SharedFiles,
+    /// What it opened, for the next instance if this one breaks down.
+    pub(crate) held: Arc<Mutex<Held>>,
+    /// What files that it opened are pinned by, each once.
+    pub(crate) pins: Vec<Arc<Pin>>,
     /// The last error that the component logged: after a trap, its last words.
     pub(crate) last_words: Option<String>,
     /// Which limit stopped it, if one did.
@@ -119,6 +137,8 @@ impl State {
             log_messages: 0,
             events: Arc::default(),
             shared: SharedFiles::default(),
+            held: Arc::default(),
+            pins: Vec::new(),
             last_words: None,
             exceeded: None,
             memory_bytes: 0,
@@ -156,12 +176,18 @@ impl State {
         file: File,
         path: String,
         access: Access,
+        pin: Option<Arc<Pin>>,
     ) -> wasmtime::Result<Resource<Descriptor>> {
+        if let Some(pin) = &pin
+            && !self.pins.iter().any(|known| Arc::ptr_eq(known, pin))
+        {
+            self.pins.push(Arc::clone(pin));
+        }
         let (perms, mode) = match access {
             Access::ReadOnly => (FsPerms::ReadOnly, OpenMode::READ),
             Access::ReadWrite => (FsPerms::ReadWrite, OpenMode::READ | OpenMode::WRITE),
         };
-        self.push(Descriptor::File(WasiFile::new(file, perms, mode, true)), Node::File { path, access })
+        self.push(Descriptor::File(WasiFile::new(file, perms, mode, true)), Node::File { path, access, pin })
     }
 
     fn push(&mut self, descriptor: Descriptor, node: Node) -> wasmtime::Result<Resource<Descriptor>> {
@@ -184,12 +210,22 @@ impl State {
         }
     }
 
-    /// Takes back a file that the component returned: the open file, its path and its rights.
-    pub(crate) fn take_file(&mut self, resource: Resource<Descriptor>) -> Option<(Arc<File>, String, Access)> {
+    /// Takes back a file that the component returned.
+    pub(crate) fn take_file(&mut self, resource: Resource<Descriptor>) -> Option<OpenFile> {
         let node = self.nodes.remove(&resource.rep());
         let descriptor = self.table.delete(resource).ok()?;
         match (descriptor, node) {
-            (Descriptor::File(file), Some(Node::File { path, access })) => Some((file.file, path, access)),
+            (Descriptor::File(file), Some(Node::File { path, pin, .. })) => {
+                Some(OpenFile { file: file.file, path, pin })
+            }
+            _ => None,
+        }
+    }
+
+    /// The open file behind a handle.
+    pub(crate) fn file_of(&self, resource: &Resource<Descriptor>) -> Option<Arc<File>> {
+        match self.table.get(resource) {
+            Ok(Descriptor::File(file)) => Some(Arc::clone(&file.file)),
             _ => None,
         }
     }
@@ -219,8 +255,15 @@ impl State {
         };
         let judged = match self.nodes.get(&directory.rep()) {
             Some(Node::Directory(name)) => {
-                let request = policy::Request { directory: name, path, open_flags, flags };
-                policy::open(self.grants.tree(), &self.limits, self.locks, &request)
+                let (depth, image) = (self.identity.depth, self.identity.image.as_str());
+                let request = policy::Request { depth, image, directory: name, path, open_flags, flags };
+                let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+                if held.sealed {
+                    policy::open_again(&held, &self.limits, &request)
+                } else {
+                    drop(held);
+                    policy::open(self.grants.tree(), &self.limits, self.locks, &request)
+                }
             }
             Some(Node::File { .. }) | None => Err(policy::Denied {
                 code: ErrorCode::NotDirectory,
@@ -233,9 +276,15 @@ impl State {
             Ok(opened) => {
                 event.path.clone_from(&opened.path);
                 event.outcome = Outcome::Allowed;
-                event.grant = Some(opened.grant);
+                event.grant = Some(opened.grant.clone());
                 self.record(event);
-                self.add_file(opened.file, opened.path, opened.access).map(Ok)
+                let policy::Opened { file, path, access, grant, pin } = opened;
+                let resource = self.add_file(file, path.clone(), access, pin.clone())?;
+                if let Some(file) = self.file_of(&resource) {
+                    let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+                    held.keep(HeldFile { path, access, grant, file, pin }, self.limits.handles);
+                }
+                Ok(Ok(resource))
             }
             Err(denied) => {
                 event.path = denied.path;
@@ -255,16 +304,19 @@ impl State {
     /// The preopened directories: the granted ones, the parents of granted files, and the root, below
     /// which everything else is denied and recorded.
     fn get_directories(&mut self) -> wasmtime::Result<Vec<(Resource<Descriptor>, String)>> {
+        let (depth, image) = (self.identity.depth, self.identity.image.as_str());
         let mut directories: Vec<(Option<Descriptor>, String)> = self
             .grants
             .tree()
             .directories
             .iter()
+            .filter(|(_, directory)| directory.concerns(depth, image))
             .map(|(name, directory)| {
-                (directory.whole.as_ref().map(|(dir, _)| Descriptor::Dir(dir.clone())), name.clone())
+                let whole = directory.whole_for(depth, image, Access::ReadWrite);
+                (whole.map(|grant| Descriptor::Dir(grant.dir.clone())), name.clone())
             })
             .collect();
-        if !self.grants.tree().directories.contains_key("/") {
+        if !directories.iter().any(|(_, name)| name == "/") {
             directories.push((None, "/".to_owned()));
         }
         let mut preopens = Vec::with_capacity(directories.len());
@@ -282,7 +334,16 @@ impl State {
 /// The descriptor behind a directory that is not granted as a whole. It is `/dev/null`: should the
 /// policy ever fail to stop an operation on it, there is no directory behind it to operate on.
 fn nowhere() -> wasmtime::Result<Descriptor> {
-    Ok(Descriptor::File(WasiFile::new(File::open("/dev/null")?, FsPerms::ReadOnly, OpenMode::empty(), true)))
+    // Opened once: a component may be started again by a thread that can open nothing any more.
+    static NULL: OnceLock<File> = OnceLock::new();
+    let null = match NULL.get() {
+        Some(null) => null,
+        None => {
+            let null = File::open("/dev/null")?;
+            NULL.get_or_init(|| null)
+        }
+    };
+    Ok(Descriptor::File(WasiFile::new(null.try_clone()?, FsPerms::ReadOnly, OpenMode::empty(), true)))
 }
 
 impl ResourceLimiter for State {
@@ -328,7 +389,7 @@ impl files::Host for State {
         access: types::Access,
     ) -> wasmtime::Result<Result<u32, files::ShareError>> {
         self.count()?;
-        let Some(Node::File { path, access: held }) = self.nodes.get(&file.rep()) else {
+        let Some(Node::File { path, access: held, pin }) = self.nodes.get(&file.rep()) else {
             return Ok(Err(files::ShareError::NotPermitted));
         };
         let access = match access {
@@ -340,6 +401,18 @@ impl files::Host for State {
             return Ok(Err(files::ShareError::NotPermitted));
         };
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.held.lock().unwrap_or_else(PoisonError::into_inner).sealed {
+            // Extents name files by index: a file that an instance before this one registered keeps its own.
+            let identity = open.file.metadata().map(|file| FileIdentity { device: file.dev(), inode: file.ino() });
+            let same = |file: &Arc<ImageFile>| {
+                identity.as_ref().is_ok_and(|identity| *identity == file.identity())
+                    && file.access() == access
+                    && file.name() == path
+            };
+            if let Some(index) = shared.iter().position(same) {
+                return Ok(Ok(u32::try_from(index).unwrap_or(u32::MAX)));
+            }
+        }
         let index = u32::try_from(shared.len()).unwrap_or(u32::MAX);
         if index >= self.limits.shared_files {
             return Ok(Err(files::ShareError::TooMany));
@@ -348,7 +421,11 @@ impl files::Host for State {
             if self.direct { regular::direct(&open.file, access == Access::ReadWrite) } else { open.file.try_clone() };
         let image_file = file
             .map_err(|error| error.to_string())
-            .and_then(|file| ImageFile::new(file, access, path.clone()).map_err(|error| error.to_string()));
+            .and_then(|file| ImageFile::new(file, access, path.clone()).map_err(|error| error.to_string()))
+            .map(|file| match pin {
+                Some(pin) => file.with_validity(pin.validity()),
+                None => file,
+            });
         match image_file {
             Ok(file) => {
                 shared.push(Arc::new(file));
@@ -639,12 +716,12 @@ mod tests {
 
     #[test]
     fn only_a_file_that_was_handed_over_for_writing_can_be_changed() {
-        let identity = Identity { image: String::new(), format: String::new(), component: String::new() };
+        let identity = Identity { image: String::new(), depth: 0, format: String::new(), component: String::new() };
         let mut state =
             State::new(identity, Arc::new(Limits::default()), Grants::new(), LockMode::Enforce, Audit::new());
         let null = || File::options().read(true).write(true).open("/dev/null").unwrap();
-        let read_only = state.add_file(null(), "/a".to_owned(), Access::ReadOnly).unwrap();
-        let read_write = state.add_file(null(), "/b".to_owned(), Access::ReadWrite).unwrap();
+        let read_only = state.add_file(null(), "/a".to_owned(), Access::ReadOnly, None).unwrap();
+        let read_write = state.add_file(null(), "/b".to_owned(), Access::ReadWrite, None).unwrap();
         let directory = state.get_directories().unwrap().remove(0).0;
         assert_eq!(state.writable(&read_only).unwrap_err(), ErrorCode::NotPermitted);
         assert!(state.writable(&read_write).is_ok());

@@ -3,6 +3,7 @@
 //! A call that traps, stalls, or goes over a limit ends the instance: its store is dropped, memory,
 //! handles and all, and every later call answers the same error. Nothing of it is used again.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use blockhouse_block::{Error, ErrorKind, Result};
@@ -33,6 +34,10 @@ enum Health {
 /// One instance of a format component, serving one image.
 pub(crate) struct Instance {
     health: Mutex<Health>,
+    /// It was thrown away.
+    dead: AtomicBool,
+    /// Because an answer broke the contract.
+    condemned: AtomicBool,
     /// How messages name the image.
     image: String,
     clock: Arc<Clock>,
@@ -60,7 +65,13 @@ impl Instance {
         match started {
             Ok((instance, format)) => {
                 let running = Box::new(Running { store, format, instance });
-                Ok(Self { health: Mutex::new(Health::Running(running)), image, clock })
+                Ok(Self {
+                    health: Mutex::new(Health::Running(running)),
+                    dead: AtomicBool::new(false),
+                    condemned: AtomicBool::new(false),
+                    image,
+                    clock,
+                })
             }
             Err(error) => {
                 let (kind, why) = diagnose(&error, store.data());
@@ -100,6 +111,11 @@ impl Instance {
             Health::Running(running) => running,
             Health::Dead { kind, why } => return Err(Error::new(*kind, why.clone()).on_image(&*self.image)),
         };
+        // What it would read may be something else by now than what was granted.
+        if let Some(Err(why)) = running.store.data().pins.iter().map(|pin| pin.check()).find(Result::is_err) {
+            let why = format!("a file cannot be used any more: {why}");
+            return Err(Error::new(ErrorKind::Storage, why).on_image(&*self.image));
+        }
         let time = self.clock.running();
         let budget = budget(&running.store.data().limits);
         running.store.data_mut().begin_call(budget);
@@ -125,8 +141,27 @@ impl Instance {
                 tracing::error!(image = %self.image, "{why}");
                 // Dropping the store frees all that the component held.
                 *health = Health::Dead { kind, why: why.clone() };
+                self.dead.store(true, Ordering::Release);
                 Err(Error::new(kind, why).with_source(error).on_image(&*self.image))
             }
+        }
+    }
+
+    /// Whether it was thrown away.
+    pub(crate) fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::Acquire)
+    }
+
+    /// Whether it was thrown away because an answer broke the contract.
+    pub(crate) fn is_condemned(&self) -> bool {
+        self.condemned.load(Ordering::Acquire)
+    }
+
+    /// Why it was thrown away.
+    pub(crate) fn cause(&self) -> String {
+        match &*self.health.lock().unwrap_or_else(PoisonError::into_inner) {
+            Health::Running(_) => "the component runs".to_owned(),
+            Health::Dead { why, .. } => why.clone(),
         }
     }
 
@@ -155,6 +190,8 @@ impl Instance {
         let why = format!("the component broke its contract and was thrown away: {why}");
         tracing::error!(image = %self.image, "{why}");
         *health = Health::Dead { kind: ErrorKind::Component, why: why.clone() };
+        self.condemned.store(true, Ordering::Release);
+        self.dead.store(true, Ordering::Release);
         Error::new(ErrorKind::Component, why).on_image(&*self.image)
     }
 }

@@ -15,11 +15,13 @@
 //! | `limits.rs` | every limit, with its default |
 //! | `grants.rs` | what was granted |
 //! | `policy.rs` | what may be opened: the host's own wall in front of wasmtime-wasi |
+//! | `pin.rs` | files that are pinned by their SHA-256, and how they are kept from changing |
 //! | `locks.rs` | one writer or many readers, as QEMU sees it |
 //! | `host.rs` | the functions behind the table |
 //! | `instance.rs`, `clock.rs` | calling a component within its time, and throwing it away |
 //! | `sandbox.rs` | the engine, and loading components |
 //! | `cache.rs`, `compiled.rs`, `code.rs` | compiled components, kept between starts or made by hand; when they may be run |
+//! | `layer.rs`, `restart.rs` | an instance as a layer of a disk; when one that broke down is started again |
 //! | `chain.rs` | from an image to a disk |
 //! | `maintenance.rs` | calls that change an image as a whole: create, check, resize, snapshots |
 //! | `inspect.rs`, `probe.rs` | looking at a component; guessing a format |
@@ -57,9 +59,11 @@ mod layer;
 mod limits;
 mod locks;
 mod maintenance;
+mod pin;
 mod policy;
 mod probe;
 mod regular;
+mod restart;
 mod sandbox;
 mod text;
 
@@ -70,11 +74,13 @@ pub use blockhouse_block as block;
 pub use chain::{
     BackingReference, Below, ChainReport, Fact, Formats, LayerReport, OpenRequest, OpenedDisk, Opener, SnapshotReport,
 };
-pub use grants::{Grants, absolute_name};
+pub use grants::{Grant, GrantReport, Grants, Referrer, Sha256Digest, absolute_name};
 pub use inspect::{ImportedFunction, Inspection};
 pub use limits::{Limits, TICK};
 pub use locks::LockMode;
 pub use maintenance::{CheckReport, NewImage, OptionHelp, Repair};
+pub use pin::CHECK_EVERY;
 pub use probe::{Guess, PROBE_HEAD, PROBE_TAIL};
+pub use restart::{Now, Restart};
 pub use sandbox::{Plugin, Sandbox};
 pub use text::clean;

@@ -83,3 +83,122 @@ impl Default for Limits {
         }
     }
 }
+
+/// Each limit by its name: how it is read, and how it is set.
+type Named = (&'static str, fn(&Limits) -> u64, fn(&mut Limits, u64));
+
+/// Only values that are not above the present one are set.
+fn narrow(value: u64) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// A `usize` limit is one of memory of this process.
+fn wide(value: usize) -> u64 {
+    u64::try_from(value).unwrap_or(u64::MAX)
+}
+
+fn size(value: u64) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
+}
+
+/// All limits, in the order of the structure.
+const NAMED: [Named; 18] = [
+    ("memory-bytes", |limits| wide(limits.memory_bytes), |limits, value| limits.memory_bytes = size(value)),
+    ("table-elements", |limits| wide(limits.table_elements), |limits, value| limits.table_elements = size(value)),
+    ("core-instances", |limits| wide(limits.core_instances), |limits, value| limits.core_instances = size(value)),
+    ("stack-bytes", |limits| wide(limits.stack_bytes), |limits, value| limits.stack_bytes = size(value)),
+    ("handles", |limits| wide(limits.handles), |limits, value| limits.handles = size(value)),
+    ("transfer-bytes", |limits| wide(limits.transfer_bytes), |limits, value| limits.transfer_bytes = size(value)),
+    ("host-calls", |limits| limits.host_calls, |limits, value| limits.host_calls = value),
+    ("opens", |limits| limits.opens.into(), |limits, value| limits.opens = narrow(value)),
+    ("shared-files", |limits| limits.shared_files.into(), |limits, value| limits.shared_files = narrow(value)),
+    ("path-bytes", |limits| wide(limits.path_bytes), |limits, value| limits.path_bytes = size(value)),
+    ("log-messages", |limits| limits.log_messages.into(), |limits, value| limits.log_messages = narrow(value)),
+    ("text-bytes", |limits| wide(limits.text_bytes), |limits, value| limits.text_bytes = size(value)),
+    (
+        "description-entries",
+        |limits| wide(limits.description_entries),
+        |limits, value| limits.description_entries = size(value),
+    ),
+    ("chain-depth", |limits| wide(limits.chain_depth), |limits, value| limits.chain_depth = size(value)),
+    (
+        "call-time-ms",
+        |limits| millis(limits.call_time),
+        |limits, value| limits.call_time = Duration::from_millis(value),
+    ),
+    (
+        "maintenance-time-ms",
+        |limits| millis(limits.maintenance_time),
+        |limits, value| limits.maintenance_time = Duration::from_millis(value),
+    ),
+    (
+        "maintenance-host-calls",
+        |limits| limits.maintenance_host_calls,
+        |limits, value| limits.maintenance_host_calls = value,
+    ),
+    ("component-bytes", |limits| limits.component_bytes, |limits, value| limits.component_bytes = value),
+];
+
+impl Limits {
+    /// The names of all limits as configuration files write them: those of the fields with `-` for `_`, and
+    /// times in milliseconds, with `-ms`.
+    pub fn names() -> impl Iterator<Item = &'static str> + Clone {
+        NAMED.iter().map(|(name, ..)| *name)
+    }
+
+    /// The limit of this name, or `None` if there is none.
+    pub fn get(&self, name: &str) -> Option<u64> {
+        NAMED.iter().find(|(known, ..)| *known == name).map(|(_, get, _)| get(self))
+    }
+
+    /// Lowers the limit of this name. A value of 0 or above the present one is refused, with the reason.
+    ///
+    /// # Errors
+    /// Why it cannot be set to that.
+    pub fn lower(&mut self, name: &str, value: u64) -> Result<(), String> {
+        let (_, get, set) =
+            NAMED.iter().find(|(known, ..)| *known == name).ok_or_else(|| format!("there is no limit {name:?}"))?;
+        let now = get(self);
+        if value == 0 {
+            return Err("0 is no limit: nothing would work".to_owned());
+        }
+        if value > now {
+            return Err(format!(
+                "{value} is more than the {now} that there are without a policy; it can be lowered only"
+            ));
+        }
+        set(self, value);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn every_limit_has_a_name_and_can_be_lowered() {
+        // A field without a name here does not show in the text of the structure below.
+        let fields = format!("{:?}", Limits::default());
+        for name in Limits::names() {
+            let field = name.strip_suffix("-ms").unwrap_or(name).replace('-', "_");
+            assert!(fields.contains(&format!("{field}: ")), "{field}");
+            let mut limits = Limits::default();
+            let default = limits.get(name).unwrap();
+            limits.lower(name, default).unwrap();
+            assert_eq!(limits, Limits::default());
+            assert!(limits.lower(name, default + 1).is_err());
+            assert!(limits.lower(name, 0).is_err());
+            limits.lower(name, 1).unwrap();
+            assert_eq!(limits.get(name), Some(1));
+            let others = Limits::names().filter(|other| *other != name);
+            assert!(others.clone().all(|other| limits.get(other) == Limits::default().get(other)), "{name}");
+        }
+        assert_eq!(fields.matches(": ").count(), Limits::names().count(), "{fields}");
+    }
+}

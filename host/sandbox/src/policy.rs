@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use blockhouse_block::Access;
 use cap_primitives::fs::{OpenOptions, OpenOptionsExt};
@@ -18,10 +19,15 @@ use wasmtime_wasi::p2::bindings::filesystem::types::{DescriptorFlags, ErrorCode,
 use crate::grants::{GrantTree, join};
 use crate::limits::Limits;
 use crate::locks::{self, LockMode};
+use crate::pin::Pin;
 use crate::regular;
+use crate::restart::{Held, HeldFile};
 
 /// A request to open, as the component made it.
 pub(crate) struct Request<'a> {
+    /// The image whose component asks: how deep it is in the chain, and its absolute name.
+    pub(crate) depth: u32,
+    pub(crate) image: &'a str,
     /// The preopened directory, by name.
     pub(crate) directory: &'a str,
     /// The path below it.
@@ -38,6 +44,8 @@ pub(crate) struct Opened {
     pub(crate) path: String,
     pub(crate) access: Access,
     pub(crate) grant: String,
+    /// What the file is pinned by.
+    pub(crate) pin: Option<Arc<Pin>>,
 }
 
 /// Why the policy said no.
@@ -97,12 +105,22 @@ pub(crate) fn open(
     // A file that was granted by itself was opened when it was granted; its name leads nowhere else.
     let (parent, leaf) = full.rsplit_once('/').unwrap_or(("", &full));
     let parent = if parent.is_empty() { "/" } else { parent };
-    if let Some((file, granted)) = grants.directories.get(parent).and_then(|directory| directory.files.get(leaf)) {
-        if access == Access::ReadWrite && *granted == Access::ReadOnly {
+    if let Some(files) = grants.directories.get(parent).and_then(|directory| directory.files.get(leaf)) {
+        let mut mine = files.iter().filter(|grant| grant.referrer.includes(request.depth, request.image));
+        let Some(first) = mine.next() else {
+            let reason = format!("it is granted to other images of the chain, and this is layer {}", request.depth);
+            return Err(denied(ErrorCode::NotPermitted, Some(&full), reason));
+        };
+        // Of several grants one that is enough.
+        let grant = [first].into_iter().chain(mine).find(|grant| grant.access == access).unwrap_or(first);
+        if access == Access::ReadWrite && grant.access == Access::ReadOnly {
             return Err(denied(ErrorCode::NotPermitted, Some(&full), "the grant is read-only".to_owned()));
         }
-        let file = reopen(file, access, locks).map_err(|(code, reason)| denied(code, Some(&full), reason))?;
-        return Ok(Opened { file, path: full.clone(), access, grant: full });
+        if let Some(Err(why)) = grant.pin.as_ref().map(|pin| pin.check()) {
+            return Err(denied(ErrorCode::NotPermitted, Some(&full), why));
+        }
+        let file = reopen(&grant.file, access, locks).map_err(|(code, reason)| denied(code, Some(&full), reason))?;
+        return Ok(Opened { file, path: full.clone(), access, grant: full, pin: grant.pin.clone() });
     }
 
     // Otherwise the nearest directory that was granted whole.
@@ -110,9 +128,9 @@ pub(crate) fn open(
         .directories
         .iter()
         .filter_map(|(name, directory)| {
-            let (dir, granted) = directory.whole.as_ref()?;
             let rest = full.strip_prefix(name.trim_end_matches('/'))?.strip_prefix('/')?;
-            Some((name, dir, *granted, rest))
+            let whole = directory.whole_for(request.depth, request.image, access)?;
+            Some((name, &whole.dir, whole.access, rest))
         })
         .min_by_key(|(_, _, _, rest)| rest.len());
     let Some((grant, dir, granted, rest)) = nearest else {
@@ -131,7 +149,31 @@ pub(crate) fn open(
     let file = open_regular(&dir.dir, Path::new(rest), access)
         .and_then(|file| lock(&file, access, locks).map(|()| file))
         .map_err(|(code, reason)| denied(code, reason))?;
-    Ok(Opened { file, path: full, access, grant: grant.clone() })
+    Ok(Opened { file, path: full, access, grant: grant.clone(), pin: None })
+}
+
+/// As [`open`], for a component that was started again: what the one before it opened, and nothing else. No
+/// name is looked up.
+pub(crate) fn open_again(held: &Held, limits: &Limits, request: &Request<'_>) -> Result<Opened, Denied> {
+    let access = if request.flags.contains(DescriptorFlags::WRITE) { Access::ReadWrite } else { Access::ReadOnly };
+    let short = request.path.len() <= limits.path_bytes;
+    let full = normalize(request.path).filter(|_| short).map(|below| join(request.directory, &below));
+    let found = full.as_deref().and_then(|full| held.find(full, access));
+    let denied = |code: ErrorCode, reason: String| {
+        let path = full.clone().unwrap_or_else(|| request.path.chars().take(256).collect());
+        Denied { code, path, grant: None, reason }
+    };
+    let Some(found) = found else {
+        let why = "the component was started again, and its first instance did not open it";
+        return Err(denied(ErrorCode::NotPermitted, why.to_owned()));
+    };
+    if let Some(Err(why)) = found.pin.as_ref().map(|pin| pin.check()) {
+        return Err(denied(ErrorCode::NotPermitted, why));
+    }
+    // The same open file, with its locks.
+    let file = found.file.try_clone().map_err(|error| denied(ErrorCode::Io, error.to_string()))?;
+    let HeldFile { path, access, grant, pin, .. } = found.clone();
+    Ok(Opened { file, path, access, grant, pin })
 }
 
 /// `path` without `.`, `..` and empty parts; `None` if it climbs above where it starts, or is nothing.
@@ -222,16 +264,17 @@ fn describe(error: &io::Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
     use std::os::unix::fs::symlink;
     use std::path::PathBuf;
 
     use super::*;
-    use crate::grants::Grants;
+    use crate::grants::{Grant, Grants, Referrer, Sha256Digest};
 
     struct Place {
         temp: tempfile::TempDir,
         grants: Grants,
+        depth: u32,
     }
 
     impl Place {
@@ -244,7 +287,7 @@ mod tests {
             std::fs::write(granted.join("base.raw"), "base").unwrap();
             std::fs::write(granted.join("sub/deep.raw"), "deep").unwrap();
             let grants = Grants::new().allow(&granted).unwrap();
-            Self { temp, grants }
+            Self { temp, grants, depth: 0 }
         }
 
         fn granted(&self) -> PathBuf {
@@ -253,7 +296,8 @@ mod tests {
 
         fn open_with(&self, path: &str, open_flags: OpenFlags, flags: DescriptorFlags) -> Result<Opened, Denied> {
             let directory = self.granted();
-            let request = Request { directory: directory.to_str().unwrap(), path, open_flags, flags };
+            let directory = directory.to_str().unwrap();
+            let request = Request { depth: self.depth, image: "/images/top", directory, path, open_flags, flags };
             open(self.grants.tree(), &Limits::default(), LockMode::Enforce, &request)
         }
 
@@ -370,6 +414,112 @@ mod tests {
         let mut buffer = [0; 4];
         std::os::unix::fs::FileExt::read_exact_at(&opened.file, &mut buffer, 0).unwrap();
         assert_eq!(&buffer, b"base");
+    }
+
+    #[test]
+    fn a_grant_can_be_for_one_image_of_the_chain() {
+        let granted = |place: &Place, path: &str, referrer: Referrer| Grant {
+            referrer,
+            ..Grant::read(place.granted().join(path))
+        };
+        let layer = |layer| Referrer { layer: Some(layer), image: None };
+        let image = |name: &str| Referrer { layer: None, image: Some(name.to_owned()) };
+        for (referrer, reached) in [
+            (Referrer::default(), [true, true]),
+            (layer(0), [true, false]),
+            (layer(1), [false, true]),
+            (layer(2), [false, false]),
+            (image("/images/top"), [true, true]),
+            (image("/images/other"), [false, false]),
+            (Referrer { layer: Some(1), ..image("/images/top") }, [false, true]),
+            (Referrer { layer: Some(1), ..image("/images/other") }, [false, false]),
+        ] {
+            for (path, name) in [("base.raw", "base.raw"), ("", "sub/deep.raw"), ("sub", "sub/deep.raw")] {
+                let mut place = Place::new();
+                place.grants = Grants::new().add(&granted(&place, path, referrer.clone()), &mut |_, _| {}).unwrap();
+                let reaches = [0, 1].map(|depth| {
+                    place.depth = depth;
+                    place.open(name).is_ok()
+                });
+                assert_eq!(reaches, reached, "{referrer:?} {path:?}");
+            }
+        }
+        // A file that is granted by itself is granted to nobody else by a directory around it.
+        let mut place = Place::new();
+        place.grants = place.grants.clone().add(&granted(&place, "base.raw", layer(1)), &mut |_, _| {}).unwrap();
+        assert!(place.refused("base.raw").contains("it is granted to other images of the chain, and this is layer 0"));
+        assert!(place.open("sub/deep.raw").is_ok());
+        // Several grants of one path, each for its images.
+        place.grants = place.grants.clone().add(&granted(&place, "base.raw", layer(0)), &mut |_, _| {}).unwrap();
+        assert!(place.open("base.raw").is_ok());
+        place.depth = 1;
+        assert!(place.open("base.raw").is_ok());
+        place.depth = 2;
+        assert!(place.open("base.raw").is_err());
+    }
+
+    #[test]
+    fn a_pinned_file_opens_while_it_is_what_it_was() {
+        let mut place = Place::new();
+        let grant =
+            |text: &str| Grant { sha256: Some(text.parse().unwrap()), ..Grant::read(place.granted().join("base.raw")) };
+        let digest = Sha256Digest::of(b"base").to_string();
+        let right = grant(&digest);
+        place.grants = place.grants.clone().add(&right, &mut |_, _| {}).unwrap();
+        let opened = place.open("base.raw").unwrap();
+        assert_eq!(opened.pin.as_ref().unwrap().digest().to_string(), digest);
+        assert_eq!(text(&opened), "base");
+        assert!(
+            place.open_with("base.raw", OpenFlags::empty(), DescriptorFlags::READ | DescriptorFlags::WRITE).is_err()
+        );
+        assert!(place.open("sub/deep.raw").unwrap().pin.is_none());
+
+        let path = place.granted().join("base.raw");
+        let writer = std::thread::spawn(move || std::fs::write(path, "evil").unwrap());
+        // Held up by a lease, if there is one, until somebody looks.
+        while place.open("base.raw").is_ok() {}
+        writer.join().unwrap();
+        assert!(place.refused("base.raw").starts_with("it is pinned by sha256, and "));
+
+        for (grant, why) in [
+            (Grant { access: Access::ReadWrite, ..right.clone() }, "cannot be written"),
+            (Grant { path: place.granted(), ..right.clone() }, "only a file can be pinned"),
+            (Grant { sha256: None, ..right.clone() }, "granted twice"),
+        ] {
+            let error = place.grants.clone().add(&grant, &mut |_, _| {}).unwrap_err();
+            assert!(error.to_string().contains(why), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_was_open_opens_again_and_nothing_else() {
+        let place = Place::new();
+        let opened = place.open("base.raw").unwrap();
+        let mut held = Held::default();
+        let Opened { file, path, access, grant, pin } = opened;
+        held.keep(HeldFile { path, access, grant, file: Arc::new(file), pin }, 1);
+        // Whatever the name leads to by now.
+        std::fs::remove_file(place.granted().join("base.raw")).unwrap();
+        symlink("../secret/canary", place.granted().join("base.raw")).unwrap();
+        let directory = place.granted();
+        let directory = directory.to_str().unwrap();
+        let again = |path, flags| {
+            let request =
+                Request { depth: 0, image: "/images/top", directory, path, open_flags: OpenFlags::empty(), flags };
+            open_again(&held, &Limits::default(), &request)
+        };
+        let opened = again("sub/../base.raw", DescriptorFlags::READ).unwrap();
+        assert_eq!(opened.grant, directory);
+        assert_eq!(text(&opened), "base");
+        assert!(again("base.raw", DescriptorFlags::READ | DescriptorFlags::WRITE).is_err());
+        for other in ["sub/deep.raw", "../secret/canary", "", "base.raw/..", "missing"] {
+            let denied = again(other, DescriptorFlags::READ).err().unwrap();
+            assert!(denied.reason.contains("its first instance did not open it"), "{other}: {}", denied.reason);
+        }
+        // No room for another one.
+        assert!(!held.incomplete);
+        held.keep(HeldFile { path: "/other".to_owned(), ..held.files[0].clone() }, 1);
+        assert!(held.incomplete);
     }
 
     #[test]

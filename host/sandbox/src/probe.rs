@@ -39,8 +39,12 @@ impl Sandbox {
         let PluginKind::Prober(pre) = &prober.kind else {
             return Err(Error::new(ErrorKind::Component, "it is not a prober").on_image(prober.name()));
         };
-        let identity =
-            Identity { image: prober.name().to_owned(), format: String::new(), component: prober.digest().to_owned() };
+        let identity = Identity {
+            depth: 0,
+            image: prober.name().to_owned(),
+            format: String::new(),
+            component: prober.digest().to_owned(),
+        };
         let limits = self.shared_limits();
         let state = State::new(identity, Arc::clone(&limits), Grants::new(), LockMode::Enforce, Audit::new());
         let mut store = new_store(self, state);

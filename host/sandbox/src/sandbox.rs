@@ -235,7 +235,12 @@ impl Sandbox {
         self.inspect(&path.display().to_string(), &bytes)
     }
 
-    fn read_component(&self, path: &Path) -> Result<Vec<u8>> {
+    /// The bytes of a component file, of which there are at most [`Limits::component_bytes`] and one more.
+    ///
+    /// # Errors
+    /// [`Storage`](ErrorKind::Storage) if it cannot be read; [`Invalid`](ErrorKind::Invalid) if it is no regular
+    /// file.
+    pub fn read_component(&self, path: &Path) -> Result<Vec<u8>> {
         let name = path.display().to_string();
         let fail = |error: std::io::Error| {
             Error::new(ErrorKind::Storage, format!("cannot read the component: {error}"))
@@ -311,7 +316,7 @@ fn check_abilities(inspection: &Inspection, pre: &InstancePre<State>) -> wasmtim
     Ok(())
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     use fmt::Write as _;
     bytes.iter().fold(String::with_capacity(64), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");

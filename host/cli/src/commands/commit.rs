@@ -69,14 +69,14 @@ impl Args {
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         plan.read(&self.overlay);
         plan.write(&self.base);
-        self.grants.plan(plan);
+        self.grants.plan(plan, &self.host)?;
         self.host.plan(plan)
     }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let opener = args.host.opener()?;
-    let grants = args.grants.grants()?;
+    let grants = args.grants.grants(&args.host)?;
     let overlay = opener
         .clone()
         .grants(grants.clone().allow(&args.base)?)

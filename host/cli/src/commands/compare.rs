@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use blockhouse_block::{BlockBackend, Disk};
+use blockhouse_block::{Access, BlockBackend, Disk};
 use blockhouse_sandbox::OpenRequest;
 use blockhouse_walls::Plan;
 use serde::Serialize;
 
-use crate::args::{HostArgs, ShareArgs, grants, plan_grants};
+use crate::args::{HostArgs, ShareArgs};
 use crate::copy::{Buffer, for_each_part};
 use crate::output::{self, DIFFERENT, size};
 use crate::progress::Progress;
@@ -78,13 +78,14 @@ impl Args {
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         plan.read(&self.a);
         plan.read(&self.b);
-        plan_grants(plan, &self.allow, &[]);
+        self.host.plan_grants(plan, &self.allow, &[])?;
         self.host.plan(plan)
     }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let opener = args.host.opener()?.grants(grants(&args.allow, &[])?).locks(args.share.locks());
+    let opener =
+        args.host.opener()?.grants(args.host.grants(&args.allow, &[], Access::ReadOnly)?).locks(args.share.locks());
     let a = opener.open(&OpenRequest::new(&args.a, &args.format_a))?.disk;
     let b = opener.open(&OpenRequest::new(&args.b, &args.format_b))?.disk;
     let (size_a, size_b) = (a.capacity(), b.capacity());

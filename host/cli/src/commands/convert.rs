@@ -4,12 +4,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::bail;
-use blockhouse_block::{BlockBackend, Error, ErrorKind};
+use blockhouse_block::{Access, BlockBackend, Error, ErrorKind};
 use blockhouse_sandbox::LockMode;
 use blockhouse_walls::Plan;
 use serde::Serialize;
 
-use crate::args::{ImageArgs, grants};
+use crate::args::ImageArgs;
 use crate::copy::{Copied, CopyJob};
 use crate::new_image::{MadeReport, NewArgs};
 use crate::output::{printable, size};
@@ -74,7 +74,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
     let source = args.source.opener()?.open(&args.source.request())?;
     let opener = args.source.opener()?.locks(LockMode::Enforce);
-    let grants = grants(&args.source.allow, &[])?;
+    let grants = args.source.host.grants(&args.source.allow, &[], Access::ReadOnly)?;
     let virtual_size = source.disk.capacity();
     let backing = args.new.open_backing(&args.target, &opener, &grants)?;
 

@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use blockhouse_block::BlockBackend;
+use blockhouse_block::{Access, BlockBackend};
 use blockhouse_walls::Plan;
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory};
 
-use crate::args::{HostArgs, beside, grants, plan_grants};
+use crate::args::{HostArgs, beside};
 use crate::new_image::NewArgs;
 use crate::output::{self, parse_size, printable, size};
 
@@ -70,7 +70,7 @@ impl Args {
         if let Some(image) = &self.image {
             self.new.plan(plan, image);
         }
-        plan_grants(plan, &self.allow, &[]);
+        self.host.plan_grants(plan, &self.allow, &[])?;
         self.host.plan(plan)
     }
 }
@@ -95,7 +95,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.size.is_none() && args.new.backing.is_none() {
         usage("--size N is missing, and there is no --backing file whose size it could be");
     }
-    let grants = grants(&args.allow, &[])?;
+    let grants = args.host.grants(&args.allow, &[], Access::ReadOnly)?;
     let virtual_size = match (args.size, &args.new.backing) {
         (Some(size), Some(name)) if !args.no_check => {
             let path = beside(image, name.as_ref());

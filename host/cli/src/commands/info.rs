@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::args::ImageArgs;
 use crate::output::{self, ErrorReport, exit_code, printable, size};
+use crate::requested;
 
 /// Show an image and its backing chain: sizes, features, what it refers to, what was refused
 ///
@@ -60,8 +61,8 @@ fn render(chain: &ChainReport) -> String {
         render_layer(&mut text, depth, layer);
     }
     if !chain.layers.is_empty() {
-        let grants = if chain.grants.is_empty() { "nothing".to_owned() } else { printable(&chain.grants.join(", ")) };
-        let _ = writeln!(text, "granted: {grants}");
+        let opens = chain.layers.iter().flat_map(|layer| &layer.opens);
+        let _ = writeln!(text, "{}\n{}", requested::requested(opens), requested::granted(&chain.granted));
     }
     text
 }

@@ -81,13 +81,13 @@ impl Args {
         if let Some(name) = &self.backing {
             plan.read(beside(&self.overlay, name.as_ref()));
         }
-        self.grants.plan(plan);
+        self.grants.plan(plan, &self.host)?;
         self.host.plan(plan)
     }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let opener = args.host.opener()?.grants(args.grants.grants()?);
+    let opener = args.host.opener()?.grants(args.grants.grants(&args.host)?);
     let backing = args.backing.clone().map(|name| BackingReference { name, format: args.backing_format.clone() });
     let own = fs::metadata(&args.overlay).with_context(|| format!("cannot look at {}", args.overlay.display()))?;
     let refuse_itself = |path: &PathBuf| {
@@ -104,7 +104,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut new = None;
     if !args.name_only {
         if let (Some(name), Some(format)) = (&args.backing, &args.backing_format) {
-            let opened = open_backing(&args.overlay, name, format, &opener, &args.grants.grants()?)?;
+            let opened = open_backing(&args.overlay, name, format, &opener, &args.grants.grants(&args.host)?)?;
             files_in_use(&opened.report).iter().try_for_each(refuse_itself)?;
             new = Some(opened.disk);
         }

@@ -81,13 +81,13 @@ impl Args {
     /// What the command opens.
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         plan.write(&self.image);
-        self.grants.plan(plan);
+        self.grants.plan(plan, &self.host)?;
         self.host.plan(plan)
     }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let opener = args.host.opener()?.grants(args.grants.grants()?);
+    let opener = args.host.opener()?.grants(args.grants.grants(&args.host)?);
     let request = OpenRequest::new(&args.image, &args.format);
     let before = opener.open(&request)?.disk.capacity();
     let after = match args.size {

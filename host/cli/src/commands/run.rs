@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::bail;
-use blockhouse_sandbox::LockMode;
+use blockhouse_sandbox::{GrantReport, LockMode, OpenEvent};
 use blockhouse_vmm::{ConsoleInput, DiskConfig, DiskReport, DiskResult, ExitReason, Machine, MachineConfig, Payload};
 use blockhouse_walls::{Plan, Role, Use, Walls};
 use serde::Serialize;
@@ -66,12 +66,27 @@ struct DiskRow<'a> {
     serial: &'a str,
     sha256: Option<&'a str>,
     error: Option<String>,
+    #[serde(flatten)]
+    asked: Option<&'a Asked>,
+}
+
+/// What the images of a disk asked for, and what they could have.
+#[derive(Serialize)]
+struct Asked {
+    requested: Vec<OpenEvent>,
+    granted: Vec<GrantReport>,
+}
+
+impl Asked {
+    fn of(disk: &OpenDisk) -> Self {
+        Self { requested: disk.requested(), granted: disk.granted.clone() }
+    }
 }
 
 impl Args {
     /// What the command opens.
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
-        OpenDisk::plan_all(plan, &self.disks);
+        OpenDisk::plan_all(plan, &self.host, &self.disks)?;
         self.kernel.iter().chain(&self.initrd).for_each(|path| plan.read(path));
         plan.add("/dev/kvm", Use::Device);
         self.host.plan(plan)
@@ -83,16 +98,18 @@ pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
         bail!("socket= is for `blockhouse serve`: here the guest has the disk");
     }
     let opened = OpenDisk::open_all(&args.host, &args.disks, LockMode::Enforce, &walls)?;
-    let disks = opened.iter().zip(&args.disks).map(|(opened, disk)| DiskConfig {
-        read_only: disk.readonly,
-        cache: disk.cache,
-        discard: disk.discard,
-        poll: disk.poll,
-        queues: disk.queues,
-        beginning: beginning(&walls, Role::DataPath),
-        ..DiskConfig::new(opened.backend(), &opened.serial)
+    let disks = opened.iter().zip(&args.disks).map(|(opened, disk)| {
+        Ok(DiskConfig {
+            read_only: disk.readonly,
+            cache: disk.cache,
+            discard: disk.discard,
+            poll: disk.poll,
+            queues: disk.queues,
+            beginning: beginning(&walls, Role::DataPath),
+            ..DiskConfig::new(opened.backend()?, &opened.serial)
+        })
     });
-    let disks = disks.collect();
+    let disks = disks.collect::<anyhow::Result<_>>()?;
     let payload = match args.kernel {
         Some(kernel) => Payload::Linux { kernel, initramfs: args.initrd, cmdline: args.cmdline },
         None => Payload::BuiltinGuest,
@@ -108,10 +125,12 @@ pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
     walls.seal();
     let ended = machine.run();
     // A guest that was switched off, or killed, may not have flushed what it wrote.
+    OpenDisk::summarize_all(&opened);
+    let asked: Vec<Asked> = opened.iter().map(Asked::of).collect();
     OpenDisk::close_all(opened)?;
     let exit = ended?;
     if args.json {
-        output::json(&rows(&exit.disks, &args.disks))?;
+        output::json(&rows(&exit.disks, &args.disks, &asked))?;
     }
     match exit.reason {
         ExitReason::Guest(0) | ExitReason::Shutdown | ExitReason::Stopped => Ok(ExitCode::SUCCESS),
@@ -125,9 +144,10 @@ pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn rows<'a>(reports: &'a [DiskReport], disks: &[DiskArg]) -> Vec<DiskRow<'a>> {
+fn rows<'a>(reports: &'a [DiskReport], disks: &[DiskArg], asked: &'a [Asked]) -> Vec<DiskRow<'a>> {
     let row = |report: &'a DiskReport| {
         let disk = usize::try_from(report.disk).ok().and_then(|disk| disks.get(disk));
+        let asked = usize::try_from(report.disk).ok().and_then(|disk| asked.get(disk));
         let (sha256, error) = match &report.result {
             DiskResult::Sha256(digest) => (Some(digest.as_str()), None),
             DiskResult::ReadError { sector } => (None, Some(format!("I/O error at sector {sector}"))),
@@ -141,6 +161,7 @@ fn rows<'a>(reports: &'a [DiskReport], disks: &[DiskArg]) -> Vec<DiskRow<'a>> {
             serial: &report.serial,
             sha256,
             error,
+            asked,
         }
     };
     reports.iter().map(row).collect()

@@ -66,7 +66,7 @@ pub(crate) struct Args {
 impl Args {
     /// What the command opens.
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
-        OpenDisk::plan_all(plan, &self.disks);
+        OpenDisk::plan_all(plan, &self.host, &self.disks)?;
         let sockets = self.socket.iter().chain(self.disks.iter().filter_map(|disk| disk.socket.as_ref()));
         for path in sockets.filter(|socket| !socket.starts_with("fd:")) {
             plan.add(directory_of(Path::new(path)), Use::MakeSockets);
@@ -96,7 +96,7 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
             poll: disk.poll,
             beginning: beginning(walls, Role::DataPath),
         };
-        servers.push(Server::new(listener, opened.backend(), &options, format!("disk{number}"))?);
+        servers.push(Server::new(listener, opened.backend()?, &options, format!("disk{number}"))?);
     }
     let handles: Vec<Handle> = servers.iter().map(Server::handle).collect();
     stop_on(signals, handles.clone())?;
@@ -126,6 +126,7 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
         ended.collect::<Vec<_>>()
     });
     // The names of the sockets go last: whoever waits for them to go may take the images.
+    OpenDisk::summarize_all(&disks);
     OpenDisk::close_all(disks)?;
     drop(servers);
     ended.into_iter().collect::<anyhow::Result<()>>()?;

@@ -10,7 +10,7 @@ use blockhouse_sandbox::SnapshotReport;
 use blockhouse_walls::Plan;
 use serde::Serialize;
 
-use crate::args::{HostArgs, ImageArgs, ShareArgs, plan_grants};
+use crate::args::{HostArgs, ImageArgs, ShareArgs};
 use crate::output::{self, printable, size};
 use crate::progress::Spinner;
 
@@ -127,7 +127,7 @@ impl Command {
         let image = match self {
             Self::List(ListArgs { image, allow, host, .. }) => {
                 plan.read(image);
-                plan_grants(plan, allow, &[]);
+                host.plan_grants(plan, allow, &[])?;
                 return host.plan(plan);
             }
             Self::Create(CreateArgs { image, .. })

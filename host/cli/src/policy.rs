@@ -1,0 +1,453 @@
+//! The policy file of `--policy`: what no command on a host may go beyond.
+//!
+//! ```toml
+//! version = 1
+//! formats = ["raw", "qcow2"]      # left out: all of them
+//! plugins = false                 # --plugin is refused; left out: true
+//!
+//! [components]                    # the SHA-256 of what may serve a format; of others anything may
+//! qcow2 = ["21a6..."]
+//!
+//! [limits]                        # of one component; each can be lowered only
+//! call-time-ms = 2000
+//!
+//! [[grants]]                      # what images may refer to
+//! path = "/images/base.raw"       # a directory or a file
+//! access = "read-only"            # the default; or "read-write"
+//! sha256 = "8a39..."              # the file is pinned
+//! layer = 0                       # only references made by this layer of a chain
+//! image = "/images/vm.qcow2"      # only references made by this image
+//! ```
+//!
+//! A policy narrows what the command line asks for. `--allow PATH` needs a grant of that path, or of a directory
+//! around it, and gets its pin and its images on top of its own; where the command line grants nothing, the
+//! grants of the policy are in force as they are. A key that is not known is an error, as everything is that
+//! cannot be meant: a policy that is half understood is none.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use blockhouse_block::{Access, Error, ErrorKind};
+use blockhouse_sandbox::{Formats, Grant, Limits, Referrer, Sha256Digest, absolute_name};
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+/// The largest policy file that is read.
+const MAX_BYTES: u64 = 1 << 20;
+
+/// A policy that was read.
+#[derive(Clone, Debug)]
+pub(crate) struct Policy {
+    /// How messages name it.
+    name: String,
+    formats: Option<BTreeSet<String>>,
+    pub(crate) plugins: bool,
+    components: BTreeMap<String, BTreeSet<Sha256Digest>>,
+    pub(crate) limits: Limits,
+    grants: Vec<Grant>,
+}
+
+impl Policy {
+    /// Reads a policy.
+    pub(crate) fn read(file: &Path) -> anyhow::Result<Self> {
+        let name = file.display().to_string();
+        let size = std::fs::metadata(file).with_context(|| format!("cannot read the policy {name}"))?.len();
+        if size > MAX_BYTES {
+            anyhow::bail!("the policy {name} has {size} bytes; the limit is {MAX_BYTES}");
+        }
+        let text = std::fs::read_to_string(file).with_context(|| format!("cannot read the policy {name}"))?;
+        Ok(Self::parse(&name, &text)?)
+    }
+
+    fn parse(name: &str, text: &str) -> Result<Self, Error> {
+        let reader = Reader { name, text };
+        let document = DeTable::parse(text).map_err(|error| {
+            let at = error.span().unwrap_or(0..0);
+            reader.error(&at, reader.key_at(&at), error.message())
+        })?;
+        let mut policy = Self {
+            name: name.to_owned(),
+            formats: None,
+            plugins: true,
+            components: BTreeMap::new(),
+            limits: Limits::default(),
+            grants: Vec::new(),
+        };
+        let mut version = None;
+        for (key, value) in document.get_ref() {
+            let path = key.get_ref().as_ref();
+            match path {
+                "version" => version = Some(reader.number(path, value)?),
+                "formats" => {
+                    let formats = reader.array(path, value)?.iter();
+                    policy.formats = Some(formats.map(|format| reader.text(path, format)).collect::<Result<_, _>>()?);
+                }
+                "plugins" => policy.plugins = reader.boolean(path, value)?,
+                "components" => policy.components = reader.components(value)?,
+                "limits" => reader.limits(value, &mut policy.limits)?,
+                "grants" => {
+                    let grants = reader.array(path, value)?.iter();
+                    policy.grants = grants.map(|grant| reader.grant(grant)).collect::<Result<_, _>>()?;
+                }
+                _ => {
+                    return Err(reader.unknown(
+                        path,
+                        &key.span(),
+                        "version, formats, plugins, components, limits, grants",
+                    ));
+                }
+            }
+        }
+        match version {
+            Some(1) => Ok(policy),
+            Some(other) => Err(reader.error(&(0..0), "version", &format!("{other} is not known; there is 1"))),
+            None => Err(reader.error(&(0..0), "version", "is missing; write: version = 1")),
+        }
+    }
+
+    /// How messages name it.
+    pub(crate) fn by(&self) -> String {
+        format!("the policy {}", self.name)
+    }
+
+    /// Has formats be served as the policy wants it.
+    pub(crate) fn restrict(&self, formats: &mut Formats) {
+        if let Some(allowed) = &self.formats {
+            formats.only(allowed.iter().cloned(), self.by());
+        }
+        for (format, digests) in &self.components {
+            formats.require(format, digests.iter().copied(), self.by());
+        }
+    }
+
+    /// The grants of a command that asks for `asked`. With `access` of read-only, nothing is granted to be
+    /// written.
+    ///
+    /// # Errors
+    /// What is asked for and not granted.
+    pub(crate) fn grants(&self, asked: Vec<Grant>, access: Access) -> anyhow::Result<Vec<Grant>> {
+        if asked.is_empty() {
+            let lower = |grant: &Grant| match access {
+                Access::ReadOnly => Grant { access, ..grant.clone() },
+                Access::ReadWrite => grant.clone(),
+            };
+            return Ok(self.grants.iter().map(lower).collect());
+        }
+        let mut granted = Vec::new();
+        for grant in asked {
+            granted.extend(self.narrow(&grant)?);
+        }
+        Ok(granted)
+    }
+
+    /// What of a grant the policy grants. Grants of the path itself decide; else those of directories around it.
+    fn narrow(&self, asked: &Grant) -> anyhow::Result<Vec<Grant>> {
+        let name = absolute_name(&asked.path)?;
+        let refuse = |why: &str| {
+            let why = format!("{} does not grant {name}: {why}", self.by());
+            Err(Error::new(ErrorKind::Denied, why).into())
+        };
+        let itself: Vec<&Grant> = self.grants.iter().filter(|grant| grant.path == Path::new(&name)).collect();
+        let around = self.grants.iter().filter(|grant| {
+            let below = Path::new(&name).starts_with(&grant.path);
+            below && is_below(&asked.path, &grant.path)
+        });
+        let of = if itself.is_empty() { around.collect() } else { itself };
+        if of.is_empty() {
+            return refuse("there is no grant of it, or of a directory around it");
+        }
+        let mut why = "";
+        let mut granted = Vec::new();
+        for grant in of {
+            if asked.access.is_writable() && !grant.access.is_writable() {
+                why = "it is granted to be read only";
+                continue;
+            }
+            let sha256 = match (asked.sha256, grant.sha256) {
+                (Some(asked), Some(pinned)) if asked != pinned => {
+                    why = "it is pinned by another sha256";
+                    continue;
+                }
+                (asked, pinned) => pinned.or(asked),
+            };
+            let layer = both(asked.referrer.layer, grant.referrer.layer);
+            let image = both(asked.referrer.image.clone(), grant.referrer.image.clone());
+            let (Some(layer), Some(image)) = (layer, image) else {
+                why = "it is granted to other images";
+                continue;
+            };
+            granted.push(Grant { sha256, referrer: Referrer { layer, image }, ..asked.clone() });
+        }
+        if granted.is_empty() { refuse(why) } else { Ok(granted) }
+    }
+}
+
+/// Whether a path still lies below a directory once links are followed.
+fn is_below(path: &Path, directory: &Path) -> bool {
+    match (path.canonicalize(), directory.canonicalize()) {
+        (Ok(path), Ok(directory)) => path.starts_with(directory),
+        // What is not there cannot be granted; the error is that of granting.
+        (Err(_), Ok(_)) => true,
+        _ => false,
+    }
+}
+
+/// Both conditions in one, or `None` if nothing meets both.
+fn both<T: PartialEq>(a: Option<T>, b: Option<T>) -> Option<Option<T>> {
+    match (a, b) {
+        (Some(a), Some(b)) => (a == b).then_some(Some(a)),
+        (a, b) => Some(a.or(b)),
+    }
+}
+
+/// Turns values into what they mean, and knows where they stand.
+struct Reader<'a> {
+    name: &'a str,
+    text: &'a str,
+}
+
+impl Reader<'_> {
+    /// An error at a place of the file.
+    fn error(&self, at: &Range<usize>, key: &str, why: &(impl Display + ?Sized)) -> Error {
+        let before = self.text.get(..at.start).unwrap_or_default();
+        let line = before.matches('\n').count() + 1;
+        let column = before.chars().rev().take_while(|character| *character != '\n').count() + 1;
+        let message = format!("{}:{line}:{column}: {key}: {why}", self.name);
+        Error::new(ErrorKind::Invalid, message)
+    }
+
+    /// What stands before the `=` of a line that could not be read at all.
+    fn key_at(&self, at: &Range<usize>) -> &str {
+        let start = self.text.get(..at.start).and_then(|before| before.rfind('\n')).map_or(0, |end| end + 1);
+        let line = self.text.get(start..).and_then(|rest| rest.lines().next()).unwrap_or_default();
+        line.split('=').next().unwrap_or_default().trim()
+    }
+
+    fn unknown(&self, path: &str, at: &Range<usize>, known: &str) -> Error {
+        self.error(at, path, &format!("there is no such key; there is: {known}"))
+    }
+
+    fn wrong<T>(&self, path: &str, value: &Spanned<DeValue<'_>>, wanted: &str) -> Result<T, Error> {
+        Err(self.error(&value.span(), path, &format!("{wanted} is wanted here")))
+    }
+
+    fn text(&self, path: &str, value: &Spanned<DeValue<'_>>) -> Result<String, Error> {
+        match value.get_ref() {
+            DeValue::String(text) => Ok(text.clone().into_owned()),
+            _ => self.wrong(path, value, "a string"),
+        }
+    }
+
+    fn number(&self, path: &str, value: &Spanned<DeValue<'_>>) -> Result<u64, Error> {
+        let number = match value.get_ref() {
+            DeValue::Integer(number) => u64::from_str_radix(&number.as_str().replace('_', ""), number.radix()).ok(),
+            _ => None,
+        };
+        number.map_or_else(|| self.wrong(path, value, "a whole number, 0 or more,"), Ok)
+    }
+
+    fn boolean(&self, path: &str, value: &Spanned<DeValue<'_>>) -> Result<bool, Error> {
+        match value.get_ref() {
+            DeValue::Boolean(value) => Ok(*value),
+            _ => self.wrong(path, value, "true or false"),
+        }
+    }
+
+    fn array<'v, 'i>(&self, path: &str, value: &'v Spanned<DeValue<'i>>) -> Result<&'v [Spanned<DeValue<'i>>], Error> {
+        match value.get_ref() {
+            DeValue::Array(values) => Ok(values),
+            _ => self.wrong(path, value, "an array"),
+        }
+    }
+
+    fn table<'v, 'i>(&self, path: &str, value: &'v Spanned<DeValue<'i>>) -> Result<&'v DeTable<'i>, Error> {
+        match value.get_ref() {
+            DeValue::Table(table) => Ok(table),
+            _ => self.wrong(path, value, "a table"),
+        }
+    }
+
+    fn digest(&self, path: &str, value: &Spanned<DeValue<'_>>) -> Result<Sha256Digest, Error> {
+        self.text(path, value)?.parse().map_err(|error: Error| self.error(&value.span(), path, error.message()))
+    }
+
+    fn path(&self, path: &str, value: &Spanned<DeValue<'_>>) -> Result<String, Error> {
+        let text = self.text(path, value)?;
+        let absolute = Path::new(&text).is_absolute();
+        match absolute_name(Path::new(&text)) {
+            Ok(name) if absolute => Ok(name),
+            _ => self.wrong(path, value, "an absolute path"),
+        }
+    }
+
+    fn components(&self, value: &Spanned<DeValue<'_>>) -> Result<BTreeMap<String, BTreeSet<Sha256Digest>>, Error> {
+        let mut components = BTreeMap::new();
+        for (format, digests) in self.table("components", value)? {
+            let path = format!("components.{}", format.get_ref());
+            let digests = self.array(&path, digests)?.iter().map(|digest| self.digest(&path, digest));
+            components.insert(format.get_ref().clone().into_owned(), digests.collect::<Result<_, _>>()?);
+        }
+        Ok(components)
+    }
+
+    fn limits(&self, value: &Spanned<DeValue<'_>>, limits: &mut Limits) -> Result<(), Error> {
+        for (key, value) in self.table("limits", value)? {
+            let path = format!("limits.{}", key.get_ref());
+            if Limits::default().get(key.get_ref()).is_none() {
+                return Err(self.unknown(&path, &key.span(), &Limits::names().collect::<Vec<_>>().join(", ")));
+            }
+            let number = self.number(&path, value)?;
+            limits.lower(key.get_ref(), number).map_err(|why| self.error(&value.span(), &path, &why))?;
+        }
+        Ok(())
+    }
+
+    fn grant(&self, value: &Spanned<DeValue<'_>>) -> Result<Grant, Error> {
+        let mut grant = Grant::read("");
+        for (key, value) in self.table("grants", value)? {
+            let path = format!("grants.{}", key.get_ref());
+            match key.get_ref().as_ref() {
+                "path" => grant.path = PathBuf::from(self.path(&path, value)?),
+                "access" => {
+                    grant.access = match self.text(&path, value)?.as_str() {
+                        "read-only" => Access::ReadOnly,
+                        "read-write" => Access::ReadWrite,
+                        _ => return self.wrong(&path, value, "\"read-only\" or \"read-write\""),
+                    }
+                }
+                "sha256" => grant.sha256 = Some(self.digest(&path, value)?),
+                "layer" => {
+                    let layer = u32::try_from(self.number(&path, value)?);
+                    grant.referrer.layer = Some(layer.or_else(|_| self.wrong(&path, value, "a layer"))?);
+                }
+                "image" => grant.referrer.image = Some(self.path(&path, value)?),
+                _ => return Err(self.unknown(&path, &key.span(), "path, access, sha256, layer, image")),
+            }
+        }
+        if grant.path.as_os_str().is_empty() {
+            return Err(self.error(&value.span(), "grants.path", "is missing: what is granted?"));
+        }
+        if grant.sha256.is_some() && grant.access.is_writable() {
+            return Err(self.error(&value.span(), "grants.access", "what is pinned by sha256 cannot be written"));
+        }
+        Ok(grant)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
+    use super::*;
+
+    const ONE: &str = "1111111111111111111111111111111111111111111111111111111111111111";
+    const TWO: &str = "2222222222222222222222222222222222222222222222222222222222222222";
+
+    fn parse(text: &str) -> Policy {
+        Policy::parse("p.toml", text).unwrap()
+    }
+
+    #[test]
+    fn a_full_policy() {
+        let policy = parse(&format!(
+            "version = 1\nformats = [\"raw\", 'qcow2']\nplugins = false\n[components]\nqcow2 = [\"{ONE}\"]\n\
+             [limits]\ncall-time-ms = 2_000\nchain-depth = 0x10\n\
+             [[grants]]\npath = \"/images\"\n[[grants]]\npath = \"/images/../data\"\naccess = \"read-write\"\n\
+             layer = 0\nimage = \"/vm\"\n[[grants]]\npath = \"/b\"\nsha256 = \"{TWO}\"\n"
+        ));
+        assert_eq!(policy.formats.unwrap(), ["qcow2".to_owned(), "raw".to_owned()].into());
+        assert!(!policy.plugins);
+        assert_eq!(policy.components["qcow2"], [ONE.parse().unwrap()].into());
+        assert_eq!(policy.limits.call_time, std::time::Duration::from_secs(2));
+        assert_eq!(policy.limits.chain_depth, 16);
+        let referrer = Referrer { layer: Some(0), image: Some("/vm".to_owned()) };
+        let data = Grant { access: Access::ReadWrite, referrer, ..Grant::read("/data") };
+        let pinned = Grant { sha256: Some(TWO.parse().unwrap()), ..Grant::read("/b") };
+        assert_eq!(policy.grants, [Grant::read("/images"), data, pinned]);
+
+        let empty = parse("version = 1");
+        assert!(empty.formats.is_none() && empty.plugins && empty.components.is_empty() && empty.grants.is_empty());
+        assert_eq!(empty.limits, Limits::default());
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_its_place() {
+        for (text, why) in [
+            ("", "p.toml:1:1: version: is missing; write: version = 1"),
+            ("version = 2", "p.toml:1:1: version: 2 is not known; there is 1"),
+            ("version = 1\nformat = []", "p.toml:2:1: format: there is no such key; there is: version, formats"),
+            ("version = 1\nformats = \"raw\"", "p.toml:2:11: formats: an array is wanted here"),
+            ("version = 1\nformats = [1]", "p.toml:2:12: formats: a string is wanted here"),
+            ("version = 1\nplugins = 1", "p.toml:2:11: plugins: true or false is wanted here"),
+            (
+                "version = 1\n\n[limits]\n memory = 5",
+                "p.toml:4:2: limits.memory: there is no such key; there is: memory-",
+            ),
+            ("version = 1\n[limits]\nhandles = \"x\"", "p.toml:3:11: limits.handles: a whole number"),
+            ("version = 1\n[limits]\nhandles = -1", "p.toml:3:11: limits.handles: a whole number"),
+            ("version = 1\n[limits]\nhandles = 1025", "p.toml:3:11: limits.handles: 1025 is more than the 1024"),
+            ("version = 1\n[limits]\nhandles = 0", "p.toml:3:11: limits.handles: 0 is"),
+            ("version = 1\n[components]\nraw = [\"12\"]", "p.toml:3:8: components.raw: \"12\" is no SHA-256"),
+            ("version = 1\n[[grants]]\nlayer = 1", "p.toml:2:1: grants.path: is missing"),
+            ("version = 1\n[[grants]]\npath = \"x\"", "p.toml:3:8: grants.path: an absolute path is wanted here"),
+            ("version = 1\n[[grants]]\npath = \"/x\"\nlayer = 5000000000", "p.toml:4:9: grants.layer: a layer is"),
+            ("version = 1\n[[grants]]\npath = \"/x\"\nmode = 1", "p.toml:4:1: grants.mode: there is no such key"),
+            (
+                "version = 1\n[[grants]]\npath = \"/x\"\naccess = \"all\"",
+                "p.toml:4:10: grants.access: \"read-only\" or",
+            ),
+            ("version = 1\nplugins = maybe", "p.toml:2:11: plugins: "),
+            ("version = 1\nversion = 1", "p.toml:2:1: version: "),
+            ("version = 1\n[limits", "p.toml:2:"),
+        ] {
+            let error = Policy::parse("p.toml", text).unwrap_err();
+            assert!(error.to_string().starts_with(why), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_policy_narrows_what_is_asked_for_and_adds_nothing() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().canonicalize().unwrap();
+        let at = |name: &str| root.join(name).to_str().unwrap().to_owned();
+        std::fs::create_dir_all(root.join("images/sub")).unwrap();
+        for file in ["images/base", "images/sub/x", "secret", "data"] {
+            std::fs::write(root.join(file), "").unwrap();
+        }
+        std::os::unix::fs::symlink("../secret", root.join("images/link")).unwrap();
+        let policy = parse(&format!(
+            "version = 1\n[[grants]]\npath = '{}'\n[[grants]]\npath = '{}'\nsha256 = '{ONE}'\nlayer = 1\n\
+             [[grants]]\npath = '{}'\naccess = 'read-write'\n",
+            at("images"),
+            at("images/base"),
+            at("data")
+        ));
+        let ask = |grant: Grant| policy.grants(vec![grant], Access::ReadWrite);
+        let why = |grant: Grant| ask(grant).unwrap_err().to_string();
+        let read = |name: &str| Grant::read(at(name));
+
+        assert_eq!(ask(read("images")).unwrap(), [read("images")]);
+        assert_eq!(ask(read("images/sub")).unwrap(), [read("images/sub")]);
+        assert_eq!(ask(read("images/sub/x")).unwrap(), [read("images/sub/x")]);
+        // The grant of the file itself decides: its pin and its layer come on top.
+        let referrer = Referrer { layer: Some(1), image: Some("/vm".to_owned()) };
+        let pinned = Grant { sha256: Some(ONE.parse().unwrap()), referrer, ..read("images/base") };
+        let asked = Grant { referrer: Referrer { layer: None, image: Some("/vm".to_owned()) }, ..read("images/base") };
+        assert_eq!(ask(asked).unwrap(), [pinned]);
+        assert!(why(Grant { sha256: Some(TWO.parse().unwrap()), ..read("images/base") }).contains("another sha256"));
+        let layer = Referrer { layer: Some(0), image: None };
+        assert!(why(Grant { referrer: layer, ..read("images/base") }).contains("granted to other images"));
+        // More rights than there are, or something else.
+        assert!(why(Grant { access: Access::ReadWrite, ..read("images/sub") }).contains("to be read only"));
+        assert!(ask(Grant { access: Access::ReadWrite, ..read("data") }).is_ok());
+        for other in ["secret", "images/../secret", "images/link", ""] {
+            let error = why(read(other));
+            assert!(error.starts_with("the policy p.toml does not grant /"), "{other}: {error}");
+        }
+        // Where nothing is asked for, the policy is what is granted; to be written only where anything is.
+        assert_eq!(policy.grants(Vec::new(), Access::ReadWrite).unwrap(), policy.grants);
+        assert!(policy.grants(Vec::new(), Access::ReadOnly).unwrap().iter().all(|grant| !grant.access.is_writable()));
+    }
+}

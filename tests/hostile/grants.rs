@@ -1,0 +1,248 @@
+//! Grants that say more than a path: pinned files, grants for one image of a chain, and policies.
+
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::process::Command;
+
+use blockhouse_sandbox::block::{BlockBackend, Error, ErrorKind};
+use blockhouse_sandbox::{Grant, Grants, OpenRequest, OpenedDisk, Opener, Referrer, Sha256Digest};
+use blockhouse_tests::{component, noise, qemu_img, run, sha256, skip};
+use serde_json::Value;
+
+use crate::library::{read, shared};
+use crate::place::{Place, limited};
+use crate::tally;
+
+const SIZE: usize = 1 << 20;
+
+/// A base that is granted, and an overlay of it: `images/base.raw`, `images/vm/top.qcow2`.
+fn overlay(place: &Place) -> (PathBuf, PathBuf) {
+    let base = place.write("images/base.raw", noise(1, SIZE));
+    let top = place.path("images/vm/top.qcow2");
+    qemu_img(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base.to_str().unwrap(), top.to_str().unwrap()]);
+    (base, top)
+}
+
+fn open(top: &std::path::Path, grant: &Grant) -> Result<OpenedDisk, Error> {
+    let grants = Grants::new().add(grant, &mut |_, _| {})?;
+    Opener::new(&shared().sandbox, shared().formats.clone()).grants(grants).open(&OpenRequest::new(top, "qcow2"))
+}
+
+/// A base that is rewritten under a running disk: not a byte of the new content is served once it was noticed,
+/// through the map, the component or a new disk.
+#[test]
+fn a_pinned_base_that_changes_is_not_served() {
+    let place = Place::new();
+    let (base, top) = overlay(&place);
+    let pinned = Grant { sha256: Some(Sha256Digest::of(&noise(1, SIZE))), ..Grant::read(&base) };
+    let opened = open(&top, &pinned).unwrap();
+    assert!(read(&opened.disk, 0, 4096).unwrap() == noise(1, SIZE)[..4096]);
+    // A second disk on the same base, which has looked nothing up.
+    let other = open(&top, &pinned).unwrap();
+
+    let writer = std::thread::spawn({
+        let base = base.clone();
+        // Held up by the kernel, where it can, until the host has noticed.
+        move || {
+            let file = std::fs::File::options().write(true).open(base).unwrap();
+            file.write_all_at(&[0xbb; 4096], 0).unwrap();
+        }
+    });
+    let error = loop {
+        match read(&opened.disk, 0, 4096) {
+            Ok(bytes) => assert!(bytes == noise(1, SIZE)[..4096] || bytes == [0xbb; 4096]),
+            Err(error) => break error,
+        }
+    };
+    writer.join().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Storage);
+    let text = place.normalize(&error.to_string());
+    let start = "$ROOT/images/base.raw: the file cannot be used any more: it is pinned by sha256, and ";
+    assert!(text.starts_with(start), "{text}");
+    // Known extents and unknown ones, this disk and the other.
+    for (disk, offset) in [(&opened, 0), (&opened, 65_536), (&other, 0), (&other, 900_000 / 512 * 512)] {
+        let error = read(&disk.disk, offset, 512).unwrap_err();
+        assert!(error.to_string().contains("pinned by sha256"), "{error}");
+    }
+    let error = open(&top, &pinned).map(|opened| opened.report).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Denied);
+    assert!(error.to_string().contains("its content has the sha256 "), "{error}");
+    tally::image_refused();
+}
+
+/// QEMU does not write to a base that is pinned, nor is one pinned that QEMU writes.
+#[test]
+fn qemu_respects_a_pin() {
+    let place = Place::new();
+    let (base, top) = overlay(&place);
+    let pinned = Grant { sha256: Some(Sha256Digest::of(&noise(1, SIZE))), ..Grant::read(&base) };
+    let grants = Grants::new().add(&pinned, &mut |_, _| {}).unwrap();
+    // Granted and not used yet. A lease would have QEMU wait until it is broken, and so not get to its own lock.
+    let mut write = Command::new("qemu-io");
+    write.args(["-f", "raw", "-c", "write 0 512"]).arg(&base);
+    let outcome = run(&mut write);
+    let refused = !outcome.status.success() && outcome.stderr.contains("lock");
+    let waited = grants.list().len() == 1 && open(&top, &pinned).is_err();
+    assert!(refused || waited, "{outcome:?}");
+}
+
+/// A base for the overlay alone: what the base itself refers to is not its business.
+#[test]
+fn a_grant_for_one_layer_is_none_for_another() {
+    let place = Place::new();
+    let (base, top) = overlay(&place);
+    let for_layer = |layer| Referrer { layer: Some(layer), image: None };
+    let grant = |referrer| Grant { referrer, ..Grant::read(&base) };
+    let image = |name: PathBuf| Referrer { layer: None, image: Some(name.to_str().unwrap().to_owned()) };
+    open(&top, &grant(for_layer(0))).unwrap();
+    open(&top, &grant(image(top.clone()))).unwrap();
+    for other in [for_layer(1), image(base.clone())] {
+        let error = open(&top, &grant(other)).map(|opened| opened.report).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Denied);
+        let text = place.normalize(&error.to_string());
+        assert!(text.ends_with("it is granted to other images of the chain, and this is layer 0"), "{text}");
+        tally::image_refused();
+    }
+    // Three layers: the directory for the first reference, one file for the second.
+    let lower = place.write("secret/lower.raw", noise(2, SIZE));
+    let middle = place.path("images/middle.qcow2");
+    let upper = place.path("images/vm/upper.qcow2");
+    qemu_img(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", lower.to_str().unwrap(), middle.to_str().unwrap()]);
+    qemu_img(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", middle.to_str().unwrap(), upper.to_str().unwrap()]);
+    let reads = |layer| {
+        let mut program = limited();
+        program.args(["read", "--format", "qcow2", "--allow"]).arg(place.path("images"));
+        program.arg("--allow").arg(format!("{}@layer:{layer}", lower.display())).arg(&upper);
+        run(&mut program)
+    };
+    assert!(reads(1).succeeded().stdout == noise(2, SIZE));
+    assert_eq!(reads(0).status.code(), Some(3));
+}
+
+/// The program: the digest in the argument, and what it prints.
+#[test]
+fn the_program_pins_and_says_what_was_asked_for() {
+    let place = Place::new();
+    let (base, top) = overlay(&place);
+    let digest = sha256(&noise(1, SIZE));
+    let info = |allow: String| {
+        let mut program = limited();
+        program.args(["info", "--format", "qcow2", "--allow", &allow]).arg(&top);
+        run(&mut program)
+    };
+    let shown = place.normalize(&info(format!("{}@sha256:{digest}", base.display())).succeeded().text());
+    let expected = format!(
+        "requested: $ROOT/images/base.raw (allowed)\ngranted: $ROOT/images/base.raw, pinned by sha256 {digest}\n"
+    );
+    assert!(shown.ends_with(&expected), "{shown}");
+
+    let other = sha256(b"other");
+    let outcome = info(format!("{}@sha256:{other}@layer:0", base.display()));
+    assert_eq!(outcome.status.code(), Some(3));
+    assert_eq!(
+        place.normalize(&outcome.stderr).trim_end(),
+        format!(
+            "blockhouse: cannot grant $ROOT/images/base.raw, which is pinned by sha256: its content has the sha256 \
+             {digest}, and {other} is wanted"
+        )
+    );
+    let outcome = info(format!("{}@sha256:12", base.display())).refused();
+    assert!(outcome.stderr.contains("\"12\" is no SHA-256: 64 hexadecimal digits"), "{}", outcome.stderr);
+    tally::image_refused();
+
+    if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
+        skip("/dev/kvm cannot be opened");
+        return;
+    }
+    let mut program = limited();
+    program.args(["run", "--json", "--memory", "64M", "--disk"]).arg(format!(
+        "file={},format=qcow2,readonly=on,allow={}@sha256:{digest}",
+        top.display(),
+        base.display()
+    ));
+    let outcome = run(&mut program).succeeded();
+    assert!(
+        place
+            .normalize(&outcome.stderr)
+            .contains(&format!("$ROOT/images/vm/top.qcow2: {}", expected.trim_end().replace('\n', "; "))),
+        "{}",
+        outcome.stderr
+    );
+    let disks: Value = serde_json::from_slice(&outcome.stdout).unwrap();
+    assert_eq!(disks[0]["sha256"], digest);
+    assert_eq!(disks[0]["requested"][0]["path"], base.to_str().unwrap());
+    assert_eq!(disks[0]["requested"][0]["outcome"], "allowed");
+    assert_eq!(disks[0]["granted"][0]["sha256"], digest);
+}
+
+/// The policy file through the program: formats, components, limits, grants.
+#[test]
+fn a_policy_is_what_nobody_goes_beyond() {
+    let place = Place::new();
+    let (base, top) = overlay(&place);
+    let digest = sha256(&noise(1, SIZE));
+    let at = |path: &std::path::Path| path.to_str().unwrap().to_owned();
+    let with = |policy: &str, more: &[&str]| {
+        let file = place.write("policy.toml", policy);
+        let mut program = limited();
+        program.args(["read", "--format", "qcow2", "--policy"]).arg(file).args(more).arg(&top);
+        run(&mut program)
+    };
+    let granting = format!("version = 1\n[[grants]]\npath = '{}'\nsha256 = '{digest}'\n", at(&base));
+    // The policy grants where the command line does not, and narrows it where it does.
+    let content = noise(1, SIZE);
+    assert!(with(&granting, &[]).succeeded().stdout == content);
+    assert!(with(&granting, &["--allow", &at(&base)]).succeeded().stdout == content);
+    assert!(with("version = 1\n", &[]).refused().stderr.contains("it is not granted"));
+    let mut refusals = 0;
+    let mut refused = |policy: &str, more: &[&str], code: i32, why: &str| {
+        let outcome = with(policy, more);
+        assert_eq!(outcome.status.code(), Some(code), "{policy}: {}", outcome.stderr);
+        assert!(place.normalize(&outcome.stderr).contains(why), "{policy}: {}", outcome.stderr);
+        assert!(outcome.stdout.is_empty());
+        refusals += 1;
+    };
+    let by = "the policy $ROOT/policy.toml";
+    let images = at(&place.path("images"));
+    refused("version = 1\n", &["--allow", &at(&base)], 3, &format!("{by} does not grant $ROOT/images/base.raw: "));
+    refused(&granting, &["--allow", &images], 3, &format!("{by} does not grant $ROOT/images: "));
+    let pinned_wrong = granting.replace(&digest, &sha256(b"other"));
+    refused(&pinned_wrong, &["--allow", &at(&base)], 3, "its content has the sha256 ");
+    // Formats and components.
+    let only = |format: &str| format!("version = 1\nformats = ['{format}']\n[[grants]]\npath = '{images}'\n");
+    refused(&only("raw"), &[], 3, &format!("{by} does not allow the format \"qcow2\"; it allows: raw"));
+    // The backing file is raw.
+    refused(&only("qcow2"), &[], 3, &format!("{by} does not allow the format \"raw\"; it allows: qcow2"));
+    let component_digest = sha256(&std::fs::read(component("qcow2")).unwrap());
+    let components =
+        |digest: &str| format!("version = 1\n[components]\nqcow2 = ['{digest}']\n[[grants]]\npath = '{images}'\n");
+    with(&components(&component_digest), &[]).succeeded();
+    let why = format!("{by} does not allow the component for qcow2 with the sha256 {component_digest}");
+    refused(&components(&sha256(b"x")), &[], 3, &why);
+    // What is no component at all is refused by its digest, before anybody looks at it.
+    let plugin = format!("qcow2={}", at(&place.write("evil.wasm", b"evil")));
+    let why = format!("does not allow the component for qcow2 with the sha256 {}", sha256(b"evil"));
+    refused(&components(&component_digest), &["--plugin", &plugin], 3, &why);
+    refused("version = 1\nplugins = false\n", &["--plugin", &plugin], 3, &format!("{by} does not allow --plugin"));
+    let why = format!("{by} does not allow --plugin \"qcow2=compiled:x\": give it the component");
+    refused("version = 1\n", &["--plugin", "qcow2=compiled:x"], 3, &why);
+    // Limits.
+    let limits = |limit: &str| format!("version = 1\n[limits]\n{limit}\n[[grants]]\npath = '{images}'\n");
+    with(&limits("chain-depth = 2"), &[]).succeeded();
+    refused(&limits("chain-depth = 1"), &[], 6, "the backing chain has more than 1 layers");
+    refused(&limits("host-calls = 1"), &[], 6, "it made more than 1 host calls");
+    refused(
+        &limits("chain-depth = 201"),
+        &[],
+        1,
+        "$ROOT/policy.toml:3:15: limits.chain-depth: 201 is more than the 200",
+    );
+    // A policy that is not understood is none.
+    refused("version = 1\nallow = 'all'\n", &[], 1, "$ROOT/policy.toml:2:1: allow: there is no such key");
+    for _ in 0..refusals {
+        tally::image_refused();
+    }
+    // Nothing of it reached past the place.
+    let opened = open(&top, &Grant::read(&base)).unwrap();
+    assert_eq!(opened.disk.capacity(), SIZE as u64);
+}
