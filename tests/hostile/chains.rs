@@ -10,7 +10,7 @@ use blockhouse_sandbox::block::ErrorKind;
 use blockhouse_tests::{noise, qemu_img};
 
 use crate::library::{self, read};
-use crate::place::Place;
+use crate::place::{Place, race};
 use crate::qcow2::overlay;
 use crate::tally;
 
@@ -252,11 +252,11 @@ fn a_base_that_is_rewritten_while_it_is_read_crashes_nothing() {
                 }
             }
         });
-        // At least three seconds, and on a busy machine until the two have met.
+        // At least as long as a race, and on a busy machine until the two have met.
         let begun = Instant::now();
         let goes_on = |served: u32, failed: u32| {
             let met = served > 0 && failed > 0;
-            begun.elapsed() < Duration::from_secs(if met { 3 } else { 120 })
+            begun.elapsed() < if met { race() } else { Duration::from_secs(120) }
         };
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             while goes_on(served, failed) {

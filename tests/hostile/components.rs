@@ -13,8 +13,8 @@ use blockhouse_tests::{component, noise};
 
 use crate::library::{Library, read, shared};
 use crate::place::Place;
-use crate::tally;
 use crate::wasi::{attack, image};
+use crate::{snapshot, tally};
 
 /// Limits that are reached soon.
 fn small() -> &'static Library {
@@ -39,9 +39,12 @@ fn open(library: &Library, place: &Place, line: &str) -> Result<OpenedDisk, Erro
 
 /// Opens and reads the whole disk.
 fn use_all(library: &Library, place: &Place, line: &str) -> Result<Vec<u8>, Error> {
-    let opened = open(library, place, line)?;
-    let size = usize::try_from(opened.disk.capacity()).unwrap().min(1 << 20);
-    read(&opened.disk, 0, size)
+    let all = || {
+        let opened = open(library, place, line)?;
+        let size = usize::try_from(opened.disk.capacity()).unwrap().min(1 << 20);
+        read(&opened.disk, 0, size)
+    };
+    all().inspect_err(|error| snapshot::refusal(&place.normalize(&error.to_string())))
 }
 
 /// The right bytes of a disk that `line` is the first line of.

@@ -7,6 +7,7 @@
 //! | `files.rs` | links, devices and pipes where a file should be; files that flip while they are opened |
 //! | `chains.rs` | loops, endless chains, bases that change |
 //! | `parsers.rs` | header fields, bombs, truncations, polyglots |
+//! | `aliases.rs` | entries that name metadata as data, and a guest's header, when the image is written |
 //! | `wasi.rs` | components that use the file functions against their meaning |
 //! | `components.rs` | components that loop, grow, trap and lie |
 //! | `restart.rs` | components that break down, and are started again or not |
@@ -18,9 +19,11 @@
 //! | `walls.rs` | components whose host hands out everything |
 //! | `traces.rs` | nobody: what the program asks of the kernel while it is attacked |
 //!
-//! `place.rs`, `qcow2.rs` and `library.rs` are the tools; `tally.rs` counts what was tried.
+//! `place.rs`, `qcow2.rs` and `library.rs` are the tools; `tally.rs` counts what was tried,
+//! `snapshot.rs` compares the text of every refusal with `refusals.txt`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+mod aliases;
 mod chains;
 mod components;
 mod files;
@@ -34,6 +37,7 @@ mod place;
 mod qcow2;
 mod references;
 mod restart;
+mod snapshot;
 mod tally;
 mod traces;
 mod vmdk;

@@ -18,10 +18,16 @@ use std::time::Duration;
 use blockhouse_tests::{Canary, Outcome, program, run_within, scratch};
 use serde_json::Value;
 
-use crate::tally;
+use crate::{snapshot, tally};
 
 /// Any command of the program on any image ends within this time.
 pub(crate) const TIME_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long two sides race for a name or for bytes. `HOSTILE_RACE_SECONDS` makes it longer.
+pub(crate) fn race() -> Duration {
+    let seconds = std::env::var("HOSTILE_RACE_SECONDS").ok().and_then(|text| text.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(3))
+}
 
 /// Private memory that the program may have, in KiB: RLIMIT_DATA. It is not the address space, of
 /// which a WebAssembly memory reserves 4 GiB without using them.
@@ -99,7 +105,11 @@ impl Place {
         assert!(outcome.elapsed < TIME_LIMIT, "it took {:?}: {program:?}", outcome.elapsed);
         let opens = std::fs::read_to_string(&audit).unwrap_or_default();
         let opens = opens.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        Attempt { outcome, opens, root: self.root.to_str().unwrap().to_owned() }.without_a_crash()
+        let attempt = Attempt { outcome, opens, root: self.root.to_str().unwrap().to_owned() }.without_a_crash();
+        if attempt.code() != 0 {
+            snapshot::refusal(&attempt.error());
+        }
+        attempt
     }
 
     /// The reference is refused by `info` and `read` with this line on standard error and exit code

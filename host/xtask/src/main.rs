@@ -9,6 +9,7 @@
 mod bench;
 mod build_plugins;
 mod demo;
+mod hostile;
 mod packages;
 mod prerequisites;
 mod release_notes;
@@ -41,6 +42,7 @@ enum Task {
     Demo(demo::Arguments),
     Test(test::Arguments),
     Simulate(simulate::Arguments),
+    Hostile(hostile::Arguments),
     Bench(bench::Arguments),
     Sbom(sbom::Arguments),
     ReleaseNotes(release_notes::Arguments),
@@ -65,6 +67,7 @@ fn run() -> Result<()> {
         Task::Demo(arguments) => demo::run(&workspace, &arguments),
         Task::Test(arguments) => test::run(&workspace, &arguments),
         Task::Simulate(arguments) => simulate::run(&workspace, &arguments),
+        Task::Hostile(arguments) => hostile::run(&workspace, &arguments),
         Task::Bench(arguments) => bench::run(&workspace, &arguments),
         Task::Sbom(arguments) => sbom::run(&workspace, &arguments),
         Task::ReleaseNotes(arguments) => release_notes::run(&workspace, &arguments),

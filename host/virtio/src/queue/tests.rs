@@ -1,5 +1,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+mod hostile;
+
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
 
