@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use blockhouse_sandbox::block::{BlockBackend, VolatileSlice};
 use blockhouse_sandbox::{Grants, OpenRequest, Opener};

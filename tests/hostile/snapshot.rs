@@ -42,7 +42,9 @@ pub(crate) fn refusal(text: &str) {
         texts.push(text.clone());
         texts.len() - 1
     };
-    if std::env::var_os("UPDATE").is_none() {
+    // A test that was added since is held to it by `cargo xtask hostile`.
+    let is_new = !KNOWN.contains_key(test) && std::env::var_os("BLOCKHOUSE_CATALOGUE").is_none();
+    if std::env::var_os("UPDATE").is_none() && !is_new {
         let known = KNOWN.get(test).and_then(|texts| texts.get(number)).map(String::as_str);
         assert_eq!(Some(text.as_str()), known, "refusal {number} of {test}; UPDATE=1 renews refusals.txt");
     }
@@ -50,7 +52,10 @@ pub(crate) fn refusal(text: &str) {
 
 /// Digests of components change with every change of theirs.
 fn without_digests(text: &str) -> String {
-    let is_digest = |word: &str| word.len() >= 12 && word.chars().all(|letter| letter.is_ascii_hexdigit());
+    let is_digest = |word: &str| {
+        let hexadecimal = word.len() >= 12 && word.chars().all(|letter| letter.is_ascii_hexdigit());
+        hexadecimal && word.contains(|letter: char| !letter.is_ascii_digit())
+    };
     text.split(' ').map(|word| if is_digest(word) { "DIGEST" } else { word }).collect::<Vec<_>>().join(" ")
 }
 

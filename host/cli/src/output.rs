@@ -115,6 +115,30 @@ pub(crate) fn size(bytes: u64) -> String {
     format!("{bytes} bytes")
 }
 
+/// A time for people, from seconds since 1970: `2026-03-01 12:00:05 UTC`. Not of a year past 9999.
+pub(crate) fn time(seconds: u64) -> String {
+    let (mut days, rest) = (seconds / 86_400, seconds % 86_400);
+    if days > 2_932_896 {
+        return format!("{seconds} seconds since 1970");
+    }
+    let leap = |year: u64| year.is_multiple_of(4) && !year.is_multiple_of(100) || year.is_multiple_of(400);
+    let mut year = 1970;
+    while days >= 365 + u64::from(leap(year)) {
+        days -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let mut month = 1;
+    for length in [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30] {
+        if days < length {
+            break;
+        }
+        days -= length;
+        month += 1;
+    }
+    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year}-{month:02}-{:02} {hour:02}:{minute:02}:{second:02} UTC", days + 1)
+}
+
 /// Parses a size: a number of bytes with an optional suffix K, M, G, T (powers of 1024).
 pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.char_indices().next_back() {
@@ -138,6 +162,17 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn times_for_people() {
+        assert_eq!(time(0), "1970-01-01 00:00:00 UTC");
+        assert_eq!(time(951_782_399), "2000-02-28 23:59:59 UTC");
+        assert_eq!(time(951_782_400), "2000-02-29 00:00:00 UTC");
+        assert_eq!(time(4_107_542_400), "2100-03-01 00:00:00 UTC");
+        assert_eq!(time(1_795_539_625), "2026-11-24 17:00:25 UTC");
+        assert_eq!(time(253_402_300_799), "9999-12-31 23:59:59 UTC");
+        assert_eq!(time(253_402_300_800), "253402300800 seconds since 1970");
+    }
 
     #[test]
     fn sizes_for_people_and_from_people() {

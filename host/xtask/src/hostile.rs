@@ -170,7 +170,7 @@ fn run_tests(
     let mut child = command.spawn().context("cannot start cargo")?;
     let output = child.stdout.take().context("cargo has no output")?;
     // libtest repeats what a failed test said: `thread 'name' (id) panicked at place:`, and then why.
-    let mut panicked = None;
+    let mut panicked: Option<String> = None;
     let before = failed.count();
     for line in BufReader::new(output).split(b'\n') {
         let line = line?;

@@ -21,7 +21,7 @@ use crate::output::{self, parse_size, printable, size};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  blockhouse create --format qcow2 --size 20G vm.qcow2
+  blockhouse create --format qcow2 vm.qcow2 20G
   blockhouse create --format qcow2 --backing base.qcow2 --backing-format qcow2 overlay.qcow2
       An overlay of the size of its backing file, which lies beside it.
   blockhouse create --format qcow2 --size 20G -o cluster-size=2M --preallocation metadata vm.qcow2
@@ -32,12 +32,16 @@ pub(crate) struct Args {
     #[arg(value_name = "IMAGE")]
     image: Option<PathBuf>,
 
+    /// The size of the disk in bytes; K, M, G, T multiply. That of the backing file if left out
+    #[arg(value_name = "SIZE", value_parser = parse_size, group = "disk_size")]
+    disk: Option<u64>,
+
     /// The format of the image
     #[arg(long, value_name = "FORMAT")]
     format: String,
 
-    /// The size of the disk in bytes; K, M, G, T multiply. That of the backing file if left out
-    #[arg(long, value_name = "N", value_parser = parse_size)]
+    /// The same as SIZE
+    #[arg(long, value_name = "N", value_parser = parse_size, group = "disk_size")]
     size: Option<u64>,
 
     #[command(flatten)]
@@ -48,8 +52,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "PATH")]
     allow: Vec<PathBuf>,
 
-    /// Do not look whether the backing file is there (needs --size)
-    #[arg(long, requires = "size")]
+    /// Do not look whether the backing file is there (needs a size)
+    #[arg(long, requires = "disk_size")]
     no_check: bool,
 
     /// List the options of the format, as -o help does
@@ -92,11 +96,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let Some(image) = &args.image else { usage("which IMAGE? (none was given)") };
-    if args.size.is_none() && args.new.backing.is_none() {
-        usage("--size N is missing, and there is no --backing file whose size it could be");
+    let wanted = args.disk.or(args.size);
+    if wanted.is_none() && args.new.backing.is_none() {
+        usage("which SIZE? (none was given, and there is no --backing file whose size it could be)");
     }
     let grants = args.host.grants(&args.allow, &[], Access::ReadOnly)?;
-    let virtual_size = match (args.size, &args.new.backing) {
+    let virtual_size = match (wanted, &args.new.backing) {
         (Some(size), Some(name)) if !args.no_check => {
             let path = beside(image, name.as_ref());
             let found = fs::metadata(&path);

@@ -11,7 +11,7 @@ use blockhouse_walls::Plan;
 use serde::Serialize;
 
 use crate::args::{HostArgs, ImageArgs, ShareArgs};
-use crate::output::{self, printable, size};
+use crate::output::{self, printable, size, time};
 use crate::progress::Spinner;
 
 /// The help of each command stands with its arguments.
@@ -208,11 +208,11 @@ fn render(snapshots: &[SnapshotReport]) -> String {
     let mut text = String::new();
     for snapshot in snapshots {
         let line = format!(
-            "id {}, disk {}, machine state {}, {} seconds since 1970, name {:?}",
+            "id {}, disk {}, machine state {}, made {}, name {:?}",
             snapshot.id,
             size(snapshot.virtual_size_bytes),
             size(snapshot.vm_state_bytes),
-            snapshot.created_at_seconds,
+            time(snapshot.created_at_seconds),
             snapshot.name
         );
         let _ = writeln!(text, "{}", printable(&line));
