@@ -194,7 +194,9 @@ impl Attempt {
 
     /// Standard error with the paths of this run taken out.
     pub(crate) fn stderr(&self) -> String {
-        self.outcome.stderr.replace(&self.root, "$ROOT")
+        // Also in names that are made of it.
+        let dashed = self.root.replace('/', "-");
+        self.outcome.stderr.replace(&self.root, "$ROOT").replace(&dashed, "-ROOT")
     }
 
     /// The last line of standard error: the error itself, after what was logged.

@@ -12,7 +12,7 @@ type Texts = BTreeMap<String, Vec<String>>;
 const FILE: &str = include_str!("refusals.txt");
 
 /// Tests whose texts differ from run to run, since chance or time decides what they meet.
-const BY_CHANCE: [&str; 6] = ["random", "truncated", "damaged", "flips", "rewritten", "shrinks"];
+const BY_CHANCE: [&str; 7] = ["random", "truncated", "damaged", "flips", "rewritten", "shrinks", "a_chain_of_300"];
 
 static KNOWN: LazyLock<Texts> = LazyLock::new(|| {
     let mut texts = Texts::new();
