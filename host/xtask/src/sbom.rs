@@ -21,7 +21,7 @@ const PROGRAM: &str = "blockhouse";
 /// Write the software bill of materials of the program and the components (CycloneDX JSON).
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Where to; `-` is standard output. [default: <target>/blockhouse.cdx.json]
+    /// Where to; `-` is standard output. [default: blockhouse.cdx.json in the target directory]
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
 }
