@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use blockhouse_sandbox::block::{BlockBackend, Disk, Lane, LaneRequest, Operation, Result, VolatileSlice};
+use blockhouse_sandbox::block::{BlockBackend, Disk, DiskOptions, Lane, LaneRequest, Operation, Result, VolatileSlice};
 
 use crate::{Place, Random, SECTOR, read};
 
@@ -141,7 +141,10 @@ fn storm(place: &Place, name: &str, cluster: u64, mut model: Vec<u8>, seed: u64)
     let rounds = std::env::var("WRITES_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
     let hot = (CLUSTERS * cluster).min(model.len() as u64) / SECTOR;
     for part in 0..rounds {
-        let disk = Arc::new(place.open(name));
+        // In turns with and without space that is reserved ahead of writes.
+        let allocate_ahead_bytes = (part % 2) * 16 * cluster;
+        let options = DiskOptions { allocate_ahead_bytes, ..DiskOptions::default() };
+        let disk = Arc::new(place.open_with(name, &place.opener, options));
         let queue = |_| Queue { lane: Arc::<Disk>::clone(&disk).lane().expect("a lane"), buffers: HashMap::new() };
         let mut queues: Vec<Queue> = (0..QUEUES).map(queue).collect();
         for time in 0..ROUNDS {
