@@ -56,6 +56,9 @@ pub enum Failure {
     Once,
 }
 
+/// Bytes that are written whole or not at all.
+const SECTOR: u64 = 512;
+
 #[derive(Debug, Default)]
 struct Content {
     bytes: Vec<u8>,
@@ -77,8 +80,16 @@ impl Content {
             }
             Some((0, Failure::Short)) => {
                 self.failing = Some((0, Failure::Full));
+                let half = match &change {
+                    // Up to the end of a sector, as disks and file systems write: each is old or new.
+                    Change::Write(offset, bytes) => {
+                        let end = offset.saturating_add(bytes.len() as u64 / 2) / SECTOR * SECTOR;
+                        usize::try_from(end.saturating_sub(*offset)).unwrap_or(0)
+                    }
+                    Change::SetSize(_) | Change::Sync => 0,
+                };
                 match &mut change {
-                    Change::Write(_, bytes) if bytes.len() > 1 => bytes.truncate(bytes.len() / 2),
+                    Change::Write(_, bytes) if half > 0 => bytes.truncate(half),
                     _ => return Err("no space left on device".to_string()),
                 }
             }
