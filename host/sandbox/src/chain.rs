@@ -706,9 +706,13 @@ impl Opener {
         let limits = self.sandbox.shared_limits();
         let mut state = State::new(identity, limits, self.grants.clone(), self.locks, self.audit.clone());
         state.direct = self.direct;
+        let again = before.is_some();
         if let Some((shared, held)) = before {
             (state.shared, state.held) = (shared, held);
-        } else if self.direct {
+        } else {
+            state.held.lock().unwrap_or_else(PoisonError::into_inner).last = self.restart.attempts == 0;
+        }
+        if self.direct && !again {
             regular::direct(&file, access == Access::ReadWrite).map_err(|error| {
                 let why = format!("cannot be used with direct I/O, which was asked for: {error}");
                 Error::new(ErrorKind::Unsupported, why).with_source(error).on_image(&*name)

@@ -168,6 +168,8 @@ pub(crate) struct Held {
     pub(crate) incomplete: bool,
     /// Nothing else is opened any more.
     pub(crate) sealed: bool,
+    /// No other instance follows: nothing is kept, so that a file, and with it its lock, ends with its use.
+    pub(crate) last: bool,
 }
 
 impl Held {
@@ -177,7 +179,7 @@ impl Held {
 
     /// Keeps a file, if there is room for it among `most`.
     pub(crate) fn keep(&mut self, file: HeldFile, most: usize) {
-        if self.sealed || self.find(&file.path, file.access).is_some() {
+        if self.sealed || self.last || self.find(&file.path, file.access).is_some() {
             return;
         }
         if self.files.len() >= most {
