@@ -19,7 +19,7 @@ static KNOWN: LazyLock<Texts> = LazyLock::new(|| {
     let mut test = String::new();
     for line in FILE.lines() {
         match line.strip_prefix("  ") {
-            Some(text) => texts.entry(test.clone()).or_default().push(text.to_owned()),
+            Some(text) => texts.entry(test.clone()).or_default().push(without_runs(text)),
             None => test = line.to_owned(),
         }
     }
@@ -35,7 +35,7 @@ pub(crate) fn refusal(text: &str) {
     if BY_CHANCE.iter().any(|chance| test.contains(chance)) {
         return;
     }
-    let text = without_digests(text.lines().next().unwrap_or_default());
+    let text = without_runs(&without_digests(text.lines().next().unwrap_or_default()));
     let number = {
         let mut seen = SEEN.lock().unwrap();
         let texts = seen.entry(test.to_owned()).or_default();
@@ -57,6 +57,18 @@ fn without_digests(text: &str) -> String {
         hexadecimal && word.contains(|letter: char| !letter.is_ascii_digit())
     };
     text.split(' ').map(|word| if is_digest(word) { "DIGEST" } else { word }).collect::<Vec<_>>().join(" ")
+}
+
+/// Names that are filled up to some length are longer or shorter where the directory of the tests is: of a
+/// character that is there a dozen times in a row, one stays, with a mark.
+fn without_runs(text: &str) -> String {
+    const LONG: usize = 12;
+    let letters: Vec<char> = text.chars().collect();
+    let run = |letters: &[char]| match letters {
+        [letter, ..] if letters.len() >= LONG => format!("{letter}{{many}}"),
+        few => few.iter().collect(),
+    };
+    letters.chunk_by(|left, right| left == right).map(run).collect()
 }
 
 /// Writes what was seen, if that was asked for.
