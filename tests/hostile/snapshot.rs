@@ -59,16 +59,25 @@ fn without_digests(text: &str) -> String {
     text.split(' ').map(|word| if is_digest(word) { "DIGEST" } else { word }).collect::<Vec<_>>().join(" ")
 }
 
-/// Names that are filled up to some length are longer or shorter where the directory of the tests is: of a
-/// character that is there a dozen times in a row, one stays, with a mark.
+/// Names that are filled up to some length are longer or shorter where the directory of the tests is: of one or
+/// two characters that are there a dozen times in a row, one occurrence stays, with a mark.
 fn without_runs(text: &str) -> String {
     const LONG: usize = 12;
-    let letters: Vec<char> = text.chars().collect();
-    let run = |letters: &[char]| match letters {
-        [letter, ..] if letters.len() >= LONG => format!("{letter}{{many}}"),
-        few => few.iter().collect(),
-    };
-    letters.chunk_by(|left, right| left == right).map(run).collect()
+    let mut rest: &[char] = &text.chars().collect::<Vec<_>>();
+    let mut short = String::new();
+    while !rest.is_empty() {
+        let run = [1, 2].into_iter().find_map(|unit| {
+            let repeats = rest.chunks_exact(unit).take_while(|chunk| *chunk == &rest[..unit]).count();
+            (repeats >= LONG).then_some((unit, repeats))
+        });
+        let (kept, taken) = run.map_or((1, 1), |(unit, repeats)| (unit, unit * repeats));
+        short.extend(&rest[..kept]);
+        if taken > kept {
+            short += "{many}";
+        }
+        rest = &rest[taken..];
+    }
+    short
 }
 
 /// Writes what was seen, if that was asked for.

@@ -156,7 +156,7 @@ fn what_cannot_be_made_is_said() {
         ("--format raw --size 1M -o cluster-size=4096 x", 1, &["no options"]),
         ("--format vmdk --size 1M x", 5, &["cannot make new images"]),
         ("--format floppy --size 1M x", 5, &["floppy", "qcow2"]),
-        ("--format qcow2 x", 2, &["--size"]),
+        ("--format qcow2 x", 2, &["SIZE", "--backing"]),
         ("--format qcow2 --size 1M", 2, &["IMAGE"]),
         ("--format qcow2 --size 1M --backing b x", 2, &["--backing-format"]),
         ("--format qcow2 --size 1M --backing b --backing-format raw x", 1, &["backing file", "--no-check"]),
