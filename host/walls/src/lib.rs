@@ -101,12 +101,16 @@ impl Walls {
 
     /// What a thread with this role calls first: it narrows its own filter to what the role needs.
     ///
+    /// It also leaves the signals that ask the program to end to threads that may act on them: a handler that tells
+    /// another thread through a socket cannot do that here, and the signal would be lost.
+    ///
     /// A thread whose filter cannot be installed goes on with the one that it has, and says so in the log.
     pub fn thread_start(&self, role: Role) -> ThreadStart {
         if !self.filters {
             return Arc::new(|| {});
         }
         Arc::new(move || {
+            process::leave_signals_to_others();
             if let Err(error) = filter::install(role, filter::Threads::This) {
                 tracing::error!(?role, %error, "a thread has no filter of its own");
             }

@@ -42,3 +42,18 @@ fn settle_allocator() {
 
 #[cfg(not(target_env = "gnu"))]
 fn settle_allocator() {}
+
+/// Blocks the signals that ask a program to end, for the calling thread and those that it starts: another
+/// thread of the process gets them.
+pub(crate) fn leave_signals_to_others() {
+    // SAFETY: the set is initialised by `sigemptyset` before it is used, and lives on this stack; the calls have
+    // no other requirements, and their only error is a number that is no signal.
+    unsafe {
+        let mut set = std::mem::zeroed::<libc::sigset_t>();
+        libc::sigemptyset(&raw mut set);
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
+            libc::sigaddset(&raw mut set, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+    }
+}
