@@ -171,7 +171,9 @@ fn clusters(image: &Path) -> BTreeMap<u64, u64> {
 /// One line of strace as the call, its arguments and its result, if it has all of them.
 fn parse(line: &str) -> Option<(&str, Vec<&str>, u64)> {
     let (call, rest) = line.split_once('(')?;
-    let (arguments, result) = rest.rsplit_once(") = ")?;
+    // The result is in a column of its own where the call is short.
+    let (arguments, result) = rest.rsplit_once(" = ")?;
+    let arguments = arguments.trim_end().strip_suffix(')')?;
     let result = result.split_whitespace().next()?.parse().ok()?;
     Some((call.trim(), arguments.split(", ").collect(), result))
 }
