@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
-use virtio_driver::{QueueNotifier, VhostUser, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags};
+use virtio_driver::{
+    QueueNotifier, VhostUser, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags,
+};
 
 use crate::workload::{Kind, System, Workload, keep_busy};
 
@@ -61,9 +63,11 @@ impl Client {
     pub(crate) fn connect(socket: &Path, queues: usize) -> Result<Self> {
         let path = socket.to_str().context("the path of the socket is not UTF-8")?;
         let features = VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_EVENT_IDX;
+        // A driver that cannot flush has each write made durable before it hears of its end.
+        let features = features.bits() | VirtioBlkFeatureFlags::FLUSH.bits();
         let begun = Instant::now();
         let transport = loop {
-            match VhostUser::new(path, features.bits()) {
+            match VhostUser::new(path, features) {
                 Ok(transport) => break transport,
                 Err(_) if begun.elapsed() < Duration::from_secs(20) => std::thread::sleep(Duration::from_millis(20)),
                 Err(error) => return Err(error).context("cannot connect to the server"),
