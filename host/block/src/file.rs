@@ -30,6 +30,9 @@ pub const MAX_FILE_OFFSET: u64 = i64::MAX.unsigned_abs();
 /// Buffers in one system call (`IOV_MAX` of Linux, uio.h).
 const MAX_BUFFERS: usize = 1024;
 
+/// From this many bytes on a write takes longer than it takes to wake who waits for it.
+const LONG_WRITE: usize = 64 << 10;
+
 /// What the host may do with a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Access {
@@ -76,6 +79,9 @@ pub struct ImageFile {
     validity: Option<Arc<Validity>>,
     /// Held during a sync, so that a second flush waits for the first. True once a sync has failed.
     sync_failed: Mutex<bool>,
+    /// Held during long writes into the page cache. File systems let one writer in at a time, and those who wait
+    /// for it there do so on a processor that somebody else could use.
+    writing: Mutex<()>,
 }
 
 impl ImageFile {
@@ -131,6 +137,7 @@ impl ImageFile {
             unsynced: AtomicBool::new(false),
             validity: None,
             sync_failed: Mutex::new(false),
+            writing: Mutex::new(()),
         })
     }
 
@@ -208,6 +215,9 @@ impl ImageFile {
     /// [`MAX_FILE_OFFSET`]; [`Storage`](ErrorKind::Storage) if the host could not write all of it.
     pub fn write(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
         self.refuse_read_only("a write")?;
+        let length: usize = buffers.iter().map(|buffer| buffer.len()).sum();
+        let _writing = (self.is_buffered() && length >= LONG_WRITE)
+            .then(|| self.writing.lock().unwrap_or_else(PoisonError::into_inner));
         let result = self.for_each_batch(buffers, offset, |batch, position| {
             let (vector, _guard) = IoVector::from_volatile_slice(batch);
             block_on(self.storage.writev(vector, position))
@@ -224,6 +234,11 @@ impl ImageFile {
         if !self.unsynced.load(Ordering::Acquire) {
             self.unsynced.store(true, Ordering::Release);
         }
+    }
+
+    /// Whether what is written goes to the page cache of the host, not past it.
+    pub(crate) fn is_buffered(&self) -> bool {
+        self.direct.is_none()
     }
 
     /// Whether the kernel takes a transfer between `offset` and these buffers as it is.

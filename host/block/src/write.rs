@@ -47,6 +47,9 @@ const UNMAP_PIECE: u64 = 64 << 20;
 /// Below this, zeroes are written: a system call for the range costs more than it saves.
 const MIN_RANGE_CALL: u64 = 64 << 10;
 
+/// Requests of a stream that may be in flight together, and so come out of order.
+const STREAM_REQUESTS: u64 = 32;
+
 /// What is to be written.
 #[derive(Debug)]
 pub(crate) enum Source<'s, 'b> {
@@ -196,19 +199,21 @@ impl Disk {
         Ok(())
     }
 
-    /// How far space is reserved for a write of `start..end`: further than its end if it goes on where the
-    /// last allocation ended, twice as far each time.
+    /// How far space is reserved for a write of `start..end`: further than its end if it goes on about where
+    /// the last allocation ended, twice as far each time.
     fn reserve_up_to(&self, source: &Source<'_, '_>, start: u64, end: u64) -> u64 {
         if self.allocate_ahead == 0 || !matches!(source, Source::Bytes { .. }) {
             return end;
         }
         // A guess, so nobody minds if another thread changes it meanwhile.
         let Stream { end: last, ahead } = &self.stream;
-        if last.load(Ordering::Relaxed) != start {
+        let length = end.saturating_sub(start);
+        // Requests that were in flight together come in any order.
+        let near = length.saturating_mul(STREAM_REQUESTS).min(self.allocate_ahead);
+        if last.load(Ordering::Relaxed).abs_diff(start) > near {
             ahead.store(0, Ordering::Relaxed);
             return end;
         }
-        let length = end.saturating_sub(start);
         let more = ahead.load(Ordering::Relaxed).max(length).saturating_mul(2).min(self.allocate_ahead);
         ahead.store(more, Ordering::Relaxed);
         self.piece_end(end, end.saturating_add(more), more).min(self.capacity()).max(end)

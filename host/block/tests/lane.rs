@@ -92,9 +92,14 @@ fn raw(bytes: &[u8], engine: Engine) -> (Arc<Disk>, std::fs::File) {
 
 #[test]
 fn a_full_lane_reads_and_writes_in_place() {
-    const PIECE: usize = 4096;
+    // Writes that the lane's thread makes, and writes that are too long for it.
+    full_lane(4096);
+    full_lane(66_048);
+}
+
+fn full_lane(piece: usize) {
     for engine in ENGINES {
-        let size = LANE_REQUESTS * PIECE;
+        let size = LANE_REQUESTS * piece;
         let (disk, _outside) = raw(&pattern(size, 1), engine);
         let mut client = Client::new(&disk);
         // This kernel has it; one that has not is served by the pool, which the other engine shows.
@@ -105,8 +110,8 @@ fn a_full_lane_reads_and_writes_in_place() {
             for number in 0..LANE_REQUESTS {
                 client.start(
                     Operation::Write,
-                    (number * PIECE) as u64,
-                    pattern(PIECE, round * 1000 + number as u64),
+                    (number * piece) as u64,
+                    pattern(piece, round * 1000 + number as u64),
                     700,
                 );
             }
@@ -114,12 +119,12 @@ fn a_full_lane_reads_and_writes_in_place() {
             client.drain();
             assert!(client.ended.drain().all(|(_, result)| result.is_ok()));
             let tokens: Vec<_> = (0..LANE_REQUESTS)
-                .map(|number| client.start(Operation::Read, (number * PIECE) as u64, vec![0; PIECE], 1500))
+                .map(|number| client.start(Operation::Read, (number * piece) as u64, vec![0; piece], 1500))
                 .collect();
             client.drain();
             for (number, token) in tokens.into_iter().enumerate() {
                 client.ended.remove(&token).unwrap().unwrap();
-                assert_eq!(client.buffers[&token], pattern(PIECE, round * 1000 + number as u64), "{engine:?} {number}");
+                assert_eq!(client.buffers[&token], pattern(piece, round * 1000 + number as u64), "{engine:?} {number}");
             }
             client.buffers.clear();
         }

@@ -34,6 +34,10 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
 
+    /// Only workloads whose name contains TEXT, such as random-read-4k.
+    #[arg(long, value_name = "TEXT")]
+    workload: Option<String>,
+
     /// Where the images are made: a file system with room for 6 GiB.
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
@@ -55,6 +59,9 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
         if let Some(value) = value {
             command.arg(name).arg(value);
         }
+    }
+    if let Some(workload) = &arguments.workload {
+        command.arg("--workload").arg(workload);
     }
     if let Some(only) = &arguments.only {
         command.arg("--only").arg(only);

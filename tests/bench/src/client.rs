@@ -64,7 +64,7 @@ impl Client {
         let path = socket.to_str().context("the path of the socket is not UTF-8")?;
         let features = VirtioFeatureFlags::VERSION_1 | VirtioFeatureFlags::RING_EVENT_IDX;
         // A driver that cannot flush has each write made durable before it hears of its end.
-        let features = features.bits() | VirtioBlkFeatureFlags::FLUSH.bits();
+        let features = features.bits() | (VirtioBlkFeatureFlags::FLUSH | VirtioBlkFeatureFlags::MQ).bits();
         let begun = Instant::now();
         let transport = loop {
             match VhostUser::new(path, features) {

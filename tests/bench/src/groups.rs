@@ -18,6 +18,8 @@ pub(crate) struct Place<'a> {
     pub(crate) directory: &'a Path,
     pub(crate) blockhouse: &'a Path,
     pub(crate) pace: Pace,
+    /// What the name of a workload must contain.
+    pub(crate) workload: &'a str,
 }
 
 type Group = fn(&Place<'_>) -> Result<Vec<Row>>;
@@ -45,6 +47,9 @@ fn interleave(
     systems: &mut [(&'static str, &mut dyn System)],
 ) -> Result<Samples> {
     let mut samples = Samples::new(workload.name(), "requests/s", systems.iter().map(|(name, _)| *name));
+    if !workload.name().contains(place.workload) {
+        return Ok(samples);
+    }
     for round in 0..=place.pace.rounds {
         let mut rates = Vec::new();
         for (name, system) in systems.iter_mut() {
@@ -214,8 +219,11 @@ fn allocate(place: &Place<'_>) -> Result<Vec<Row>> {
         // Each random request is in a cluster of its own.
         let step = if random { 64 << 10 } else { size };
         let workload = Workload { once: true, length, step, ..Workload::new(Kind::Write, random, size, 32) };
-        let name = workload.name();
-        let mut samples = Samples::new(name, "requests/s", ["blockhouse qcow2", "storage-daemon qcow2"].into_iter());
+        if !workload.name().contains(place.workload) {
+            continue;
+        }
+        let mut samples =
+            Samples::new(workload.name(), "requests/s", ["blockhouse qcow2", "storage-daemon qcow2"].into_iter());
         for round in 0..=place.pace.rounds.min(7) {
             let mut rates = Vec::new();
             for ours in [true, false] {

@@ -59,6 +59,10 @@ struct Arguments {
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
 
+    /// Only workloads whose name contains TEXT.
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    workload: String,
+
     /// Where the images are made: a file system with room for 6 GiB.
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
@@ -89,7 +93,12 @@ fn main() -> Result<()> {
             continue;
         }
         eprintln!("── {name}");
-        let place = groups::Place { directory: directory.path(), blockhouse: &arguments.blockhouse, pace };
+        let place = groups::Place {
+            directory: directory.path(),
+            blockhouse: &arguments.blockhouse,
+            pace,
+            workload: &arguments.workload,
+        };
         match group(&place) {
             Ok(more) => rows.extend(more),
             Err(error) => eprintln!("{name} was left out: {error:#}"),

@@ -99,7 +99,12 @@ impl System for Served {
 impl Drop for Served {
     fn drop(&mut self) {
         drop(self.client.take());
-        let _ = self.child.kill();
+        // In order: the next one who opens the image finds it closed, and its locks gone.
+        let asked = rustix::process::Pid::from_raw(i32::try_from(self.child.id()).unwrap_or(0))
+            .and_then(|id| rustix::process::kill_process(id, rustix::process::Signal::TERM).ok());
+        if asked.is_none() {
+            let _ = self.child.kill();
+        }
         let _ = self.child.wait();
         let _ = std::fs::remove_file(&self.socket);
     }

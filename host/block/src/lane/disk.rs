@@ -11,11 +11,17 @@
 //! A request of which a part failed or was cut short is done again as a whole by the pool: reading or writing
 //! the same bytes twice changes nothing, and there is one place only that knows what to make of the ends of
 //! files, of errors and of alignments: [`ImageFile`](crate::ImageFile).
+//!
+//! A small write into the page cache is a copy, made in less time than it takes to hand it to somebody else.
+//! The kernel hands it on nevertheless, on file systems that do not promise never to wait (ext4): its workers
+//! then write to one file one after the other. So such a write is made at once by the thread of the lane, until
+//! one takes long, which means that the host holds writers up; then the ring has them for a while.
 
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::pool::{PoolLane, RawBuffer};
 use super::ring::{Direction, FixedFile, MAX_PARTS, Ring};
@@ -35,6 +41,16 @@ const MAX_PART: u64 = 1 << 30;
 /// The most buffers of a part (`IOV_MAX`, uio.h).
 const MAX_IOVECS: usize = 1024;
 
+/// The most bytes of a write that the thread of the lane makes itself, which keeps other requests waiting for
+/// as long as it takes to copy them.
+const MAX_COPY: u64 = 64 << 10;
+
+/// How long such a write may take before it counts as held up. A copy takes some microseconds.
+const LONG_COPY: Duration = Duration::from_millis(1);
+
+/// For how long the ring then has the writes.
+const NO_COPIES: Duration = Duration::from_millis(200);
+
 pub(crate) struct DiskLane {
     disk: Arc<Disk>,
     slow: PoolLane,
@@ -47,6 +63,8 @@ pub(crate) struct DiskLane {
     parts: usize,
     /// Requests that ended without anybody's help.
     ended: Vec<(u64, Result<()>)>,
+    /// Until then no write is made by this thread: one took long.
+    no_copies_until: Option<Instant>,
 }
 
 /// A request in the kernel. Its vectors are kept for their memory.
@@ -100,6 +118,7 @@ impl DiskLane {
             free: (0..LANE_REQUESTS).rev().collect(),
             parts: 0,
             ended: Vec::new(),
+            no_copies_until: None,
         })
     }
 
@@ -108,14 +127,22 @@ impl DiskLane {
     /// # Safety
     /// As [`Lane::start`].
     unsafe fn start_fast(&mut self, request: &LaneRequest<'_>, write: bool) -> bool {
-        let Self { disk, ring: Some(ring), fixed, slots, free, parts, ended, .. } = self else { return false };
+        let Self { disk, ring: Some(ring), fixed, slots, free, parts, ended, no_copies_until, .. } = self else {
+            return false;
+        };
         let Some(index) = free.last().copied() else { return false };
         let Some(slot) = slots.get_mut(index) else { return false };
         slot.parts.clear();
         slot.iovecs.clear();
         let made = Planner { disk, ring, fixed, write }.plan(slot, request).is_some()
             && parts.saturating_add(slot.parts.len()) <= MAX_PARTS;
-        if made && !slot.parts.is_empty() {
+        let copied = if made && write {
+            // SAFETY: the iovecs name memory that stays valid until the request has ended, as the caller says.
+            unsafe { copy(disk, slot, no_copies_until) }
+        } else {
+            Copied::Not
+        };
+        if made && !slot.parts.is_empty() && copied == Copied::Not {
             slot.token = request.token;
             slot.write = write;
             slot.offset = request.offset;
@@ -145,11 +172,11 @@ impl DiskLane {
         if let Some(kept) = slot.kept.take() {
             disk.inflight.end(kept);
         }
-        let zeroes_only = made && slot.parts.is_empty();
-        if zeroes_only {
+        let done = copied == Copied::All || made && slot.parts.is_empty();
+        if done {
             ended.push((request.token, Ok(())));
         }
-        zeroes_only
+        done
     }
 
     /// A part has ended.
@@ -164,12 +191,7 @@ impl DiskLane {
             return;
         }
         if slot.write {
-            for part in &slot.parts {
-                // The file is in the table, since it was looked up there.
-                if let Ok(file) = self.disk.file(part.file) {
-                    file.was_written();
-                }
-            }
+            was_written(&self.disk, &slot.parts);
         }
         if let Some(kept) = slot.kept.take() {
             self.disk.inflight.end(kept);
@@ -186,6 +208,56 @@ impl DiskLane {
     fn reap(&mut self, each: &mut dyn FnMut(u64, Result<()>)) {
         while let Some((user_data, result)) = self.ring.as_mut().and_then(Ring::next) {
             self.part_ended(user_data, result, each);
+        }
+    }
+}
+
+/// What became of a write that this thread could make itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Copied {
+    All,
+    /// The pool has to do it, and see what is the matter.
+    Failed,
+    Not,
+}
+
+/// Makes a write at once, if it is small, goes to the page cache, and nothing says that this would take long.
+///
+/// # Safety
+/// The iovecs of the slot name valid memory.
+unsafe fn copy(disk: &Disk, slot: &Slot, no_copies_until: &mut Option<Instant>) -> Copied {
+    let length: u64 = slot.parts.iter().map(|part| u64::from(part.length)).sum();
+    if length > MAX_COPY || slot.parts.is_empty() {
+        return Copied::Not;
+    }
+    let begun = Instant::now();
+    if no_copies_until.is_some_and(|until| begun < until) {
+        return Copied::Not;
+    }
+    let files = || slot.parts.iter().map(|part| (part, disk.file(part.file)));
+    if !files().all(|(_, file)| file.is_ok_and(|file| file.is_buffered())) {
+        return Copied::Not;
+    }
+    let all = files().all(|(part, file)| {
+        let (Ok(file), Some(iovecs)) = (file, slot.iovecs.get(part.first..part.end)) else { return false };
+        let (Ok(count), Ok(offset)) = (libc::c_int::try_from(iovecs.len()), libc::off_t::try_from(part.offset)) else {
+            return false;
+        };
+        // SAFETY: the caller says that the memory is valid; `add_part` made sure that the file may be written.
+        let written = unsafe { libc::pwritev(file.as_fd().as_raw_fd(), iovecs.as_ptr(), count, offset) };
+        u32::try_from(written) == Ok(part.length)
+    });
+    was_written(disk, &slot.parts);
+    let ended = Instant::now();
+    *no_copies_until = (ended.duration_since(begun) > LONG_COPY).then(|| ended.checked_add(NO_COPIES)).flatten();
+    if all { Copied::All } else { Copied::Failed }
+}
+
+fn was_written(disk: &Disk, parts: &[Part]) {
+    for part in parts {
+        // The file is in the table, since it was looked up there.
+        if let Ok(file) = disk.file(part.file) {
+            file.was_written();
         }
     }
 }
