@@ -24,6 +24,21 @@ const RULES: &[(&str, &[&str], &[&str])] = &[
     ("blockhouse-vmdk", &["blockhouse-plugin"], &["wasmtime", "imago", "vm-memory"]),
     ("blockhouse-probe", &["blockhouse-plugin"], &["wasmtime", "imago", "vm-memory"]),
     ("blockhouse-template", &["blockhouse-plugin"], &["wasmtime", "imago", "vm-memory"]),
+    (
+        "blockhouse-fuzz",
+        &[
+            "blockhouse-block",
+            "blockhouse-plugin",
+            "blockhouse-probe",
+            "blockhouse-qcow2",
+            "blockhouse-raw",
+            "blockhouse-template",
+            "blockhouse-vhost",
+            "blockhouse-virtio",
+            "blockhouse-vmdk",
+        ],
+        &["wasmtime", "wasmtime-wasi", "kvm-ioctls"],
+    ),
 ];
 
 /// Only these may use them directly: so their types are in no other crate's interface.

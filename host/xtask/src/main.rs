@@ -9,6 +9,7 @@
 mod bench;
 mod build_plugins;
 mod demo;
+mod fuzz;
 mod hostile;
 mod packages;
 mod prerequisites;
@@ -43,6 +44,7 @@ enum Task {
     Test(test::Arguments),
     Simulate(simulate::Arguments),
     Hostile(hostile::Arguments),
+    Fuzz(fuzz::Arguments),
     Bench(bench::Arguments),
     Sbom(sbom::Arguments),
     ReleaseNotes(release_notes::Arguments),
@@ -68,6 +70,7 @@ fn run() -> Result<()> {
         Task::Test(arguments) => test::run(&workspace, &arguments),
         Task::Simulate(arguments) => simulate::run(&workspace, &arguments),
         Task::Hostile(arguments) => hostile::run(&workspace, &arguments),
+        Task::Fuzz(arguments) => fuzz::run(&workspace, &arguments),
         Task::Bench(arguments) => bench::run(&workspace, &arguments),
         Task::Sbom(arguments) => sbom::run(&workspace, &arguments),
         Task::ReleaseNotes(arguments) => release_notes::run(&workspace, &arguments),

@@ -28,6 +28,8 @@ pub(crate) enum Purpose {
     QuickTest,
     /// `cargo xtask test`.
     Test,
+    /// `cargo xtask fuzz`.
+    Fuzz,
 }
 
 pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
@@ -76,6 +78,15 @@ fn require(all: &[Needed]) -> Result<()> {
 }
 
 fn prepare(workspace: &Workspace, purpose: Purpose) -> Vec<Needed> {
+    let fuzzer = || Needed {
+        name: "c++",
+        why: "building the fuzzer",
+        essential: purpose == Purpose::Fuzz,
+        found: program("c++", "g++"),
+    };
+    if purpose == Purpose::Fuzz {
+        return vec![fuzzer()];
+    }
     let mut all = vec![
         Needed {
             name: "qemu-img",
@@ -97,6 +108,7 @@ fn prepare(workspace: &Workspace, purpose: Purpose) -> Vec<Needed> {
         },
     ];
     if purpose == Purpose::Test {
+        all.push(fuzzer());
         all.extend(guest(&workspace.target.join("cache")));
     }
     all

@@ -9,19 +9,22 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::build_plugins;
 use crate::demo;
+use crate::fuzz;
 use crate::prerequisites::{self, Purpose};
 use crate::tools::{self, Workspace, style};
 
 /// A network that drops packets would be waited for for ever.
 const DATABASE_LIMIT: Duration = Duration::from_secs(60);
+/// How long each fuzz target runs, in seconds.
+const FUZZ_SECONDS: u64 = 20;
 
-/// Run every check: formatting, lints, documentation, licences, advisories, components, tests.
+/// Run every check: formatting, lints, documentation, licences, advisories, components, tests, fuzz targets.
 ///
 /// All checks run even if one fails. The last line says how many tests passed, failed and
 /// were skipped; a test that cannot run on this machine counts as skipped and says why.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Leave out the tests that boot Linux.
+    /// Leave out the tests that boot Linux, and the fuzz targets.
     #[arg(long)]
     quick: bool,
 }
@@ -36,14 +39,18 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     // The host crates embed the components, so without them nothing below compiles.
     if built {
         steps.run("clippy", || clippy(workspace));
-        steps.run("clippy, components", || clippy_components(workspace));
+        steps.run_if_possible("clippy, components", || clippy_components(workspace));
         steps.run("documentation", || documentation(workspace));
-        steps.run("licences, sources", || deny(workspace));
-        steps.run("advisories", || advisories(workspace));
+        steps.run_if_possible("licences, sources", || deny(workspace));
+        steps.run_if_possible("advisories", || advisories(workspace));
     }
     if prepared && built {
         steps.run("tests", || tests(workspace, arguments.quick, &mut totals));
     }
+    if !arguments.quick {
+        steps.run_if_possible("fuzz targets", || fuzz_targets(workspace));
+    }
+    totals.skipped.extend(steps.left_out());
     steps.print();
     totals.print();
     // A failed step without a failed test must not end in a line that says "0 failed".
@@ -59,23 +66,49 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
 
 /// What was done, how it ended and how long it took.
 #[derive(Default)]
-struct Steps(Vec<(&'static str, bool, Duration)>);
+struct Steps(Vec<(&'static str, Ended, Duration)>);
+
+/// How a step ended.
+#[derive(Debug, PartialEq, Eq)]
+enum Ended {
+    Passed,
+    /// It could not be done here, for this reason.
+    LeftOut(String),
+    Failed,
+}
 
 impl Steps {
     /// Runs one step; an error is printed at once and does not stop the others.
     fn run(&mut self, name: &'static str, step: impl FnOnce() -> Result<()>) -> bool {
+        self.run_if_possible(name, || step().map(|()| Ended::Passed))
+    }
+
+    /// As [`run`](Self::run), for a step that may be left out.
+    fn run_if_possible(&mut self, name: &'static str, step: impl FnOnce() -> Result<Ended>) -> bool {
         tools::say(format!("── {name}"));
         let started = Instant::now();
-        let result = step();
-        if let Err(error) = &result {
-            tools::print_error(error);
+        let ended = step().unwrap_or_else(|error| {
+            tools::print_error(&error);
+            Ended::Failed
+        });
+        if let Ended::LeftOut(why) = &ended {
+            tools::say(format!("left out: {why}"));
         }
-        self.0.push((name, result.is_ok(), started.elapsed()));
-        result.is_ok()
+        let passed = ended != Ended::Failed;
+        self.0.push((name, ended, started.elapsed()));
+        passed
     }
 
     fn failed(&self) -> Vec<&'static str> {
-        self.0.iter().filter(|(_, passed, _)| !passed).map(|(name, ..)| *name).collect()
+        self.0.iter().filter(|(_, ended, _)| *ended == Ended::Failed).map(|(name, ..)| *name).collect()
+    }
+
+    /// A line for each step that was left out. They count as skipped: what was not checked has not passed.
+    fn left_out(&self) -> impl Iterator<Item = String> {
+        self.0.iter().filter_map(|(name, ended, _)| match ended {
+            Ended::LeftOut(why) => Some(format!("skipped: the step {name}: {why}")),
+            Ended::Passed | Ended::Failed => None,
+        })
     }
 
     fn all_passed(&self) -> bool {
@@ -84,8 +117,12 @@ impl Steps {
 
     fn print(&self) {
         println!();
-        for (name, passed, took) in &self.0 {
-            let mark = if *passed { style("32", "✓") } else { style("31", "✗") };
+        for (name, ended, took) in &self.0 {
+            let mark = match ended {
+                Ended::Passed => style("32", "✓"),
+                Ended::LeftOut(_) => style("33", "-"),
+                Ended::Failed => style("31", "✗"),
+            };
             println!("{mark} {name:<20} {:>7.1} s", took.as_secs_f64());
         }
     }
@@ -147,17 +184,17 @@ fn clippy(workspace: &Workspace) -> Result<()> {
 }
 
 /// Once more for the target of the components: much of their code exists only there.
-fn clippy_components(workspace: &Workspace) -> Result<()> {
+fn clippy_components(workspace: &Workspace) -> Result<Ended> {
     if !build_plugins::target_is_installed()? {
-        tools::say("left out: the toolchain has no precompiled library for wasm32-wasip2");
-        return Ok(());
+        return Ok(Ended::LeftOut("the toolchain has no precompiled library for wasm32-wasip2".to_owned()));
     }
     let mut command = tools::cargo();
     command.current_dir(&workspace.root).args(["clippy", "--locked", "--lib", "--target", build_plugins::TARGET]);
     for package in build_plugins::packages(workspace)? {
         command.args(["--package", &package]);
     }
-    tools::run(command.args(["--", "--deny", "warnings"]))
+    tools::run(command.args(["--", "--deny", "warnings"]))?;
+    Ok(Ended::Passed)
 }
 
 fn documentation(workspace: &Workspace) -> Result<()> {
@@ -169,21 +206,23 @@ fn documentation(workspace: &Workspace) -> Result<()> {
     )
 }
 
+/// What is missing without cargo-deny.
+const NO_CARGO_DENY: &str = "there is no cargo-deny; `cargo install --locked cargo-deny` adds it";
+
 /// `cargo deny` needs its own installation, so it is left to continuous integration where it is missing.
-fn deny(workspace: &Workspace) -> Result<()> {
+fn deny(workspace: &Workspace) -> Result<Ended> {
     if tools::find("cargo-deny").is_none() {
-        tools::say("left out: no cargo-deny; `cargo install --locked cargo-deny` adds it");
-        return Ok(());
+        return Ok(Ended::LeftOut(NO_CARGO_DENY.to_owned()));
     }
     let check = ["deny", "--locked", "--config", ".deny.toml", "check", "--hide-inclusion-graph"];
-    cargo(workspace, &[check.as_slice(), &["bans", "licenses", "sources"]].concat())
+    cargo(workspace, &[check.as_slice(), &["bans", "licenses", "sources"]].concat())?;
+    Ok(Ended::Passed)
 }
 
 /// Known vulnerabilities. Their database comes over a network, which not every machine has.
-fn advisories(workspace: &Workspace) -> Result<()> {
+fn advisories(workspace: &Workspace) -> Result<Ended> {
     if tools::find("cargo-deny").is_none() {
-        tools::say("left out: no cargo-deny");
-        return Ok(());
+        return Ok(Ended::LeftOut(NO_CARGO_DENY.to_owned()));
     }
     let deny = |arguments: &[&str]| {
         let mut command = tools::cargo();
@@ -191,20 +230,30 @@ fn advisories(workspace: &Workspace) -> Result<()> {
         command
     };
     match tools::output_within(DATABASE_LIMIT, &mut deny(&["fetch", "db"]))? {
-        Some(output) if output.status.success() => tools::run(&mut deny(&["check", "--disable-fetch", "advisories"])),
+        Some(output) if output.status.success() => {
+            tools::run(&mut deny(&["check", "--disable-fetch", "advisories"]))?;
+            Ok(Ended::Passed)
+        }
         Some(output) => {
             let why = String::from_utf8_lossy(&output.stderr);
             let why =
                 why.lines().find(|line| line.contains("ERROR") || line.contains("error")).unwrap_or("no reason given");
-            tools::say(format!("left out: the database of advisories is not to be had here: {why}"));
-            Ok(())
+            Ok(Ended::LeftOut(format!("the database of advisories is not to be had here: {why}")))
         }
         None => {
             let limit = DATABASE_LIMIT.as_secs();
-            tools::say(format!("left out: the database of advisories did not come within {limit} s"));
-            Ok(())
+            Ok(Ended::LeftOut(format!("the database of advisories did not come within {limit} s")))
         }
     }
+}
+
+/// Each target for a short time: enough to see that it works, and to find what is easy to find.
+fn fuzz_targets(workspace: &Workspace) -> Result<Ended> {
+    if tools::find("c++").is_none() {
+        return Ok(Ended::LeftOut("there is no C++ compiler to build the fuzzer with".to_owned()));
+    }
+    fuzz::short(workspace, FUZZ_SECONDS)?;
+    Ok(Ended::Passed)
 }
 
 fn tests(workspace: &Workspace, quick: bool, totals: &mut Totals) -> Result<()> {
@@ -244,7 +293,7 @@ fn tests(workspace: &Workspace, quick: bool, totals: &mut Totals) -> Result<()> 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod unit {
-    use super::Totals;
+    use super::{Ended, Steps, Totals};
 
     #[test]
     fn totals_add_up() {
@@ -254,6 +303,16 @@ mod unit {
         totals
             .add("test result: FAILED. 10 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.50s");
         assert_eq!((totals.passed, totals.failed), (13, 2));
+    }
+
+    #[test]
+    fn what_was_left_out_is_neither_passed_nor_failed() {
+        let mut steps = Steps::default();
+        assert!(steps.run("one", || Ok(())));
+        assert!(steps.run_if_possible("two", || Ok(Ended::LeftOut("no tool".into()))));
+        assert!(!steps.run("three", || anyhow::bail!("it is broken")));
+        assert_eq!(steps.failed(), ["three"]);
+        assert_eq!(steps.left_out().collect::<Vec<_>>(), ["skipped: the step two: no tool"]);
     }
 
     #[test]

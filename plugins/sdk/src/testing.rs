@@ -65,6 +65,8 @@ struct Content {
     /// With the number of the change among those of all files.
     changes: Vec<(u64, Change)>,
     clock: Rc<Cell<u64>>,
+    /// The largest size of any file; `None`: there is none.
+    limit: Rc<Cell<Option<u64>>>,
     /// How it fails, and how many changes succeed before that; `None`: all succeed.
     failing: Option<(usize, Failure)>,
 }
@@ -72,6 +74,11 @@ struct Content {
 impl Content {
     /// Returns how many bytes were written, for a write.
     fn change(&mut self, mut change: Change) -> Result<usize, String> {
+        if let Some(limit) = self.limit.get()
+            && change.end() > limit
+        {
+            return Err(format!("file too large: {limit} bytes are the limit"));
+        }
         match &mut self.failing {
             Some((0, Failure::Full)) => return Err("no space left on device".to_string()),
             Some((0, Failure::Once)) => {
@@ -115,6 +122,15 @@ impl Content {
 }
 
 impl Change {
+    /// The size that a file has at least after it.
+    fn end(&self) -> u64 {
+        match self {
+            Self::Write(offset, bytes) => offset.saturating_add(bytes.len() as u64),
+            Self::SetSize(size) => *size,
+            Self::Sync => 0,
+        }
+    }
+
     /// Does it to a file.
     pub fn apply(&self, bytes: &mut Vec<u8>) {
         match self {
@@ -139,6 +155,7 @@ struct Shared {
     shared: Vec<Rc<RefCell<Content>>>,
     opened: Vec<String>,
     clock: Rc<Cell<u64>>,
+    limit: Rc<Cell<Option<u64>>>,
 }
 
 /// Files in memory, by absolute path. A clone is the same storage.
@@ -153,8 +170,8 @@ impl Storage {
 
     /// Adds or replaces a file.
     pub fn insert(&self, path: impl Into<String>, bytes: impl Into<Vec<u8>>) {
-        let clock = self.0.borrow().clock.clone();
-        let content = Content { bytes: bytes.into(), clock, ..Content::default() };
+        let (clock, limit) = (self.0.borrow().clock.clone(), self.0.borrow().limit.clone());
+        let content = Content { bytes: bytes.into(), clock, limit, ..Content::default() };
         self.0.borrow_mut().files.insert(path.into(), Rc::new(RefCell::new(content)));
     }
 
@@ -185,6 +202,12 @@ impl Storage {
         }
         all.sort_by_key(|(time, ..)| *time);
         all.into_iter().map(|(_, number, change)| (number, change)).collect()
+    }
+
+    /// Fails every change after which a file would have more bytes than this, as a file system does: for images
+    /// that can make a format write anywhere.
+    pub fn limit_sizes(&self, bytes: u64) {
+        self.0.borrow().limit.set(Some(bytes));
     }
 
     /// Lets `changes` more changes of a file succeed, and fails all after that, as a full file system does.
