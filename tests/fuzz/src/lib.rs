@@ -26,6 +26,7 @@
 mod image;
 mod qcow2;
 mod qcow2_write;
+mod queue;
 mod small_formats;
 mod vmdk;
 
@@ -51,6 +52,7 @@ pub const TARGETS: &[Target] = &[
     ("qcow2_read", qcow2::read),
     ("qcow2_repair", qcow2::repair),
     ("qcow2_write", qcow2_write::run),
+    ("virtio_queue", queue::run),
     ("vmdk", vmdk::run),
     ("small_formats", small_formats::run),
 ];
