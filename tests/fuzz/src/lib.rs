@@ -23,7 +23,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::cast_possible_truncation)]
 
+mod disk_read;
 mod image;
+mod lies;
 mod qcow2;
 mod qcow2_write;
 mod queue;
@@ -49,6 +51,7 @@ pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
 pub const TARGETS: &[Target] = &[
+    ("disk_read", disk_read::run),
     ("qcow2_read", qcow2::read),
     ("qcow2_repair", qcow2::repair),
     ("qcow2_write", qcow2_write::run),
