@@ -24,6 +24,7 @@
 #![allow(clippy::cast_possible_truncation)]
 
 mod disk_read;
+mod disk_write;
 mod image;
 mod lies;
 mod qcow2;
@@ -52,6 +53,7 @@ pub type Target = (&'static str, fn(&[u8]));
 /// All targets.
 pub const TARGETS: &[Target] = &[
     ("disk_read", disk_read::run),
+    ("disk_write", disk_write::run),
     ("qcow2_read", qcow2::read),
     ("qcow2_repair", qcow2::repair),
     ("qcow2_write", qcow2_write::run),
