@@ -14,9 +14,9 @@ use blockhouse_walls::{Plan, Use};
 use clap::Args;
 
 use crate::grant_arg;
-use crate::output::parse_size;
 use crate::policy::Policy;
 use crate::progress::Progress;
+use crate::size::parse_size;
 
 /// What stands before the name of a file that `plugin compile` made.
 const COMPILED: &str = "compiled:";

@@ -1,51 +1,16 @@
 //! The disk strings of `blockhouse run` and `serve`: `file=IMAGE,format=F[,allow=PATH][,allow-write=PATH]...`.
+//!
+//! [`KEYS`] is the table of what can stand there: parsing, errors and help come from it. The module knows no
+//! component and opens nothing, and stands for itself with `size.rs`: a fuzz target includes both.
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
 
 use blockhouse_block::Engine;
 use blockhouse_vhost::{CacheMode, DEFAULT_POLL, MAX_POLL, MAX_QUEUES};
 
-use crate::output::parse_size;
-
-/// What the fields mean, for the help of the commands that take them.
-macro_rules! field_help {
-    () => {
-        "\
-file=IMAGE        the image
-format=FORMAT     its format: stated, never guessed
-allow=PATH        let the image refer to PATH, a file or a directory (read-only; may be repeated)
-allow-write=PATH  as allow, and let the image have PATH written: an external data file
-readonly=on|off   default off; formats that cannot be written need on
-serial=TEXT       what the guest sees as the serial number, up to 20 characters
-snapshot=N        a snapshot inside the image, by id or name (needs readonly=on)
-cache=MODE        when a write is durable: writeback (default), once the guest flushes;
-                  writethrough, before the guest hears that it is done; unsafe, some time:
-                  flushes do nothing, a crash of the host loses data and may destroy the image
-discard=on|off    let the guest give back space (default on; off for drivers that fail)
-guard-header=on   refuse what would make a raw disk look like an image (qcow2, vmdk, vhd, ...) to
-                  programs that guess formats; the guest gets an I/O error, the log a line
-direct=on|off     read and write past the host's page cache (default off; not every file system can)
-engine=auto|threads
-                  what moves the bytes: io_uring where the host has it (auto, the default), or threads
-poll=N            microseconds for which a queue is looked at before its thread waits (default 20; 0 to
-                  10000): saves wake-ups, costs processor time
-map=SIZE          memory for what is known about where bytes live (default 16M; K, M, G multiply)
-queues=N          queues, each with a thread of its own (default 1, at most 64); one per vCPU is
-                  as many as a guest can use at once
-"
-    };
-}
-pub(crate) use field_help;
-
-/// The end of the help.
-macro_rules! comma_help {
-    () => {
-        "A comma inside a value is written twice."
-    };
-}
-pub(crate) use comma_help;
+use super::size::{NOT_A_SIZE, parse_size};
 
 /// One disk, as the operator describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,141 +49,341 @@ pub(crate) struct DiskArg {
     pub(crate) socket: Option<String>,
 }
 
-impl FromStr for DiskArg {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let mut file = None;
-        let mut format = None;
-        let mut allow = Vec::new();
-        let mut allow_write = Vec::new();
-        let mut readonly = None;
-        let mut serial = None;
-        let mut snapshot = None;
-        let mut cache = None;
-        let mut discard = None;
-        let mut guard_header = None;
-        let mut direct = None;
-        let mut engine = None;
-        let mut map = None;
-        let mut poll = None;
-        let mut queues = None;
-        let mut socket = None;
-        for field in split_fields(text) {
-            let (key, value) =
-                field.split_once('=').ok_or_else(|| format!("{field:?} is not of the form key=value"))?;
-            if value.is_empty() {
-                return Err(format!("{key}= has no value"));
-            }
-            let twice = match key {
-                "file" => file.replace(PathBuf::from(value)).is_some(),
-                "format" => format.replace(value.to_owned()).is_some(),
-                "allow" => {
-                    allow.push(PathBuf::from(value));
-                    false
-                }
-                "allow-write" => {
-                    allow_write.push(PathBuf::from(value));
-                    false
-                }
-                "readonly" => readonly.replace(on_or_off(key, value)?).is_some(),
-                "guard-header" => guard_header.replace(on_or_off(key, value)?).is_some(),
-                "discard" => discard.replace(on_or_off(key, value)?).is_some(),
-                "cache" => {
-                    let mode = match value {
-                        "writeback" => CacheMode::WriteBack,
-                        "writethrough" => CacheMode::WriteThrough,
-                        "unsafe" => CacheMode::Unsafe,
-                        other => return Err(format!("cache={other} is not one of writeback, writethrough, unsafe")),
-                    };
-                    cache.replace(mode).is_some()
-                }
-                "serial" => {
-                    if value.len() > 20 || !value.bytes().all(|byte| byte.is_ascii_graphic()) {
-                        return Err(format!("serial={value} is not 1 to 20 printable ASCII characters"));
-                    }
-                    serial.replace(value.to_owned()).is_some()
-                }
-                "snapshot" => snapshot.replace(value.to_owned()).is_some(),
-                "direct" => direct.replace(on_or_off(key, value)?).is_some(),
-                "engine" => {
-                    let chosen = match value {
-                        "auto" => Engine::Auto,
-                        "threads" => Engine::Threads,
-                        other => return Err(format!("engine={other} is neither auto nor threads")),
-                    };
-                    engine.replace(chosen).is_some()
-                }
-                "map" => {
-                    let bytes = parse_size(value).map_err(|why| format!("map={value}: {why}"))?;
-                    let bytes = usize::try_from(bytes).map_err(|_| format!("map={value} is too large"))?;
-                    map.replace(bytes).is_some()
-                }
-                "poll" => {
-                    let time = value.parse().ok().map(Duration::from_micros).filter(|time| *time <= MAX_POLL);
-                    let time = time.ok_or_else(|| format!("poll={value} is not a number from 0 to 10000"))?;
-                    poll.replace(time).is_some()
-                }
-                "queues" => {
-                    let number = value.parse().ok().filter(|number| (1..=MAX_QUEUES).contains(number));
-                    let number =
-                        number.ok_or_else(|| format!("queues={value} is not a number from 1 to {MAX_QUEUES}"))?;
-                    queues.replace(number).is_some()
-                }
-                "socket" => socket.replace(value.to_owned()).is_some(),
-                other => {
-                    return Err(format!(
-                        "{other:?} is not a key of a disk; there is: file, format, allow, allow-write, readonly, \
-                         serial, snapshot, cache, discard, guard-header, direct, engine, map, poll, queues, socket"
-                    ));
-                }
-            };
-            if twice {
-                return Err(format!("{key}= is given twice"));
-            }
+impl Default for DiskArg {
+    /// What is not said.
+    fn default() -> Self {
+        Self {
+            file: PathBuf::new(),
+            format: String::new(),
+            allow: Vec::new(),
+            allow_write: Vec::new(),
+            readonly: false,
+            serial: None,
+            snapshot: None,
+            cache: CacheMode::default(),
+            discard: true,
+            guard_header: false,
+            direct: false,
+            engine: Engine::default(),
+            map: None,
+            poll: DEFAULT_POLL,
+            queues: 1,
+            socket: None,
         }
-        let disk = Self {
-            file: file.ok_or("file= is missing: which image?")?,
-            format: format.ok_or("format= is missing: the format is stated, never guessed (try: blockhouse probe)")?,
-            allow,
-            allow_write,
-            readonly: readonly.unwrap_or(false),
-            serial,
-            snapshot,
-            cache: cache.unwrap_or_default(),
-            discard: discard.unwrap_or(true),
-            guard_header: guard_header.unwrap_or(false),
-            direct: direct.unwrap_or(false),
-            engine: engine.unwrap_or_default(),
-            map,
-            poll: poll.unwrap_or(DEFAULT_POLL),
-            queues: queues.unwrap_or(1),
-            socket,
-        };
-        if disk.snapshot.is_some() && !disk.readonly {
-            return Err("snapshot= needs readonly=on: a snapshot cannot be written".to_owned());
-        }
-        if disk.readonly && !disk.allow_write.is_empty() {
-            return Err("allow-write= needs readonly=off: nothing is written; use allow=".to_owned());
-        }
-        if disk.readonly && discard == Some(true) {
-            return Err("discard=on needs readonly=off: a discard changes the disk".to_owned());
-        }
-        if disk.guard_header && disk.format != "raw" {
-            return Err("guard-header=on needs format=raw: other disks are not images of their own".to_owned());
-        }
-        if disk.guard_header && disk.readonly {
-            return Err("guard-header=on needs readonly=off: nothing is written".to_owned());
-        }
-        Ok(disk)
     }
 }
 
-fn on_or_off(key: &str, value: &str) -> Result<bool, String> {
+/// Who takes a disk string.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum User {
+    /// `blockhouse run`: the machine is here.
+    Run,
+    /// `blockhouse serve`: the machine is somebody else's.
+    Serve,
+}
+
+/// One key of a disk string.
+struct Key {
+    name: &'static str,
+    /// What stands after the `=` in the help.
+    value: &'static str,
+    /// What it means, for the help, which breaks the lines.
+    help: &'static str,
+    /// The only command that has it, and why the other one has not.
+    only: Option<(User, &'static str)>,
+    /// It can be given more than once.
+    repeats: bool,
+    /// Takes a value that is not empty. An error is what follows `key=value`.
+    set: fn(&mut DiskArg, &str) -> Result<(), String>,
+}
+
+/// A key that both commands have, once.
+const KEY: Key = Key { name: "", value: "", help: "", only: None, repeats: false, set: |_, _| Ok(()) };
+
+/// Every key, in the order of the help.
+const KEYS: &[Key] = &[
+    Key {
+        name: "file",
+        value: "IMAGE",
+        help: "the image",
+        set: |disk, value| {
+            disk.file = PathBuf::from(value);
+            Ok(())
+        },
+        ..KEY
+    },
+    Key {
+        name: "format",
+        value: "FORMAT",
+        help: "its format: stated, never guessed",
+        set: |disk, value| {
+            disk.format = value.to_owned();
+            Ok(())
+        },
+        ..KEY
+    },
+    Key {
+        name: "allow",
+        value: "PATH",
+        help: "let the image refer to PATH, a file or a directory (read-only; may be repeated)",
+        repeats: true,
+        set: |disk, value| {
+            disk.allow.push(PathBuf::from(value));
+            Ok(())
+        },
+        ..KEY
+    },
+    Key {
+        name: "allow-write",
+        value: "PATH",
+        help: "as allow, and let the image have PATH written: an external data file",
+        repeats: true,
+        set: |disk, value| {
+            disk.allow_write.push(PathBuf::from(value));
+            Ok(())
+        },
+        ..KEY
+    },
+    Key {
+        name: "readonly",
+        value: "on|off",
+        help: "default off; formats that cannot be written need on",
+        set: |disk, value| on_or_off(value).map(|on| disk.readonly = on),
+        ..KEY
+    },
+    Key {
+        name: "serial",
+        value: "TEXT",
+        help: "what the guest sees as the serial number, up to 20 characters",
+        set: |disk, value| {
+            if value.len() > 20 || !value.bytes().all(|byte| byte.is_ascii_graphic()) {
+                return Err(" is not 1 to 20 printable ASCII characters".to_owned());
+            }
+            disk.serial = Some(value.to_owned());
+            Ok(())
+        },
+        ..KEY
+    },
+    Key {
+        name: "snapshot",
+        value: "N",
+        help: "a snapshot inside the image, by id or name (needs readonly=on)",
+        set: |disk, value| {
+            disk.snapshot = Some(value.to_owned());
+            Ok(())
+        },
+        ..KEY
+    },
+    Key {
+        name: "cache",
+        value: "MODE",
+        help: "when a write is durable: writeback (default), once the guest flushes; writethrough, before the \
+               guest hears that it is done; unsafe, some time: flushes do nothing, a crash of the host loses \
+               data and may destroy the image",
+        set: |disk, value| {
+            disk.cache = match value {
+                "writeback" => CacheMode::WriteBack,
+                "writethrough" => CacheMode::WriteThrough,
+                "unsafe" => CacheMode::Unsafe,
+                _ => return Err(" is not one of writeback, writethrough, unsafe".to_owned()),
+            };
+            Ok(())
+        },
+        ..KEY
+    },
+    Key {
+        name: "discard",
+        value: "on|off",
+        help: "let the guest give back space (default on; off for drivers that fail)",
+        set: |disk, value| on_or_off(value).map(|on| disk.discard = on),
+        ..KEY
+    },
+    Key {
+        name: "guard-header",
+        value: "on",
+        help: "refuse what would make a raw disk look like an image (qcow2, vmdk, vhd, ...) to programs that \
+               guess formats; the guest gets an I/O error, the log a line",
+        set: |disk, value| on_or_off(value).map(|on| disk.guard_header = on),
+        ..KEY
+    },
+    Key {
+        name: "direct",
+        value: "on|off",
+        help: "read and write past the host's page cache (default off; not every file system can)",
+        set: |disk, value| on_or_off(value).map(|on| disk.direct = on),
+        ..KEY
+    },
+    Key {
+        name: "engine",
+        value: "auto|threads",
+        help: "what moves the bytes: io_uring where the host has it (auto, the default), or threads",
+        set: |disk, value| {
+            disk.engine = match value {
+                "auto" => Engine::Auto,
+                "threads" => Engine::Threads,
+                _ => return Err(" is neither auto nor threads".to_owned()),
+            };
+            Ok(())
+        },
+        ..KEY
+    },
+    Key {
+        name: "poll",
+        value: "N",
+        help: "microseconds for which a queue is looked at before its thread waits (default 20; 0 to 10000): \
+               saves wake-ups, costs processor time",
+        set: |disk, value| {
+            let time = value.parse().ok().map(Duration::from_micros).filter(|time| *time <= MAX_POLL);
+            disk.poll = time.ok_or(" is not a number from 0 to 10000")?;
+            Ok(())
+        },
+        ..KEY
+    },
+    Key {
+        name: "map",
+        value: "SIZE",
+        help: "memory for what is known about where bytes live (default 16M; K, M, G multiply)",
+        set: |disk, value| {
+            let bytes = parse_size(value).map_err(|_| format!(" {NOT_A_SIZE}"))?;
+            disk.map = Some(usize::try_from(bytes).map_err(|_| " is too large")?);
+            Ok(())
+        },
+        ..KEY
+    },
+    Key {
+        name: "queues",
+        value: "N",
+        help: "queues, each with a thread of its own (default 1, at most 64); one per vCPU is as many as a \
+               guest can use at once",
+        set: |disk, value| {
+            let number = value.parse().ok().filter(|number| (1..=MAX_QUEUES).contains(number));
+            disk.queues = number.ok_or_else(|| format!(" is not a number from 1 to {MAX_QUEUES}"))?;
+            Ok(())
+        },
+        ..KEY
+    },
+    Key {
+        name: "socket",
+        value: "SOCKET",
+        help: "where the disk is served, as --socket says",
+        only: Some((User::Serve, "is for `blockhouse serve`: here the guest has the disk")),
+        set: |disk, value| {
+            disk.socket = Some(value.to_owned());
+            Ok(())
+        },
+        ..KEY
+    },
+];
+
+/// The keys that a command has.
+fn keys(user: User) -> impl Iterator<Item = &'static Key> {
+    KEYS.iter().filter(move |key| key.only.is_none_or(|(only, _)| only == user))
+}
+
+/// The column in which the meaning of a key starts in the help.
+const HELP_COLUMN: usize = 18;
+
+/// The widest line of the help: clap indents it by ten columns, and breaks lines at a hundred.
+const HELP_WIDTH: usize = 90;
+
+/// The help of `--disk`: a line or more for each key that the command has.
+pub(crate) fn help(user: User) -> String {
+    let mut help = String::new();
+    for key in keys(user) {
+        let field = format!("{}={}", key.name, key.value);
+        let mut column = field.len();
+        help.push_str(&field);
+        if column + 2 > HELP_COLUMN {
+            // Its words start on a line of their own.
+            column = HELP_WIDTH;
+        }
+        for word in key.help.split_whitespace() {
+            if column + 1 + word.len() > HELP_WIDTH {
+                help.push('\n');
+                column = 0;
+            }
+            let indentation = HELP_COLUMN.saturating_sub(column).max(1);
+            let _ = write!(help, "{:indentation$}{word}", "");
+            column += indentation + word.len();
+        }
+        help.push('\n');
+    }
+    help.push_str("A comma inside a value is written twice.");
+    help
+}
+
+impl DiskArg {
+    /// The disk of a `--disk` of `run`.
+    pub(crate) fn for_run(text: &str) -> Result<Self, String> {
+        Self::parse(text, User::Run)
+    }
+
+    /// The disk of a `--disk` of `serve`.
+    pub(crate) fn for_serve(text: &str) -> Result<Self, String> {
+        Self::parse(text, User::Serve)
+    }
+
+    fn parse(text: &str, user: User) -> Result<Self, String> {
+        let mut disk = Self::default();
+        let mut given: Vec<&str> = Vec::new();
+        for field in split_fields(text) {
+            let (name, value) =
+                field.split_once('=').ok_or_else(|| format!("{field:?} is not of the form key=value"))?;
+            if value.is_empty() {
+                return Err(format!("{name}= has no value"));
+            }
+            let key = KEYS.iter().find(|key| key.name == name).ok_or_else(|| {
+                let known: Vec<&str> = keys(user).map(|key| key.name).collect();
+                format!("{name:?} is not a key of a disk; there is: {}", known.join(", "))
+            })?;
+            if let Some((only, why)) = key.only
+                && only != user
+            {
+                return Err(format!("{name}= {why}"));
+            }
+            (key.set)(&mut disk, value).map_err(|why| format!("{name}={value}{why}"))?;
+            if given.contains(&key.name) && !key.repeats {
+                return Err(format!("{name}= is given twice"));
+            }
+            given.push(key.name);
+        }
+        disk.check(&given)?;
+        Ok(disk)
+    }
+
+    /// Whether the keys go together that were `given`.
+    fn check(&self, given: &[&str]) -> Result<(), &'static str> {
+        let given = |name| given.contains(&name);
+        if !given("file") {
+            return Err("file= is missing: which image?");
+        }
+        if !given("format") {
+            return Err("format= is missing: the format is stated, never guessed (try: blockhouse probe)");
+        }
+        if self.snapshot.is_some() && !self.readonly {
+            return Err("snapshot= needs readonly=on: a snapshot cannot be written");
+        }
+        if self.readonly && !self.allow_write.is_empty() {
+            return Err("allow-write= needs readonly=off: nothing is written; use allow=");
+        }
+        if self.readonly && given("discard") && self.discard {
+            return Err("discard=on needs readonly=off: a discard changes the disk");
+        }
+        if self.guard_header && self.format != "raw" {
+            return Err("guard-header=on needs format=raw: other disks are not images of their own");
+        }
+        if self.guard_header && self.readonly {
+            return Err("guard-header=on needs readonly=off: nothing is written");
+        }
+        Ok(())
+    }
+}
+
+fn on_or_off(value: &str) -> Result<bool, String> {
     match value {
         "on" => Ok(true),
         "off" => Ok(false),
-        other => Err(format!("{key}={other} is neither on nor off")),
+        _ => Err(" is neither on nor off".to_owned()),
     }
 }
 
@@ -243,8 +408,9 @@ mod tests {
 
     #[test]
     fn a_full_disk_string() {
-        let disk: DiskArg =
-            "file=/a,,b.qcow2,format=qcow2,allow=/x,allow=/y=z,readonly=on,serial=S1,snapshot=1".parse().unwrap();
+        let disk =
+            DiskArg::for_serve("file=/a,,b.qcow2,format=qcow2,allow=/x,allow=/y=z,readonly=on,serial=S1,snapshot=1")
+                .unwrap();
         assert_eq!(disk.file, PathBuf::from("/a,b.qcow2"));
         assert_eq!(disk.allow, [PathBuf::from("/x"), PathBuf::from("/y=z")]);
         assert!(disk.readonly);
@@ -260,30 +426,30 @@ mod tests {
             (",cache=writethrough,discard=off", CacheMode::WriteThrough, false),
             (",cache=unsafe,readonly=on,discard=off", CacheMode::Unsafe, false),
         ] {
-            let disk: DiskArg = format!("file=/a,format=raw{fields}").parse().unwrap();
+            let disk = DiskArg::for_run(&format!("file=/a,format=raw{fields}")).unwrap();
             assert_eq!((disk.cache, disk.discard), (cache, discard), "{fields}");
         }
     }
 
     #[test]
     fn how_bytes_are_moved() {
-        let disk: DiskArg = "file=/a,format=raw".parse().unwrap();
+        let disk = DiskArg::for_serve("file=/a,format=raw").unwrap();
         assert_eq!((disk.direct, disk.engine, disk.map), (false, Engine::Auto, None));
-        let disk: DiskArg = "file=/a,format=raw,direct=on,engine=threads,map=64K".parse().unwrap();
+        let disk = DiskArg::for_serve("file=/a,format=raw,direct=on,engine=threads,map=64K").unwrap();
         assert_eq!((disk.direct, disk.engine, disk.map), (true, Engine::Threads, Some(65536)));
     }
 
     #[test]
     fn queues_and_socket() {
-        let disk: DiskArg = "file=/a,format=raw,queues=64,socket=fd:3".parse().unwrap();
+        let disk = DiskArg::for_serve("file=/a,format=raw,queues=64,socket=fd:3").unwrap();
         assert_eq!((disk.queues, disk.socket.as_deref()), (64, Some("fd:3")));
-        let disk: DiskArg = "file=/a,format=raw".parse().unwrap();
+        let disk = DiskArg::for_serve("file=/a,format=raw").unwrap();
         assert_eq!((disk.queues, disk.socket), (1, None));
     }
 
     #[test]
     fn what_may_be_written() {
-        let disk: DiskArg = "file=/a,format=qcow2,allow=/x,allow-write=/y,allow-write=/z".parse().unwrap();
+        let disk = DiskArg::for_serve("file=/a,format=qcow2,allow=/x,allow-write=/y,allow-write=/z").unwrap();
         assert_eq!(disk.allow, [PathBuf::from("/x")]);
         assert_eq!(disk.allow_write, [PathBuf::from("/y"), PathBuf::from("/z")]);
     }
@@ -319,8 +485,34 @@ mod tests {
             ("file=/a,format=raw,queues=1,queues=1", "twice"),
             ("file=/a,format=raw,socket=/s,socket=/t", "twice"),
         ] {
-            let error = text.parse::<DiskArg>().unwrap_err();
+            let error = DiskArg::for_serve(text).unwrap_err();
             assert!(error.contains(why), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn each_command_has_its_keys() {
+        let error = DiskArg::for_run("file=/a,format=raw,socket=/s").unwrap_err();
+        assert_eq!(error, "socket= is for `blockhouse serve`: here the guest has the disk");
+        let [run, serve] = [DiskArg::for_run, DiskArg::for_serve].map(|parse| parse("colour=red").unwrap_err());
+        assert!(run.ends_with("queues") && serve.ends_with("queues, socket"), "{run}; {serve}");
+    }
+
+    #[test]
+    fn the_help_has_every_key_in_lines_that_fit() {
+        let help = help(User::Serve);
+        for key in KEYS {
+            assert!(help.contains(&format!("\n{}={}", key.name, key.value)) || key.name == "file", "{}", key.name);
+        }
+        assert!(help.lines().all(|line| line.len() <= HELP_WIDTH && !line.ends_with(' ')), "{help}");
+        assert!(help.contains("\nengine=auto|threads\n                  what moves the bytes"), "{help}");
+        assert!(!super::help(User::Run).contains("socket="));
+    }
+
+    #[test]
+    fn no_key_is_in_the_table_twice() {
+        for (at, key) in KEYS.iter().enumerate() {
+            assert!(KEYS.iter().skip(at + 1).all(|other| other.name != key.name), "{}", key.name);
         }
     }
 }

@@ -7,7 +7,7 @@
 //! | `grant_arg.rs`, `policy.rs` | what is allowed, and how much of it; the policy file |
 //! | `requested.rs` | what was asked for against what was granted |
 //! | `walls.rs` | the walls around the program: what each command will open |
-//! | `output.rs`, `progress.rs` | sizes, JSON, exit codes; how far long work has come |
+//! | `output.rs`, `size.rs`, `progress.rs` | JSON, exit codes; sizes; how far long work has come |
 //! | `new_image.rs`, `target.rs` | a new image, which has its name once it is complete |
 //! | `segments.rs`, `copy.rs` | what of a disk is worth reading; its content moved to another disk |
 //! | `commands/` | one file per command |
@@ -26,6 +26,7 @@ mod policy;
 mod progress;
 mod requested;
 mod segments;
+mod size;
 mod target;
 mod walls;
 

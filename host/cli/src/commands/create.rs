@@ -12,7 +12,8 @@ use clap::{ArgAction, CommandFactory};
 
 use crate::args::{HostArgs, beside};
 use crate::new_image::NewArgs;
-use crate::output::{self, parse_size, printable, size};
+use crate::output::{self, printable, size};
+use crate::size::parse_size;
 
 /// Make a new image
 ///

@@ -11,8 +11,9 @@ use blockhouse_walls::Plan;
 use serde::Serialize;
 
 use crate::args::{GrantArgs, HostArgs};
-use crate::output::{self, parse_size, printable, size};
+use crate::output::{self, printable, size};
 use crate::progress::Spinner;
+use crate::size::parse_size;
 
 /// Change the size of a disk
 ///

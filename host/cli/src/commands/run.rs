@@ -11,12 +11,11 @@ use blockhouse_walls::{Plan, Role, Use, Walls};
 use serde::Serialize;
 
 use crate::args::HostArgs;
-use crate::disk_arg::{DiskArg, comma_help, field_help};
+use crate::disk_arg::{self, DiskArg, User};
 use crate::open_disk::OpenDisk;
-use crate::output::{self, parse_size};
+use crate::output;
+use crate::size::parse_size;
 use crate::walls::beginning;
-
-const DISK_HELP: &str = concat!(field_help!(), comma_help!());
 
 /// Run a KVM machine with virtio-blk disks
 ///
@@ -25,7 +24,8 @@ const DISK_HELP: &str = concat!(field_help!(), comma_help!());
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// A disk, as key=value fields (repeat the option for more disks)
-    #[arg(long = "disk", value_name = "FIELDS", required = true, long_help = DISK_HELP)]
+    #[arg(long = "disk", value_name = "FIELDS", required = true, value_parser = DiskArg::for_run,
+        long_help = disk_arg::help(User::Run))]
     disks: Vec<DiskArg>,
 
     /// A Linux kernel to boot: bzImage or vmlinux
@@ -94,9 +94,6 @@ impl Args {
 }
 
 pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
-    if args.disks.iter().any(|disk| disk.socket.is_some()) {
-        bail!("socket= is for `blockhouse serve`: here the guest has the disk");
-    }
     let opened = OpenDisk::open_all(&args.host, &args.disks, LockMode::Enforce, &walls)?;
     let disks = opened.iter().zip(&args.disks).map(|(opened, disk)| {
         Ok(DiskConfig {

@@ -12,18 +12,10 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::args::{HostArgs, directory_of};
-use crate::disk_arg::{DiskArg, comma_help, field_help};
+use crate::disk_arg::{self, DiskArg, User};
 use crate::open_disk::OpenDisk;
 use crate::output;
 use crate::walls::beginning;
-
-const DISK_HELP: &str = concat!(
-    field_help!(),
-    "\
-socket=SOCKET     where the disk is served, as --socket says
-",
-    comma_help!()
-);
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -56,7 +48,8 @@ pub(crate) struct Args {
     socket: Option<String>,
 
     /// The disk, as key=value fields (repeat the option for more disks)
-    #[arg(long = "disk", value_name = "FIELDS", required = true, long_help = DISK_HELP)]
+    #[arg(long = "disk", value_name = "FIELDS", required = true, value_parser = DiskArg::for_serve,
+        long_help = disk_arg::help(User::Serve))]
     disks: Vec<DiskArg>,
 
     #[command(flatten)]
