@@ -30,9 +30,15 @@ impl Serve {
     /// can be connected to.
     #[track_caller]
     pub fn start(command: &mut Command, log: &Path) -> Self {
+        Self::start_printing(command.stdout(Stdio::null()), log)
+    }
+
+    /// As [`start`](Self::start), with standard output where the command line has it.
+    #[track_caller]
+    pub fn start_printing(command: &mut Command, log: &Path) -> Self {
         let file = File::options().append(true).create(true).open(log).unwrap();
         let before = file.metadata().unwrap().len();
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file).spawn().unwrap();
+        let child = command.stdin(Stdio::null()).stderr(file).spawn().unwrap();
         let mut serve = Self { child, log: log.to_owned() };
         let started = Instant::now();
         while !serve.log_since(before).contains("is served at") {

@@ -5,5 +5,6 @@ mod client;
 mod disks;
 mod frontend;
 mod hostile;
+mod metrics;
 mod restarts;
 mod service;

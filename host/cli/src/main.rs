@@ -5,6 +5,7 @@
 //! | `args.rs` | what every command that opens an image shares: format, grants, plug-ins, audit |
 //! | `disk_arg.rs`, `open_disk.rs` | the disk strings of `run` and `serve`; the disks, opened and closed |
 //! | `grant_arg.rs`, `policy.rs` | what is allowed, and how much of it; the policy file |
+//! | `metrics.rs`, `outlet.rs` | what disks did, as JSON and for Prometheus; the socket or file where that goes |
 //! | `requested.rs` | what was asked for against what was granted |
 //! | `walls.rs` | the walls around the program: what each command will open |
 //! | `output.rs`, `size.rs`, `progress.rs` | JSON, exit codes; sizes; how far long work has come |
@@ -19,8 +20,10 @@ mod commands;
 mod copy;
 mod disk_arg;
 mod grant_arg;
+mod metrics;
 mod new_image;
 mod open_disk;
+mod outlet;
 mod output;
 mod policy;
 mod progress;

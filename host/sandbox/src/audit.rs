@@ -115,6 +115,12 @@ impl AuditList {
     pub fn events(&self) -> Vec<OpenEvent> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
+
+    /// How many of them had this outcome.
+    pub fn count(&self, outcome: Outcome) -> usize {
+        let events = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        events.iter().filter(|event| event.outcome == outcome).count()
+    }
 }
 
 impl AuditSink for AuditList {

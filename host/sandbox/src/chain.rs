@@ -33,6 +33,7 @@ use crate::pin::Pin;
 use crate::regular;
 use crate::restart::{Backoff, Held, Now, Restart, monotonic};
 use crate::sandbox::{Plugin, PluginKind, Sandbox, hex};
+use crate::tally::Tally;
 use crate::text::clean;
 
 /// Components by the name of the format they serve. Names are what operators write after `--format`
@@ -275,6 +276,7 @@ pub struct Opener {
     audit: Audit,
     restart: Restart,
     now: Clock,
+    tally: Arc<Tally>,
 }
 
 /// A clock that can be printed.
@@ -328,6 +330,7 @@ impl Opener {
             audit: Audit::new(),
             restart: Restart::default(),
             now: Clock(monotonic()),
+            tally: Arc::default(),
         }
     }
 
@@ -361,6 +364,12 @@ impl Opener {
     #[must_use]
     pub fn restart(self, restart: Restart) -> Self {
         Self { restart, ..self }
+    }
+
+    /// Counts the calls of components there, for everything that is opened.
+    #[must_use]
+    pub fn tally(self, tally: Arc<Tally>) -> Self {
+        Self { tally, ..self }
     }
 
     /// Sets the clock by which they are, in place of the system's: for tests.
@@ -663,6 +672,7 @@ impl Again {
         let packer = self.packs.then(|| instance.packer()).transpose()?;
         let next = Incarnation::new(instance, writer, packer);
         next.begin().transpose()?;
+        self.opener.tally.restarted();
         Ok(next)
     }
 }
@@ -727,7 +737,8 @@ impl Opener {
         let file = state
             .file_of(&handle)
             .ok_or_else(|| Error::new(ErrorKind::Component, "cannot hand the image to the component"))?;
-        Ok(Started { instance: Instance::start(&self.sandbox, pre, state)?, handle, shared, held, file, events })
+        let instance = Instance::start(&self.sandbox, pre, state, Arc::clone(&self.tally))?;
+        Ok(Started { instance, handle, shared, held, file, events })
     }
 
     /// Makes the component read what the image says, and checks what it reports.

@@ -18,6 +18,7 @@ use crate::clock::Clock;
 use crate::host::{Budget, State};
 use crate::limits::{Limits, TICK};
 use crate::sandbox::Sandbox;
+use crate::tally::Tally;
 use crate::text::clean;
 
 struct Running {
@@ -41,6 +42,7 @@ pub(crate) struct Instance {
     /// How messages name the image.
     image: String,
     clock: Arc<Clock>,
+    tally: Arc<Tally>,
 }
 
 /// What a call works with.
@@ -51,7 +53,12 @@ pub(crate) struct Call<'a> {
 }
 
 impl Instance {
-    pub(crate) fn start(sandbox: &Sandbox, plugin: &ReadOnlyFormatPre<State>, state: State) -> Result<Self> {
+    pub(crate) fn start(
+        sandbox: &Sandbox,
+        plugin: &ReadOnlyFormatPre<State>,
+        state: State,
+        tally: Arc<Tally>,
+    ) -> Result<Self> {
         let image = state.identity.image.clone();
         let mut store = new_store(sandbox, state);
         let clock = sandbox.clock();
@@ -71,6 +78,7 @@ impl Instance {
                     condemned: AtomicBool::new(false),
                     image,
                     clock,
+                    tally,
                 })
             }
             Err(error) => {
@@ -116,6 +124,7 @@ impl Instance {
             let why = format!("a file cannot be used any more: {why}");
             return Err(Error::new(ErrorKind::Storage, why).on_image(&*self.image));
         }
+        self.tally.called(what);
         let time = self.clock.running();
         let budget = budget(&running.store.data().limits);
         running.store.data_mut().begin_call(budget);
@@ -139,6 +148,7 @@ impl Instance {
                 let (kind, why) = diagnose(&error, running.store.data());
                 let why = format!("the component failed in `{what}` and was thrown away: {why}");
                 tracing::error!(image = %self.image, "{why}");
+                self.tally.failed();
                 // Dropping the store frees all that the component held.
                 *health = Health::Dead { kind, why: why.clone() };
                 self.dead.store(true, Ordering::Release);

@@ -65,6 +65,7 @@ mod probe;
 mod regular;
 mod restart;
 mod sandbox;
+mod tally;
 mod text;
 
 pub use audit::{Audit, AuditFile, AuditList, AuditSink, OpenEvent, Outcome};
@@ -83,4 +84,5 @@ pub use pin::CHECK_EVERY;
 pub use probe::{Guess, PROBE_HEAD, PROBE_TAIL};
 pub use restart::{Now, Restart};
 pub use sandbox::{Plugin, Sandbox};
+pub use tally::{FUNCTIONS, Tally};
 pub use text::clean;

@@ -48,7 +48,10 @@ mod ring;
 mod server;
 mod session;
 
-pub use blockhouse_virtio::{BlockDeviceOptions, CacheMode, DEFAULT_POLL, MAX_POLL, MAX_QUEUES};
+pub use blockhouse_virtio::{
+    BlockDeviceOptions, CacheMode, DEFAULT_POLL, DeviceStats, LATENCY_BUCKETS, MAX_POLL, MAX_QUEUES, RequestKind,
+    RequestStats, latency_bound,
+};
 pub use error::{Error, Result};
 pub use listener::Listener;
 pub use server::{Handle, Server};

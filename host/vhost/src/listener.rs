@@ -96,8 +96,11 @@ impl Listener {
         Ok(self)
     }
 
-    /// The next front end, if one waits.
-    pub(crate) fn accept(&self) -> io::Result<Option<UnixStream>> {
+    /// The next who connected, if one waits. Never waits.
+    ///
+    /// # Errors
+    /// If the system has no file descriptor left.
+    pub fn accept(&self) -> io::Result<Option<UnixStream>> {
         match self.listener.accept() {
             Ok((stream, _)) => Ok(Some(stream)),
             Err(error)

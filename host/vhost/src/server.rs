@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use blockhouse_block::BlockBackend;
-use blockhouse_virtio::{BlockDevice, BlockDeviceOptions, CacheMode};
+use blockhouse_virtio::{BlockDevice, BlockDeviceOptions, CacheMode, DeviceStats};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::error::{Error, Result};
@@ -42,7 +42,7 @@ struct Shared {
 
 /// Reaches a [`Server`] from other threads.
 #[derive(Clone)]
-pub struct Handle(Arc<Shared>);
+pub struct Handle(Arc<Shared>, Arc<BlockDevice>);
 
 impl Handle {
     /// Makes [`Server::run`] return: requests in flight are answered, others are left to the next back end.
@@ -58,6 +58,11 @@ impl Handle {
     /// there, and not every one wants to know. The next one reads the new size anyway.
     pub fn config_changed(&self) -> bool {
         self.0.news.config_changed()
+    }
+
+    /// What the device did for all front ends so far.
+    pub fn stats(&self) -> DeviceStats {
+        self.1.stats()
     }
 }
 
@@ -102,9 +107,9 @@ impl Server {
         Ok(Self { listener, backend, device, flushes, name, shared: Arc::new(shared) })
     }
 
-    /// To stop the server with, and to tell front ends of another size.
+    /// To stop the server with, to tell front ends of another size, and to see what it did.
     pub fn handle(&self) -> Handle {
-        Handle(Arc::clone(&self.shared))
+        Handle(Arc::clone(&self.shared), Arc::clone(&self.device))
     }
 
     /// Serves front ends, one after the other, until [`Handle::stop`]. When this returns, no request is in

@@ -13,6 +13,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use crate::counters::{DeviceStats, QueueCounters};
 use crate::ranges::{DISCARD, WRITE_ZEROES};
 use crate::report::Report;
 use crate::request::MAX_DESCRIPTORS;
@@ -121,6 +122,8 @@ pub struct BlockDevice {
     /// The field of config space with this name, while it can be toggled.
     writeback: AtomicBool,
     report: Report,
+    /// One for each queue.
+    counters: Box<[QueueCounters]>,
     beginning: Beginning,
 }
 
@@ -133,10 +136,11 @@ impl BlockDevice {
             *to = from;
         }
         let read_only = options.read_only || !backend.is_writable();
+        let queues = options.queues.clamp(1, MAX_QUEUES);
         Self {
             backend,
             serial,
-            queues: options.queues.clamp(1, MAX_QUEUES),
+            queues,
             read_only,
             cache: options.cache,
             discard: options.discard,
@@ -144,6 +148,7 @@ impl BlockDevice {
             accepted: AtomicU64::new(0),
             writeback: AtomicBool::new(true),
             report: Report::new(options.serial.clone()),
+            counters: (0..queues).map(|_| QueueCounters::default()).collect(),
             beginning: options.beginning.clone(),
         }
     }
@@ -186,6 +191,16 @@ impl BlockDevice {
     /// The number of queues, at least one.
     pub fn queues(&self) -> u16 {
         self.queues
+    }
+
+    /// What the device did since it was made.
+    pub fn stats(&self) -> DeviceStats {
+        DeviceStats::sum(&self.counters)
+    }
+
+    /// What the thread counts in that serves a queue.
+    pub(crate) fn counters(&self, queue: u16) -> Option<&QueueCounters> {
+        self.counters.get(usize::from(queue))
     }
 
     /// The transport says what the driver accepted, when it did (`FEATURES_OK`, section 3.1.1).

@@ -57,14 +57,28 @@ pub(crate) enum Job {
     },
     Write {
         offset: u64,
+        len: u32,
     },
     Ranges {
         ranges: vec::IntoIter<ByteRange>,
         zeroes: bool,
         offset: u64,
+        /// Bytes of all ranges.
+        len: u64,
     },
     /// The last operation of a request that has to be durable, or all there is.
     Flush,
+}
+
+impl Job {
+    /// Bytes that the request moves, discards or makes zero, before its first operation ended.
+    pub(crate) fn bytes(&self) -> u64 {
+        match *self {
+            Self::Read { len, .. } | Self::Write { len, .. } => len.into(),
+            Self::Ranges { len, .. } => len,
+            Self::Flush => 0,
+        }
+    }
 }
 
 /// What comes next in a request.
@@ -104,7 +118,7 @@ impl BlockDevice {
     pub(crate) fn proceed(&self, job: &mut Job, result: blockhouse_block::Result<()>, features: u64) -> Next {
         if let Err(error) = result {
             let offset = match job {
-                Job::Read { offset, .. } | Job::Write { offset } | Job::Ranges { offset, .. } => *offset,
+                Job::Read { offset, .. } | Job::Write { offset, .. } | Job::Ranges { offset, .. } => *offset,
                 Job::Flush => 0,
             };
             return self.failed(&error, offset).into();
@@ -153,7 +167,7 @@ impl BlockDevice {
         if len == 0 {
             return Status::Ok.into();
         }
-        *job = Job::Write { offset };
+        *job = Job::Write { offset, len };
         Next::Operation(Operation::Write, offset)
     }
 
@@ -192,13 +206,15 @@ impl BlockDevice {
     }
 
     fn begin_ranges(&self, ranges: Vec<ByteRange>, zeroes: bool, job: &mut Job) -> Next {
-        *job = Job::Ranges { ranges: ranges.into_iter(), zeroes, offset: 0 };
+        // A request has few ranges, each shorter than a disk can be.
+        let len = ranges.iter().fold(0_u64, |sum, range| sum.saturating_add(range.len));
+        *job = Job::Ranges { ranges: ranges.into_iter(), zeroes, offset: 0, len };
         self.next_range(job).unwrap_or_else(|| Status::Ok.into())
     }
 
     /// The operation for the next range that is not empty.
     fn next_range(&self, job: &mut Job) -> Option<Next> {
-        let Job::Ranges { ranges, zeroes, offset } = job else { return None };
+        let Job::Ranges { ranges, zeroes, offset, .. } = job else { return None };
         let range = ranges.find(|range| range.len > 0)?;
         *offset = range.offset;
         let operation = if *zeroes {

@@ -32,6 +32,7 @@
 
 #![deny(unsafe_code)]
 
+mod counters;
 mod device;
 mod execute;
 mod queue;
@@ -43,6 +44,7 @@ mod worker;
 #[cfg(test)]
 mod driver;
 
+pub use counters::{DeviceStats, LATENCY_BUCKETS, RequestKind, RequestStats, latency_bound};
 pub use device::{
     BlockDevice, BlockDeviceOptions, CacheMode, DEFAULT_POLL, DEVICE_ID, MAX_POLL, MAX_QUEUES, QUEUE_SIZE, SERIAL_LEN,
 };

@@ -14,7 +14,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use blockhouse_block::{LANE_REQUESTS, Lane, LaneRequest, Operation};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
@@ -22,6 +22,7 @@ use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemory, VolatileSlice};
 
+use crate::counters::RequestKind;
 use crate::device::BlockDevice;
 use crate::execute::{Job, Next, Outcome, Status};
 use crate::report::Fault;
@@ -191,6 +192,11 @@ struct Pending<'m> {
     status: VolatileSlice<'m>,
     /// Bytes of writable data before the status.
     room: usize,
+    kind: RequestKind,
+    /// Bytes that it moves, discards or makes zero.
+    bytes: u64,
+    /// When it was taken, or found in the queue with others.
+    taken: Instant,
 }
 
 /// A queue while it is served. It never leaves [`BlockQueue::serve`], so that the lane is dropped, and with it
@@ -244,6 +250,9 @@ where
             let taken = if stops { 0 } else { self.take()? };
             self.lane.submit();
             let ended = self.finish()?;
+            if taken > 0 || ended > 0 {
+                self.count_in_flight();
+            }
             if self.answered {
                 self.answered = false;
                 if self.queue.driver_wants_interrupt(self.memory)? {
@@ -278,6 +287,8 @@ where
     /// Takes what is available, as far as there is room, and starts it. Returns how many requests that were.
     fn take(&mut self) -> Result<usize, Broken> {
         let mut count = 0;
+        // One look at the clock for all that are taken now, if there are any.
+        let mut now = None;
         // Bounded: what makes no sense is answered at once and takes no token.
         while count < LANE_REQUESTS
             && let Some(token) = self.free.last().copied()
@@ -285,22 +296,28 @@ where
             if let Some(head) = self.queue.again.pop() {
                 let table = GuestAddress(self.queue.queue.desc_table());
                 let chain = ChainAgain::new(self.memory, table, self.queue.queue.size(), head);
-                self.begin(token, head, chain)?;
+                self.begin(token, head, *now.get_or_insert_with(Instant::now), chain)?;
             } else {
                 let Some(chain) = self.queue.queue.iter(self.memory)?.next() else { break };
                 let head = chain.head_index();
                 if let Some(record) = &mut self.queue.record {
                     record.taken(head);
                 }
-                self.begin(token, head, chain)?;
+                self.begin(token, head, *now.get_or_insert_with(Instant::now), chain)?;
             }
             count += 1;
         }
         Ok(count)
     }
 
-    /// Begins one chain, under the free `token`.
-    fn begin(&mut self, token: usize, head: u16, chain: impl Iterator<Item = Descriptor>) -> Result<(), Broken> {
+    /// Begins one chain, which was taken at `taken`, under the free `token`.
+    fn begin(
+        &mut self,
+        token: usize,
+        head: u16,
+        taken: Instant,
+        chain: impl Iterator<Item = Descriptor>,
+    ) -> Result<(), Broken> {
         let request = match Request::parse(chain, self.memory, std::mem::take(&mut self.lists)) {
             Ok(request) => request,
             Err(rejected) => {
@@ -308,14 +325,16 @@ where
                 if let Some(status) = rejected.status {
                     write_status(&status, Status::IoError);
                 }
+                self.count(RequestKind::Other, Err(()), Duration::ZERO);
                 return self.answer(head, 0);
             }
         };
         let room = request.writable.iter().map(VolatileSlice::len).sum();
         let (job, next) = self.queue.device.begin(&request, self.queue.features);
-        let pending = Pending { head, job, status: request.status, room };
+        let (kind, bytes) = (request.operation.kind(), job.bytes());
+        let pending = Pending { head, job, status: request.status, room, kind, bytes, taken };
         let result = match next {
-            Next::End(outcome) => self.end(&pending, outcome),
+            Next::End(outcome) => self.end(&pending, outcome, taken),
             Next::Operation(operation, offset) => {
                 let buffers = match operation {
                     Operation::Read => request.writable.as_slice(),
@@ -339,6 +358,8 @@ where
         let mut ended = std::mem::take(&mut self.ended);
         self.lane.complete(&mut |token, result| ended.push((token, result)));
         let count = ended.len();
+        // One look at the clock for all of them.
+        let mut seen = None;
         for (token, result) in ended.drain(..) {
             let token = usize::try_from(token).unwrap_or(usize::MAX);
             let Some(place) = self.pending.get_mut(token) else { continue };
@@ -350,7 +371,7 @@ where
                 }
                 Next::End(outcome) => {
                     self.free.push(token);
-                    self.end(&pending, outcome)?;
+                    self.end(&pending, outcome, *seen.get_or_insert_with(Instant::now))?;
                 }
             }
         }
@@ -360,16 +381,39 @@ where
 
     /// Writes the status of a request and answers it, with the bytes from the start of the writable part that
     /// were certainly written (section 2.7.8.2).
-    fn end(&mut self, pending: &Pending<'_>, outcome: Outcome) -> Result<(), Broken> {
+    fn end(&mut self, pending: &Pending<'_>, outcome: Outcome, now: Instant) -> Result<(), Broken> {
         write_status(&pending.status, outcome.status);
+        let result = if outcome.status == Status::Ok { Ok(pending.bytes) } else { Err(()) };
+        self.count(pending.kind, result, now.saturating_duration_since(pending.taken));
         // The status follows the data; it counts only if there is no gap before it.
         let whole = usize::try_from(outcome.written).is_ok_and(|written| written == pending.room);
         self.answer(pending.head, if whole { outcome.written.saturating_add(1) } else { outcome.written })
     }
 
+    fn count(&self, kind: RequestKind, result: Result<u64, ()>, latency: Duration) {
+        if let Some(counters) = self.queue.device.counters(self.queue.index) {
+            counters.answered(kind, result, latency);
+        }
+    }
+
+    fn count_in_flight(&self) {
+        if let Some(counters) = self.queue.device.counters(self.queue.index) {
+            counters.set_in_flight(self.in_flight());
+        }
+    }
+
     fn answer(&mut self, head: u16, written: u32) -> Result<(), Broken> {
         self.answered = true;
         Ok(self.queue.give_back(self.memory, head, written)?)
+    }
+}
+
+impl<M> Drop for Service<'_, '_, M> {
+    /// What is left of it ends with the lane.
+    fn drop(&mut self) {
+        if let Some(counters) = self.queue.device.counters(self.queue.index) {
+            counters.set_in_flight(0);
+        }
     }
 }
 

@@ -17,6 +17,8 @@ use virtio_bindings::virtio_blk::{
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
+use crate::counters::RequestKind;
+
 /// The most descriptors that one request may have, whether in the queue's table or an indirect one.
 pub const MAX_DESCRIPTORS: u16 = 256;
 
@@ -68,6 +70,21 @@ pub(crate) enum Operation {
     WriteZeroes,
     /// A type that this device does not know.
     Unknown(u32),
+}
+
+impl Operation {
+    /// How it is counted.
+    pub(crate) fn kind(self) -> RequestKind {
+        match self {
+            Self::In { .. } => RequestKind::Read,
+            Self::Out { .. } => RequestKind::Write,
+            Self::Flush => RequestKind::Flush,
+            Self::GetId => RequestKind::GetId,
+            Self::Discard => RequestKind::Discard,
+            Self::WriteZeroes => RequestKind::WriteZeroes,
+            Self::Unknown(_) => RequestKind::Other,
+        }
+    }
 }
 
 /// A request whose header was copied and whose buffers were checked to lie in guest memory.

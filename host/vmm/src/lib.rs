@@ -66,4 +66,6 @@ mod vcpu;
 pub use blockhouse_virtio::{Beginning, CacheMode};
 pub use builtin::{DiskReport, DiskResult};
 pub use error::{Error, ErrorKind, Result};
-pub use machine::{ConsoleInput, DiskConfig, Exit, ExitReason, Machine, MachineConfig, Payload, StopHandle};
+pub use machine::{
+    ConsoleInput, DiskConfig, DiskHandle, Exit, ExitReason, Machine, MachineConfig, Payload, StopHandle,
+};

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 use blockhouse_block::BlockBackend;
-use blockhouse_virtio::{Beginning, BlockDevice, BlockDeviceOptions, CacheMode, DEFAULT_POLL};
+use blockhouse_virtio::{Beginning, BlockDevice, BlockDeviceOptions, CacheMode, DEFAULT_POLL, DeviceStats};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -169,6 +169,17 @@ impl ConsoleInput {
     }
 }
 
+/// Sees what a disk of a machine does, from any thread, also after the end of the machine.
+#[derive(Clone)]
+pub struct DiskHandle(Arc<BlockDevice>);
+
+impl DiskHandle {
+    /// What the device did so far.
+    pub fn stats(&self) -> DeviceStats {
+        self.0.stats()
+    }
+}
+
 /// A machine that is ready to run.
 pub struct Machine {
     // In this order they are dropped: vCPUs and VM before what they refer to.
@@ -248,6 +259,11 @@ impl Machine {
     /// A handle that ends the machine from another thread.
     pub fn stop_handle(&self) -> StopHandle {
         StopHandle { events: self.sender.clone() }
+    }
+
+    /// A handle for each disk, in their order.
+    pub fn disks(&self) -> Vec<DiskHandle> {
+        self.shared.devices.disks.iter().map(|disk| DiskHandle(lock(disk).device())).collect()
     }
 
     /// The way into the guest's serial port.

@@ -115,6 +115,11 @@ impl MmioDevice {
         })
     }
 
+    /// The device behind the registers.
+    pub(crate) fn device(&self) -> Arc<BlockDevice> {
+        Arc::clone(&self.device)
+    }
+
     /// The guest reads at `offset`. Registers are read as 4 aligned bytes, config space as it likes;
     /// anything else reads as zero.
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {

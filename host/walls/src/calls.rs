@@ -21,6 +21,8 @@ pub enum Role {
     /// Speaks with a front end (vhost-user): takes descriptors and memory from it, sees what kind they are, and
     /// makes memory to share. Opens nothing.
     FrontEnd,
+    /// Answers the operator on a socket that is there: what the disks do. Opens nothing, and has no device.
+    Operator,
     /// Runs a vCPU.
     Vcpu,
     /// Moves bytes between files and a guest: queue workers, threads of an I/O pool.
@@ -34,7 +36,8 @@ pub enum Role {
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Program, Self::Control, Self::FrontEnd, Self::Vcpu, Self::DataPath];
+    pub const ALL: [Self; 6] =
+        [Self::Program, Self::Control, Self::FrontEnd, Self::Operator, Self::Vcpu, Self::DataPath];
 
     /// May pass the kernel the name of a file.
     pub(crate) const fn names(self) -> bool {
@@ -48,7 +51,7 @@ impl Role {
 
     /// May use sockets that are there.
     pub(crate) const fn sockets(self) -> bool {
-        matches!(self, Self::Program | Self::Control | Self::FrontEnd)
+        matches!(self, Self::Program | Self::Control | Self::FrontEnd | Self::Operator)
     }
 
     /// May see what a descriptor is that it was sent (a link of `/proc`), and make memory to be shared.
@@ -68,7 +71,7 @@ impl Role {
             Self::Program => None,
             Self::Control => Some(CONTROL_IOCTLS),
             Self::Vcpu => Some(VCPU_IOCTLS),
-            Self::FrontEnd | Self::DataPath => Some(USUAL_IOCTLS),
+            Self::FrontEnd | Self::Operator | Self::DataPath => Some(USUAL_IOCTLS),
         }
     }
 }

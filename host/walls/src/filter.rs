@@ -157,7 +157,7 @@ mod tests {
     fn each_role_has_less_than_the_one_it_comes_from() {
         let calls = |role| allowed(role).unwrap().into_keys().collect::<BTreeSet<_>>();
         assert!(calls(Role::Program).is_superset(&calls(Role::Control)));
-        for role in [Role::Vcpu, Role::DataPath] {
+        for role in [Role::Operator, Role::Vcpu, Role::DataPath] {
             assert!(calls(Role::Control).is_superset(&calls(role)), "{role:?}");
             let (all, some) = (Role::Control.ioctls().unwrap(), role.ioctls().unwrap());
             assert!(some.iter().all(|request| all.contains(request)), "{role:?}");

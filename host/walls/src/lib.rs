@@ -16,6 +16,7 @@
 //!    │ thread_start                              at the start of each thread that serves a guest
 //!    ▼
 //!  Role::FrontEnd, Role::Vcpu, Role::DataPath    takes a front end's memory; runs a vCPU; moves bytes
+//!  Role::Operator                                answers the operator
 //! ```
 //!
 //! Filters add up: a thread has those of the threads that it comes from, and nobody can take one away.

@@ -3,16 +3,19 @@
 use std::io::{self, IsTerminal, Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::bail;
-use blockhouse_sandbox::{GrantReport, LockMode, OpenEvent};
+use blockhouse_sandbox::LockMode;
 use blockhouse_vmm::{ConsoleInput, DiskConfig, DiskReport, DiskResult, ExitReason, Machine, MachineConfig, Payload};
 use blockhouse_walls::{Plan, Role, Use, Walls};
 use serde::Serialize;
 
 use crate::args::HostArgs;
 use crate::disk_arg::{self, DiskArg, User};
-use crate::open_disk::OpenDisk;
+use crate::metrics::prometheus;
+use crate::open_disk::{DiskRow, FiguresOf, OpenDisk};
+use crate::outlet::{MetricsArg, Outlet};
 use crate::output;
 use crate::size::parse_size;
 use crate::walls::beginning;
@@ -48,45 +51,42 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value = "1")]
     cpus: u8,
 
-    /// Print what the built-in guest found as JSON; its console goes to standard error
-    #[arg(long, conflicts_with = "kernel")]
+    /// Hand out what the disks did, as text for Prometheus, to whoever connects to a Unix socket (a path, or
+    /// fd:N), over HTTP as well (curl --unix-socket)
+    #[arg(long, value_name = "SOCKET")]
+    metrics: Option<MetricsArg>,
+
+    /// Print what the disks did as JSON at the end, and what the built-in guest found on them; the console goes
+    /// to standard error
+    #[arg(long)]
     json: bool,
 
     #[command(flatten)]
     host: HostArgs,
 }
 
+/// What became of a disk, and what the built-in guest found on it.
+#[derive(Serialize)]
+struct Row<'a> {
+    #[serde(flatten)]
+    disk: DiskRow,
+    #[serde(flatten)]
+    found: Option<Found<'a>>,
+}
+
 /// What the built-in guest found on one disk.
 #[derive(Serialize)]
-struct DiskRow<'a> {
-    disk: u32,
-    image: String,
+struct Found<'a> {
     bytes: u64,
-    read_only: bool,
-    serial: &'a str,
     sha256: Option<&'a str>,
     error: Option<String>,
-    #[serde(flatten)]
-    asked: Option<&'a Asked>,
-}
-
-/// What the images of a disk asked for, and what they could have.
-#[derive(Serialize)]
-struct Asked {
-    requested: Vec<OpenEvent>,
-    granted: Vec<GrantReport>,
-}
-
-impl Asked {
-    fn of(disk: &OpenDisk) -> Self {
-        Self { requested: disk.requested(), granted: disk.granted.clone() }
-    }
 }
 
 impl Args {
     /// What the command opens.
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         OpenDisk::plan_all(plan, &self.host, &self.disks)?;
+        self.metrics.iter().for_each(|metrics| metrics.plan(plan));
         self.kernel.iter().chain(&self.initrd).for_each(|path| plan.read(path));
         plan.add("/dev/kvm", Use::Device);
         self.host.plan(plan)
@@ -94,6 +94,10 @@ impl Args {
 }
 
 pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
+    if let Some(MetricsArg::File(_)) = &args.metrics {
+        bail!("--metrics file: is for `blockhouse serve`: beside a machine nothing opens a file; give a socket");
+    }
+    let outlet = args.metrics.as_ref().map(Outlet::open).transpose()?;
     let opened = OpenDisk::open_all(&args.host, &args.disks, LockMode::Enforce, &walls)?;
     let disks = opened.iter().zip(&args.disks).map(|(opened, disk)| {
         Ok(DiskConfig {
@@ -117,17 +121,28 @@ pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
     if linux {
         forward_input(machine.console_input());
     }
+    let figures: Arc<[FiguresOf]> =
+        opened.iter().zip(machine.disks()).map(|(disk, handle)| disk.figures(move || handle.stats())).collect();
     let machine = machine.vcpus_beginning_with(beginning(&walls, Role::Vcpu));
     // All is open and compiled.
     walls.seal();
+    let metrics = outlet.map(|outlet| {
+        let figures = Arc::clone(&figures);
+        outlet.start(&walls, Arc::new(move || prometheus(&figures.iter().map(|of| of()).collect::<Vec<_>>())))
+    });
+    let metrics = metrics.transpose()?;
     let ended = machine.run();
+    drop(metrics);
     // A guest that was switched off, or killed, may not have flushed what it wrote.
     OpenDisk::summarize_all(&opened);
-    let asked: Vec<Asked> = opened.iter().map(Asked::of).collect();
-    OpenDisk::close_all(opened)?;
+    OpenDisk::close_all(&opened)?;
     let exit = ended?;
     if args.json {
-        output::json(&rows(&exit.disks, &args.disks, &asked))?;
+        let rows = (0..).zip(&opened).zip(figures.iter()).map(|((number, disk), of)| {
+            let found = exit.disks.iter().find(|report| report.disk == number).map(Found::new);
+            Row { disk: disk.row(of()), found }
+        });
+        output::json(&rows.collect::<Vec<_>>())?;
     }
     match exit.reason {
         ExitReason::Guest(0) | ExitReason::Shutdown | ExitReason::Stopped => Ok(ExitCode::SUCCESS),
@@ -141,27 +156,15 @@ pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn rows<'a>(reports: &'a [DiskReport], disks: &[DiskArg], asked: &'a [Asked]) -> Vec<DiskRow<'a>> {
-    let row = |report: &'a DiskReport| {
-        let disk = usize::try_from(report.disk).ok().and_then(|disk| disks.get(disk));
-        let asked = usize::try_from(report.disk).ok().and_then(|disk| asked.get(disk));
+impl<'a> Found<'a> {
+    fn new(report: &'a DiskReport) -> Self {
         let (sha256, error) = match &report.result {
             DiskResult::Sha256(digest) => (Some(digest.as_str()), None),
             DiskResult::ReadError { sector } => (None, Some(format!("I/O error at sector {sector}"))),
             DiskResult::Device(why) => (None, Some(why.clone())),
         };
-        DiskRow {
-            disk: report.disk,
-            image: disk.map(|disk| disk.file.display().to_string()).unwrap_or_default(),
-            bytes: report.bytes,
-            read_only: report.read_only,
-            serial: &report.serial,
-            sha256,
-            error,
-            asked,
-        }
-    };
-    reports.iter().map(row).collect()
+        Self { bytes: report.bytes, sha256, error }
+    }
 }
 
 /// Types what comes from a terminal or a pipe into the guest's serial port. The thread ends with the

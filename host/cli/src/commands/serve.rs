@@ -1,19 +1,21 @@
 //! `blockhouse serve`: disks for other virtual machine monitors, over vhost-user.
 
-use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, anyhow, bail};
 use blockhouse_sandbox::LockMode;
-use blockhouse_vhost::{BlockDeviceOptions, Handle, Listener, Server};
-use blockhouse_walls::{Plan, Role, Use, Walls};
+use blockhouse_vhost::{BlockDeviceOptions, Handle, Server};
+use blockhouse_walls::{Plan, Role, Walls};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::args::{HostArgs, directory_of};
+use crate::args::HostArgs;
 use crate::disk_arg::{self, DiskArg, User};
-use crate::open_disk::OpenDisk;
+use crate::metrics::prometheus;
+use crate::open_disk::{FiguresOf, OpenDisk};
+use crate::outlet::{MetricsArg, Outlet, listen, plan_socket};
 use crate::output;
 use crate::walls::beginning;
 
@@ -52,6 +54,15 @@ pub(crate) struct Args {
         long_help = disk_arg::help(User::Serve))]
     disks: Vec<DiskArg>,
 
+    /// Hand out what the disks did, as text for Prometheus: to whoever connects to a Unix socket (a path, or
+    /// fd:N), over HTTP as well (curl --unix-socket), or in a file that is written every 5 seconds (file:PATH)
+    #[arg(long, value_name = "SOCKET|file:PATH")]
+    metrics: Option<MetricsArg>,
+
+    /// Print what the disks did as JSON at the end
+    #[arg(long)]
+    json: bool,
+
     #[command(flatten)]
     host: HostArgs,
 }
@@ -61,9 +72,8 @@ impl Args {
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         OpenDisk::plan_all(plan, &self.host, &self.disks)?;
         let sockets = self.socket.iter().chain(self.disks.iter().filter_map(|disk| disk.socket.as_ref()));
-        for path in sockets.filter(|socket| !socket.starts_with("fd:")) {
-            plan.add(directory_of(Path::new(path)), Use::MakeSockets);
-        }
+        sockets.for_each(|socket| plan_socket(plan, socket));
+        self.metrics.iter().for_each(|metrics| metrics.plan(plan));
         self.host.plan(plan)
     }
 }
@@ -75,6 +85,7 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
     // that is in use says so before an image is touched.
     let sockets = sockets(args)?;
     let listeners = sockets.iter().map(|socket| listen(socket)).collect::<anyhow::Result<Vec<_>>>()?;
+    let outlet = args.metrics.as_ref().map(Outlet::open).transpose()?;
     // A server that was killed may have left something in flight.
     let disks = OpenDisk::open_all(&args.host, &args.disks, LockMode::Patient, walls)?;
 
@@ -92,6 +103,13 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
         servers.push(Server::new(listener, opened.backend()?, &options, format!("disk{number}"))?);
     }
     let handles: Vec<Handle> = servers.iter().map(Server::handle).collect();
+    let figures: Arc<[FiguresOf]> =
+        disks.iter().zip(handles.iter().cloned()).map(|(disk, handle)| disk.figures(move || handle.stats())).collect();
+    let metrics = outlet.map(|outlet| {
+        let figures = Arc::clone(&figures);
+        outlet.start(walls, Arc::new(move || prometheus(&figures.iter().map(|of| of()).collect::<Vec<_>>())))
+    });
+    let metrics = metrics.transpose()?;
     stop_on(signals, handles.clone())?;
     for (disk, socket) in args.disks.iter().zip(&sockets) {
         eprintln!("blockhouse: {} is served at {}", output::printable(&disk.file.display().to_string()), socket);
@@ -119,8 +137,16 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
         ended.collect::<Vec<_>>()
     });
     // The names of the sockets go last: whoever waits for them to go may take the images.
+    drop(metrics);
     OpenDisk::summarize_all(&disks);
-    OpenDisk::close_all(disks)?;
+    let closed = OpenDisk::close_all(&disks);
+    if args.json {
+        let rows = disks.iter().zip(figures.iter()).map(|(disk, of)| disk.row(of()));
+        output::json(&rows.collect::<Vec<_>>())?;
+    }
+    // What is left of the images, and of their locks.
+    drop((figures, disks));
+    closed?;
     drop(servers);
     ended.into_iter().collect::<anyhow::Result<()>>()?;
     Ok(ExitCode::SUCCESS)
@@ -141,15 +167,6 @@ fn own_socket(disk: &DiskArg) -> anyhow::Result<&str> {
         let file = disk.file.display();
         format!("where is {file} to be served? Add --socket SOCKET, or socket=SOCKET to the disk")
     })
-}
-
-/// Listens at a path, or takes a socket that was passed.
-fn listen(socket: &str) -> anyhow::Result<Listener> {
-    let Some(number) = socket.strip_prefix("fd:") else {
-        return Ok(Listener::bind(Path::new(socket))?);
-    };
-    let number = number.parse().ok().with_context(|| format!("{socket}: fd: is followed by a number, as in fd:3"))?;
-    Ok(Listener::from_fd(number)?)
 }
 
 /// Stops the servers at the first signal, and the process at the second.

@@ -875,3 +875,35 @@ fn chains_that_make_no_sense_are_refused_the_second_time_too() {
     assert!(rig.try_process().is_err());
     assert_eq!(rig.malformed(Malformed::Unending), 1);
 }
+
+/// Each request is counted once, as what it asked for, with the bytes that it moved or an error.
+#[test]
+fn what_was_answered_is_counted() {
+    let mut rig = Rig::with(MemoryDisk::new(64 * 512), FLUSH | 1 << VIRTIO_BLK_F_WRITE_ZEROES);
+    for (kind, sector, chain) in [
+        (VIRTIO_BLK_T_IN, 0, vec![readable(HEADER, 16), writable(DATA, 1024), writable(STATUS, 1)]),
+        (VIRTIO_BLK_T_IN, 64, vec![readable(HEADER, 16), writable(DATA, 512), writable(STATUS, 1)]),
+        (VIRTIO_BLK_T_OUT, 1, vec![readable(HEADER, 16), readable(DATA, 512), writable(STATUS, 1)]),
+        (VIRTIO_BLK_T_FLUSH, 0, vec![readable(HEADER, 16), writable(STATUS, 1)]),
+        (VIRTIO_BLK_T_GET_ID, 0, vec![readable(HEADER, 16), writable(DATA, 20), writable(STATUS, 1)]),
+        (77, 0, vec![readable(HEADER, 16), writable(STATUS, 1)]),
+    ] {
+        rig.driver.header(kind, sector);
+        rig.run(&chain);
+    }
+    // Sectors 8 to 11, and no complete header.
+    rig.driver.put(DATA, &[8_u64.to_le_bytes(), 4_u64.to_le_bytes()].concat());
+    rig.driver.header(VIRTIO_BLK_T_WRITE_ZEROES, 0);
+    rig.run(&[readable(HEADER, 16), readable(DATA, 16), writable(STATUS, 1)]);
+    rig.run(&[readable(HEADER, 8), writable(STATUS, 1)]);
+
+    let stats = rig.device.stats();
+    let counted = RequestKind::ALL.map(|kind| {
+        let of = stats.of(kind);
+        assert_eq!(of.latency.iter().sum::<u64>(), of.requests);
+        (of.requests, of.errors, of.bytes)
+    });
+    let (read, write, one, none) = ((2, 1, 1024), (1, 0, 512), (1, 0, 0), (0, 0, 0));
+    assert_eq!(counted, [read, write, one, none, (1, 0, 2048), one, (2, 2, 0)]);
+    assert_eq!(stats.in_flight, 0);
+}
