@@ -5,6 +5,7 @@ mod client;
 mod disks;
 mod frontend;
 mod hostile;
+mod limits;
 mod metrics;
 mod restarts;
 mod service;

@@ -24,7 +24,7 @@ fn serve(directory: &Path, disks: &[String]) -> Serve {
     Serve::start(&mut command, &directory.join("log"))
 }
 
-fn ask(socket: &Path, question: &[u8]) -> String {
+pub(crate) fn ask(socket: &Path, question: &[u8]) -> String {
     let mut stream = UnixStream::connect(socket).unwrap();
     stream.write_all(question).unwrap();
     stream.shutdown(Shutdown::Write).unwrap();
@@ -34,7 +34,7 @@ fn ask(socket: &Path, question: &[u8]) -> String {
 }
 
 /// The values, by name and labels.
-fn values(text: &str) -> BTreeMap<String, f64> {
+pub(crate) fn values(text: &str) -> BTreeMap<String, f64> {
     let samples = text.lines().filter(|line| !line.starts_with('#'));
     samples
         .map(|line| line.rsplit_once(' ').unwrap())

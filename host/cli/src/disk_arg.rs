@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use blockhouse_block::Engine;
-use blockhouse_vhost::{CacheMode, DEFAULT_POLL, MAX_POLL, MAX_QUEUES};
+use blockhouse_vhost::{CacheMode, DEFAULT_POLL, MAX_POLL, MAX_QUEUES, Rate, RateLimits};
 
 use super::size::{NOT_A_SIZE, parse_size};
 
@@ -45,6 +45,14 @@ pub(crate) struct DiskArg {
     pub(crate) poll: Duration,
     /// Queues that the device has.
     pub(crate) queues: u16,
+    /// Requests in a second.
+    pub(crate) iops: Option<u64>,
+    /// Requests at once.
+    pub(crate) iops_burst: Option<u64>,
+    /// Bytes in a second.
+    pub(crate) bps: Option<u64>,
+    /// Bytes at once.
+    pub(crate) bps_burst: Option<u64>,
     /// Where it is served.
     pub(crate) socket: Option<String>,
 }
@@ -68,6 +76,10 @@ impl Default for DiskArg {
             map: None,
             poll: DEFAULT_POLL,
             queues: 1,
+            iops: None,
+            iops_burst: None,
+            bps: None,
+            bps_burst: None,
             socket: None,
         }
     }
@@ -263,6 +275,35 @@ const KEYS: &[Key] = &[
         ..KEY
     },
     Key {
+        name: "iops",
+        value: "N",
+        help: "requests in a second at most; more wait in the queue",
+        set: |disk, value| count(value).map(|count| disk.iops = Some(count)),
+        ..KEY
+    },
+    Key {
+        name: "iops-burst",
+        value: "N",
+        help: "requests that go at once after a pause (default: those of 100 ms)",
+        set: |disk, value| count(value).map(|count| disk.iops_burst = Some(count)),
+        ..KEY
+    },
+    Key {
+        name: "bps",
+        value: "SIZE",
+        help: "bytes in a second at most, read, written or made zero; K, M, G multiply. A request that is larger \
+               than what is left goes, and those after it wait for longer",
+        set: |disk, value| size(value).map(|size| disk.bps = Some(size)),
+        ..KEY
+    },
+    Key {
+        name: "bps-burst",
+        value: "SIZE",
+        help: "bytes that go at once after a pause (default: those of 100 ms)",
+        set: |disk, value| size(value).map(|size| disk.bps_burst = Some(size)),
+        ..KEY
+    },
+    Key {
         name: "socket",
         value: "SOCKET",
         help: "where the disk is served, as --socket says",
@@ -351,6 +392,14 @@ impl DiskArg {
         Ok(disk)
     }
 
+    /// How fast the disk may be used.
+    pub(crate) fn limits(&self) -> RateLimits {
+        let rate = |per_second: Option<u64>, burst: Option<u64>| {
+            per_second.map(|per_second| Rate { per_second, burst: burst.unwrap_or(per_second / 10).max(1) })
+        };
+        RateLimits { requests: rate(self.iops, self.iops_burst), bytes: rate(self.bps, self.bps_burst) }
+    }
+
     /// Whether the keys go together that were `given`.
     fn check(&self, given: &[&str]) -> Result<(), &'static str> {
         let given = |name| given.contains(&name);
@@ -369,6 +418,12 @@ impl DiskArg {
         if self.readonly && given("discard") && self.discard {
             return Err("discard=on needs readonly=off: a discard changes the disk");
         }
+        if self.iops_burst.is_some() && self.iops.is_none() {
+            return Err("iops-burst= needs iops=: without a limit all go at once");
+        }
+        if self.bps_burst.is_some() && self.bps.is_none() {
+            return Err("bps-burst= needs bps=: without a limit all go at once");
+        }
         if self.guard_header && self.format != "raw" {
             return Err("guard-header=on needs format=raw: other disks are not images of their own");
         }
@@ -385,6 +440,15 @@ fn on_or_off(value: &str) -> Result<bool, String> {
         "off" => Ok(false),
         _ => Err(" is neither on nor off".to_owned()),
     }
+}
+
+fn count(value: &str) -> Result<u64, String> {
+    value.parse().ok().filter(|count| *count > 0).ok_or_else(|| " is not a number from 1 on".to_owned())
+}
+
+fn size(value: &str) -> Result<u64, String> {
+    let bytes = parse_size(value).map_err(|_| format!(" {NOT_A_SIZE}"))?;
+    if bytes == 0 { Err(" would never let anything go".to_owned()) } else { Ok(bytes) }
 }
 
 /// Splits at commas; a doubled comma is a comma.
@@ -448,6 +512,17 @@ mod tests {
     }
 
     #[test]
+    fn limits_and_their_bursts() {
+        let disk = DiskArg::for_run("file=/a,format=raw,iops=500,bps=10M").unwrap();
+        let rate = |per_second, burst| Some(Rate { per_second, burst });
+        assert_eq!(disk.limits(), RateLimits { requests: rate(500, 50), bytes: rate(10 << 20, 1 << 20) });
+        let disk = DiskArg::for_run("file=/a,format=raw,iops=5,iops-burst=7").unwrap();
+        assert_eq!(disk.limits(), RateLimits { requests: rate(5, 7), bytes: None });
+        assert_eq!(DiskArg::for_run("file=/a,format=raw,iops=5").unwrap().limits().requests, rate(5, 1));
+        assert_eq!(DiskArg::for_run("file=/a,format=raw").unwrap().limits(), RateLimits::default());
+    }
+
+    #[test]
     fn what_may_be_written() {
         let disk = DiskArg::for_serve("file=/a,format=qcow2,allow=/x,allow-write=/y,allow-write=/z").unwrap();
         assert_eq!(disk.allow, [PathBuf::from("/x")]);
@@ -484,6 +559,12 @@ mod tests {
             ("file=/a,format=raw,queues=two", "from 1 to 64"),
             ("file=/a,format=raw,queues=1,queues=1", "twice"),
             ("file=/a,format=raw,socket=/s,socket=/t", "twice"),
+            ("file=/a,format=raw,iops=0", "from 1 on"),
+            ("file=/a,format=raw,iops=1K", "from 1 on"),
+            ("file=/a,format=raw,bps=0", "never"),
+            ("file=/a,format=raw,bps=fast", "bps=fast is not a size"),
+            ("file=/a,format=raw,iops-burst=1", "needs iops="),
+            ("file=/a,format=raw,iops=1,bps-burst=1", "needs bps="),
         ] {
             let error = DiskArg::for_serve(text).unwrap_err();
             assert!(error.contains(why), "{text}: {error}");
@@ -495,7 +576,7 @@ mod tests {
         let error = DiskArg::for_run("file=/a,format=raw,socket=/s").unwrap_err();
         assert_eq!(error, "socket= is for `blockhouse serve`: here the guest has the disk");
         let [run, serve] = [DiskArg::for_run, DiskArg::for_serve].map(|parse| parse("colour=red").unwrap_err());
-        assert!(run.ends_with("queues") && serve.ends_with("queues, socket"), "{run}; {serve}");
+        assert!(run.ends_with("bps-burst") && serve.ends_with("bps-burst, socket"), "{run}; {serve}");
     }
 
     #[test]

@@ -28,6 +28,8 @@ pub(crate) struct Figures {
     /// By what they asked for.
     pub(crate) requests: BTreeMap<&'static str, Requests>,
     pub(crate) requests_in_flight: u64,
+    /// How often a queue waited because of iops= or bps=.
+    pub(crate) limit_waits: u64,
     /// By function.
     pub(crate) component_calls: BTreeMap<&'static str, u64>,
     pub(crate) component_failures: u64,
@@ -123,6 +125,9 @@ pub(crate) fn prometheus(disks: &[Figures]) -> String {
         ("blockhouse_disk_capacity_bytes", "gauge", "Size of the disk.", gauge(|disk| disk.capacity_bytes)),
         ("blockhouse_requests_in_flight", "gauge", "Requests that were taken and are not answered.", |disk| {
             disk.requests_in_flight
+        }),
+        ("blockhouse_limit_waits_total", "counter", "Times that a queue waited because of a limit.", |disk| {
+            disk.limit_waits
         }),
         ("blockhouse_component_failures_total", "counter", "Calls in which a component broke down.", |disk| {
             disk.component_failures
@@ -257,6 +262,7 @@ mod tests {
             capacity_bytes: 1 << 20,
             requests: BTreeMap::from([("read", Requests::new(&read))]),
             requests_in_flight: 2,
+            limit_waits: 0,
             component_calls: BTreeMap::from([("locate", 7)]),
             component_failures: 0,
             component_restarts: 0,

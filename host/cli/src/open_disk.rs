@@ -108,6 +108,7 @@ impl OpenDisk {
                 capacity_bytes: disk.capacity(),
                 requests: metrics::requests(&device),
                 requests_in_flight: device.in_flight,
+                limit_waits: device.limit_waits,
                 component_calls: tally.calls().collect(),
                 component_failures: tally.failures(),
                 component_restarts: tally.restarts(),

@@ -49,8 +49,8 @@ mod server;
 mod session;
 
 pub use blockhouse_virtio::{
-    BlockDeviceOptions, CacheMode, DEFAULT_POLL, DeviceStats, LATENCY_BUCKETS, MAX_POLL, MAX_QUEUES, RequestKind,
-    RequestStats, latency_bound,
+    BlockDeviceOptions, CacheMode, DEFAULT_POLL, DeviceStats, LATENCY_BUCKETS, MAX_POLL, MAX_QUEUES, Rate, RateLimits,
+    RequestKind, RequestStats, latency_bound,
 };
 pub use error::{Error, Result};
 pub use listener::Listener;

@@ -92,6 +92,8 @@ pub struct DeviceStats {
     kinds: [RequestStats; RequestKind::ALL.len()],
     /// Requests that were taken and are not answered.
     pub in_flight: u64,
+    /// How often a queue waited because of a limit.
+    pub limit_waits: u64,
 }
 
 impl DeviceStats {
@@ -104,6 +106,7 @@ impl DeviceStats {
         let mut sum = Self::default();
         for queue in queues {
             sum.in_flight = sum.in_flight.saturating_add(get(&queue.in_flight));
+            sum.limit_waits = sum.limit_waits.saturating_add(get(&queue.limit_waits));
             for (to, from) in sum.kinds.iter_mut().zip(&queue.kinds) {
                 to.requests = to.requests.saturating_add(get(&from.requests));
                 to.errors = to.errors.saturating_add(get(&from.errors));
@@ -125,6 +128,7 @@ impl DeviceStats {
 pub(crate) struct QueueCounters {
     kinds: [KindCounters; RequestKind::ALL.len()],
     in_flight: AtomicU64,
+    limit_waits: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -150,6 +154,11 @@ impl QueueCounters {
         if let Some(bucket) = counters.latency.get(bucket_of(nanoseconds)) {
             add(bucket, 1);
         }
+    }
+
+    /// The queue has requests that it must not take yet.
+    pub(crate) fn limited(&self) {
+        add(&self.limit_waits, 1);
     }
 
     pub(crate) fn set_in_flight(&self, count: usize) {

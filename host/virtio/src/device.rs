@@ -14,6 +14,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use crate::counters::{DeviceStats, QueueCounters};
+use crate::limit::{Limiter, RateLimits};
 use crate::ranges::{DISCARD, WRITE_ZEROES};
 use crate::report::Report;
 use crate::request::MAX_DESCRIPTORS;
@@ -88,6 +89,8 @@ pub struct BlockDeviceOptions {
     /// How long the thread of a queue looks for more requests before it waits to be notified, at most
     /// [`MAX_POLL`]. Costs processor time and saves a notification and a wake-up.
     pub poll: Duration,
+    /// How fast the device may be used.
+    pub limits: RateLimits,
     /// What the thread of each queue calls first.
     pub beginning: Beginning,
 }
@@ -101,6 +104,7 @@ impl Default for BlockDeviceOptions {
             cache: CacheMode::WriteBack,
             discard: true,
             poll: DEFAULT_POLL,
+            limits: RateLimits::default(),
             beginning: Beginning::default(),
         }
     }
@@ -124,6 +128,7 @@ pub struct BlockDevice {
     report: Report,
     /// One for each queue.
     counters: Box<[QueueCounters]>,
+    limiter: Option<Limiter>,
     beginning: Beginning,
 }
 
@@ -149,6 +154,7 @@ impl BlockDevice {
             writeback: AtomicBool::new(true),
             report: Report::new(options.serial.clone()),
             counters: (0..queues).map(|_| QueueCounters::default()).collect(),
+            limiter: Limiter::new(&options.limits),
             beginning: options.beginning.clone(),
         }
     }
@@ -196,6 +202,16 @@ impl BlockDevice {
     /// What the device did since it was made.
     pub fn stats(&self) -> DeviceStats {
         DeviceStats::sum(&self.counters)
+    }
+
+    /// What keeps its queues from being too fast, if anything does.
+    pub(crate) fn limiter(&self) -> Option<&Limiter> {
+        self.limiter.as_ref()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn with_limiter(self, limiter: Option<Limiter>) -> Self {
+        Self { limiter, ..self }
     }
 
     /// What the thread counts in that serves a queue.

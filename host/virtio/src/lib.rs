@@ -35,6 +35,7 @@
 mod counters;
 mod device;
 mod execute;
+mod limit;
 mod queue;
 mod ranges;
 mod report;
@@ -48,6 +49,7 @@ pub use counters::{DeviceStats, LATENCY_BUCKETS, RequestKind, RequestStats, late
 pub use device::{
     BlockDevice, BlockDeviceOptions, CacheMode, DEFAULT_POLL, DEVICE_ID, MAX_POLL, MAX_QUEUES, QUEUE_SIZE, SERIAL_LEN,
 };
+pub use limit::{Rate, RateLimits};
 pub use queue::{BlockQueue, Host, InFlightRecord, Position, QueueError};
 pub use request::{MAX_DESCRIPTORS, Malformed};
 pub use worker::{Beginning, Notifier, Worker};

@@ -25,6 +25,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, VolatileSlice};
 use crate::counters::RequestKind;
 use crate::device::BlockDevice;
 use crate::execute::{Job, Next, Outcome, Status};
+use crate::limit::Limiter;
 use crate::report::Fault;
 use crate::request::{ChainAgain, Lists, Request};
 
@@ -57,9 +58,9 @@ pub trait Host {
     fn interrupt(&mut self);
 
     /// There is nothing to do before the driver notifies, or one of `ready` becomes readable, or the host wants
-    /// to stop: returns after one of these, or earlier, and whether one of `ready` may be readable.
-    /// `in_flight` requests are being waited for. `ready` is the same each time.
-    fn wait(&mut self, ready: [Option<BorrowedFd<'_>>; 2], in_flight: usize) -> bool;
+    /// to stop, or the time `longest` has passed: returns after one of these, or earlier, and whether one of
+    /// `ready` may be readable. `in_flight` requests are being waited for. `ready` is the same each time.
+    fn wait(&mut self, ready: [Option<BorrowedFd<'_>>; 2], in_flight: usize, longest: Option<Duration>) -> bool;
 }
 
 /// How far a queue has come, in ring indexes as section 2.7 has them: free-running, modulo 2^16.
@@ -214,6 +215,8 @@ struct Service<'q, 'm, M> {
     lists: Lists<'m>,
     /// Whether a request was put on the used ring since the driver was last told, or asked about.
     answered: bool,
+    /// How long the next request, which is there, has to stay in the queue.
+    limited: Option<Duration>,
 }
 
 impl<'q, 'm, M> Service<'q, 'm, M>
@@ -230,6 +233,7 @@ where
             ended: Vec::new(),
             lists: Lists::default(),
             answered: false,
+            limited: None,
         }
     }
 
@@ -267,17 +271,26 @@ where
                 continue;
             }
             // The driver was asked not to notify: while the queue is looked at there is no need to.
-            if !poll.is_zero() && !stops && idle_since.get_or_insert_with(Instant::now).elapsed() < poll {
+            if !poll.is_zero()
+                && !stops
+                && self.limited.is_none()
+                && idle_since.get_or_insert_with(Instant::now).elapsed() < poll
+            {
                 std::hint::spin_loop();
                 continue;
             }
             idle_since = None;
             // A request may slip in between the last look and the switching on; then this returns true and
-            // the loop goes on. With a full lane there is no use in hearing of more.
-            let deaf = stops || self.free.is_empty();
+            // the loop goes on. With a full lane, or over a limit, there is no use in hearing of more.
+            let deaf = stops || self.free.is_empty() || self.limited.is_some();
             hears |= !deaf;
+            if self.limited.is_some()
+                && let Some(counters) = self.queue.device.counters(self.queue.index)
+            {
+                counters.limited();
+            }
             if (deaf || !self.queue.queue.enable_notification(self.memory)?)
-                && host.wait(self.lane.ready(), self.in_flight())
+                && host.wait(self.lane.ready(), self.in_flight(), self.limited)
             {
                 self.lane.acknowledge();
             }
@@ -289,10 +302,15 @@ where
         let mut count = 0;
         // One look at the clock for all that are taken now, if there are any.
         let mut now = None;
+        self.limited = None;
         // Bounded: what makes no sense is answered at once and takes no token.
         while count < LANE_REQUESTS
             && let Some(token) = self.free.last().copied()
         {
+            if let Some(wait) = self.queue.device.limiter().and_then(Limiter::wait) {
+                self.stay(wait)?;
+                break;
+            }
             if let Some(head) = self.queue.again.pop() {
                 let table = GuestAddress(self.queue.queue.desc_table());
                 let chain = ChainAgain::new(self.memory, table, self.queue.queue.size(), head);
@@ -310,6 +328,24 @@ where
         Ok(count)
     }
 
+    /// Leaves what is in the queue there for a while, if there is anything.
+    fn stay(&mut self, wait: Duration) -> Result<(), Broken> {
+        let BlockQueue { queue, again, .. } = &*self.queue;
+        if again.is_empty() && queue.avail_idx(self.memory, Ordering::Acquire)?.0 == queue.next_avail() {
+            return Ok(());
+        }
+        self.limited = Some(wait);
+        Ok(())
+    }
+
+    /// Pays for a request, if the device is limited.
+    fn charge(&self, kind: RequestKind, bytes: u64) {
+        if let Some(limiter) = self.queue.device.limiter() {
+            let moves = matches!(kind, RequestKind::Read | RequestKind::Write | RequestKind::WriteZeroes);
+            limiter.charge(if moves { bytes } else { 0 });
+        }
+    }
+
     /// Begins one chain, which was taken at `taken`, under the free `token`.
     fn begin(
         &mut self,
@@ -325,6 +361,7 @@ where
                 if let Some(status) = rejected.status {
                     write_status(&status, Status::IoError);
                 }
+                self.charge(RequestKind::Other, 0);
                 self.count(RequestKind::Other, Err(()), Duration::ZERO);
                 return self.answer(head, 0);
             }
@@ -332,6 +369,7 @@ where
         let room = request.writable.iter().map(VolatileSlice::len).sum();
         let (job, next) = self.queue.device.begin(&request, self.queue.features);
         let (kind, bytes) = (request.operation.kind(), job.bytes());
+        self.charge(kind, bytes);
         let pending = Pending { head, job, status: request.status, room, kind, bytes, taken };
         let result = match next {
             Next::End(outcome) => self.end(&pending, outcome, taken),

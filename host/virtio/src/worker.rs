@@ -16,10 +16,12 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use vm_memory::GuestMemory;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
 
 use crate::queue::{BlockQueue, Host, Position};
 
@@ -100,7 +102,8 @@ impl Worker {
             thread::Builder::new().name(name).spawn(move || {
                 let _watch = Watch(notifier.as_ref());
                 queue.device().begin_thread();
-                let mut host = Waiting { shared: &shared, epoll, notifier: notifier.as_ref(), hears_lane: false };
+                let mut host =
+                    Waiting { shared: &shared, epoll, notifier: notifier.as_ref(), hears_lane: false, timer: None };
                 // The device has logged what went wrong.
                 if queue.serve(&*memory, &mut host).is_err() {
                     notifier.broken();
@@ -159,6 +162,36 @@ struct Waiting<'a> {
     notifier: &'a dyn Notifier,
     /// Whether the descriptors of the lane are waited for.
     hears_lane: bool,
+    /// Made when the queue first waits for a time.
+    timer: Option<TimerFd>,
+}
+
+impl Waiting<'_> {
+    /// Has the next wait end after this time. Returns how long it may take if no timer can be had: a number of
+    /// milliseconds, or -1.
+    fn set_timer(&mut self, time: Duration) -> i32 {
+        let mut set = || -> io::Result<()> {
+            let timer = match &mut self.timer {
+                Some(timer) => timer,
+                none => {
+                    let timer = TimerFd::new()?;
+                    // Edge-triggered: it need not be read.
+                    let event = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+                    self.epoll.ctl(ControlOperation::Add, timer.as_raw_fd(), event)?;
+                    none.insert(timer)
+                }
+            };
+            // A time of zero would be none.
+            Ok(timer.reset(time.max(Duration::from_nanos(1)), None)?)
+        };
+        match set() {
+            Ok(()) => -1,
+            Err(error) => {
+                tracing::warn!(%error, "no timer for a limit");
+                i32::try_from(time.as_millis().saturating_add(1)).unwrap_or(i32::MAX)
+            }
+        }
+    }
 }
 
 impl Host for Waiting<'_> {
@@ -170,7 +203,7 @@ impl Host for Waiting<'_> {
         self.notifier.used();
     }
 
-    fn wait(&mut self, ready: [Option<BorrowedFd<'_>>; 2], _in_flight: usize) -> bool {
+    fn wait(&mut self, ready: [Option<BorrowedFd<'_>>; 2], _in_flight: usize, longest: Option<Duration>) -> bool {
         if !self.hears_lane {
             for fd in ready.iter().flatten() {
                 // Until it is read, not once: what has ended stays to be taken.
@@ -182,13 +215,14 @@ impl Host for Waiting<'_> {
             self.hears_lane = true;
         }
         let mut events = [EpollEvent::default(); 4];
-        match self.epoll.wait(-1, &mut events) {
+        let timeout = longest.map_or(-1, |time| self.set_timer(time));
+        match self.epoll.wait(timeout, &mut events) {
             Ok(count) => events.iter().take(count).any(|event| event.data() == LANE),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => true,
             Err(error) => {
                 tracing::error!(%error, "cannot wait for a queue");
                 // Slow, but without a thread that spins.
-                thread::sleep(std::time::Duration::from_millis(10));
+                thread::sleep(Duration::from_millis(10));
                 true
             }
         }
@@ -200,7 +234,6 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
     use std::sync::mpsc;
-    use std::time::Duration;
 
     use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 

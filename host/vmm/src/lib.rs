@@ -63,7 +63,7 @@ mod power;
 mod serial;
 mod vcpu;
 
-pub use blockhouse_virtio::{Beginning, CacheMode};
+pub use blockhouse_virtio::{Beginning, CacheMode, DeviceStats, Rate, RateLimits};
 pub use builtin::{DiskReport, DiskResult};
 pub use error::{Error, ErrorKind, Result};
 pub use machine::{

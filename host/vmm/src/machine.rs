@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
 use blockhouse_block::BlockBackend;
-use blockhouse_virtio::{Beginning, BlockDevice, BlockDeviceOptions, CacheMode, DEFAULT_POLL, DeviceStats};
+use blockhouse_virtio::{Beginning, BlockDevice, BlockDeviceOptions, CacheMode, DEFAULT_POLL, DeviceStats, RateLimits};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -75,6 +75,8 @@ pub struct DiskConfig {
     pub discard: bool,
     /// How long the thread of a queue looks for more requests before it waits to be notified.
     pub poll: Duration,
+    /// How fast the guest may use it.
+    pub limits: RateLimits,
     /// What the thread of each queue calls first: to lower its own rights.
     pub beginning: Beginning,
 }
@@ -90,6 +92,7 @@ impl DiskConfig {
             cache: CacheMode::WriteBack,
             discard: true,
             poll: DEFAULT_POLL,
+            limits: RateLimits::default(),
             beginning: Beginning::default(),
         }
     }
@@ -382,6 +385,7 @@ fn plug_in(vm: &VmFd, memory: &Memory, slot: DiskSlot, number: usize, disk: &Dis
         cache: disk.cache,
         discard: disk.discard,
         poll: disk.poll,
+        limits: disk.limits,
         beginning: disk.beginning.clone(),
     };
     let device = Arc::new(BlockDevice::new(disk.backend.clone(), &options));

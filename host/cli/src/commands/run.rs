@@ -105,6 +105,7 @@ pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
             cache: disk.cache,
             discard: disk.discard,
             poll: disk.poll,
+            limits: disk.limits(),
             queues: disk.queues,
             beginning: beginning(&walls, Role::DataPath),
             ..DiskConfig::new(opened.backend()?, &opened.serial)

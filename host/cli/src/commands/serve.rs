@@ -98,6 +98,7 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
             cache: disk.cache,
             discard: disk.discard,
             poll: disk.poll,
+            limits: disk.limits(),
             beginning: beginning(walls, Role::DataPath),
         };
         servers.push(Server::new(listener, opened.backend()?, &options, format!("disk{number}"))?);

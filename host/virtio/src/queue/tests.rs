@@ -19,6 +19,7 @@ use crate::driver::{
     Call, DATA, Desc, Driver, END, HEADER, INDIRECT, MemoryDisk, NEXT, REGION_2, SIZE, STATUS, TABLE, USED, WRITE,
     readable, writable,
 };
+use crate::limit::{Rate, RateLimits};
 use crate::request::{MAX_DESCRIPTORS, Malformed};
 
 const OK: u8 = 0;
@@ -44,6 +45,7 @@ struct Until<'a> {
     drained: bool,
     interrupts: &'a mut usize,
     waits: usize,
+    longest: Option<Duration>,
 }
 
 impl Host for Until<'_> {
@@ -55,9 +57,10 @@ impl Host for Until<'_> {
         *self.interrupts += 1;
     }
 
-    fn wait(&mut self, _ready: [Option<BorrowedFd<'_>>; 2], in_flight: usize) -> bool {
+    fn wait(&mut self, _ready: [Option<BorrowedFd<'_>>; 2], in_flight: usize, longest: Option<Duration>) -> bool {
         assert_eq!(in_flight, 0, "the disk of these tests does everything at once");
         self.waits += 1;
+        self.longest = longest;
         self.drained = true;
         true
     }
@@ -84,7 +87,7 @@ impl Rig {
 
     /// Serves what is there until there is no more.
     fn try_process(&mut self) -> Result<(), QueueError> {
-        let mut host = Until { drained: false, interrupts: &mut self.interrupts, waits: 0 };
+        let mut host = Until { drained: false, interrupts: &mut self.interrupts, waits: 0, longest: None };
         self.queue.serve(self.driver.memory.as_ref(), &mut host)
     }
 
@@ -445,7 +448,7 @@ fn a_host_that_stops_has_nothing_taken() {
     let mut rig = Rig::new();
     rig.driver.header(VIRTIO_BLK_T_FLUSH, 0);
     rig.driver.submit(&[readable(HEADER, 16), writable(STATUS, 1)]);
-    let mut host = Until { drained: true, interrupts: &mut rig.interrupts, waits: 0 };
+    let mut host = Until { drained: true, interrupts: &mut rig.interrupts, waits: 0, longest: None };
     rig.queue.serve(rig.driver.memory.as_ref(), &mut host).unwrap();
     assert_eq!(host.waits, 0);
     assert_eq!(rig.disk.flushes.load(Ordering::Relaxed), 0);
@@ -906,4 +909,37 @@ fn what_was_answered_is_counted() {
     let (read, write, one, none) = ((2, 1, 1024), (1, 0, 512), (1, 0, 0), (0, 0, 0));
     assert_eq!(counted, [read, write, one, none, (1, 0, 2048), one, (2, 2, 0)]);
     assert_eq!(stats.in_flight, 0);
+}
+
+/// Over a limit, requests stay in the queue, and the queue waits for no longer than it has to.
+#[test]
+fn a_limited_queue_leaves_requests_where_they_are() {
+    let clock = Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let now = Arc::clone(&clock);
+    let limits = RateLimits { requests: Some(Rate { per_second: 1000, burst: 2 }), bytes: None };
+    let limiter = Limiter::with_clock(&limits, move || Duration::from_millis(now.load(Ordering::Relaxed)));
+    let disk = Arc::new(MemoryDisk::new(64 * 512));
+    let device = BlockDevice::new(disk, &BlockDeviceOptions::default()).with_limiter(limiter);
+    let device = Arc::new(device);
+    let mut driver = Driver::new();
+    let mut queue = BlockQueue::new(device.clone(), 0, driver.queue(), FLUSH);
+    driver.header(VIRTIO_BLK_T_IN, 0);
+    driver.chain_in(TABLE, 0, &[readable(HEADER, 16), writable(DATA, 512), writable(STATUS, 1)]);
+    for _ in 0..5 {
+        driver.offer(0);
+    }
+    let mut interrupts = 0;
+    let mut serve = |driver: &mut Driver| {
+        let mut host = Until { drained: false, interrupts: &mut interrupts, waits: 0, longest: None };
+        queue.serve(driver.memory.as_ref(), &mut host).unwrap();
+        let answered = std::iter::from_fn(|| driver.used()).count();
+        (answered, host.longest.is_some(), queue.position().next_avail)
+    };
+    assert_eq!(serve(&mut driver), (2, true, 2), "the burst");
+    assert_eq!(serve(&mut driver), (0, true, 2));
+    clock.store(1, Ordering::Relaxed);
+    assert_eq!(serve(&mut driver), (1, true, 3));
+    clock.store(10, Ordering::Relaxed);
+    assert_eq!(serve(&mut driver), (2, false, 5), "nothing is left to wait for");
+    assert_eq!(device.stats().limit_waits, 3);
 }
