@@ -242,7 +242,7 @@ impl Host for ShortHost {
 
     fn interrupt(&mut self) {}
 
-    fn wait(&mut self, _ready: [Option<BorrowedFd<'_>>; 2], in_flight: usize) -> bool {
+    fn wait(&mut self, _ready: [Option<BorrowedFd<'_>>; 2], in_flight: usize, _longest: Option<Duration>) -> bool {
         if in_flight == 0 {
             self.left = 1;
         }
