@@ -38,6 +38,8 @@
 compile_error!("blockhouse-vhost needs Linux");
 
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod handler;
 mod inflight;
 mod lines;

@@ -26,6 +26,7 @@
 mod disk_read;
 mod disk_write;
 mod image;
+mod inflight;
 mod lies;
 mod qcow2;
 mod qcow2_write;
@@ -54,6 +55,7 @@ pub type Target = (&'static str, fn(&[u8]));
 pub const TARGETS: &[Target] = &[
     ("disk_read", disk_read::run),
     ("disk_write", disk_write::run),
+    ("in_flight", inflight::run),
     ("qcow2_read", qcow2::read),
     ("qcow2_repair", qcow2::repair),
     ("qcow2_write", qcow2_write::run),

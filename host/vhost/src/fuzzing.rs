@@ -1,0 +1,34 @@
+//! The memory for requests in flight, for its fuzz target. No part of the interface.
+
+use std::fs::File;
+
+use blockhouse_virtio::InFlightRecord;
+use vhost::vhost_user::message::VhostUserInflight;
+
+use crate::inflight::InFlightMemory;
+
+/// See [`InFlightMemory`].
+pub struct InFlight(InFlightMemory);
+
+impl InFlight {
+    /// New memory, and the file of it; `None` if there cannot be such memory.
+    #[must_use]
+    pub fn create(queues: u16, queue_size: u16) -> Option<(Self, File)> {
+        let asked = VhostUserInflight::new(0, 0, queues, queue_size);
+        let (memory, _, file) = InFlightMemory::create(&asked).ok()?;
+        Some((Self(memory), file))
+    }
+
+    /// Memory that somebody else made; `None` if it is refused.
+    #[must_use]
+    pub fn adopt(queues: u16, queue_size: u16, size: u64, offset: u64, file: File) -> Option<Self> {
+        InFlightMemory::adopt(&VhostUserInflight::new(size, offset, queues, queue_size), file).ok().map(Self)
+    }
+
+    /// The record of a queue, and what was in flight; `None` if it is refused.
+    #[must_use]
+    pub fn record(&self, index: u16, size: u16, used_idx: u16) -> Option<(Box<dyn InFlightRecord>, Vec<u16>)> {
+        let (record, again) = self.0.record(index, size, used_idx).ok()?;
+        Some((Box::new(record), again))
+    }
+}
