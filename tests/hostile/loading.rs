@@ -21,7 +21,7 @@ use crate::tally;
 ///     (export "RESOURCE" (type (sub resource)))                       for methods
 ///     (export "FUNCTION" (func (param "self" (borrow RESOURCE)))))))
 /// ```
-fn importing(interface: &str, function: &str) -> Vec<u8> {
+pub(crate) fn importing(interface: &str, function: &str) -> Vec<u8> {
     let resource = ["[method]", "[static]", "[constructor]"]
         .iter()
         .find_map(|kind| function.strip_prefix(kind))
@@ -55,11 +55,11 @@ fn name(name: &str) -> Vec<u8> {
     [&[0x00][..], &leb(name.len()), name.as_bytes()].concat()
 }
 
-fn section(id: u8, content: &[u8]) -> Vec<u8> {
+pub(crate) fn section(id: u8, content: &[u8]) -> Vec<u8> {
     [&[id][..], &leb(content.len()), content].concat()
 }
 
-fn leb(mut value: usize) -> Vec<u8> {
+pub(crate) fn leb(mut value: usize) -> Vec<u8> {
     let mut bytes = Vec::new();
     loop {
         let low = u8::try_from(value & 0x7f).unwrap();

@@ -12,6 +12,7 @@
 //! | `components.rs` | components that loop, grow, trap and lie |
 //! | `restart.rs` | components that break down, and are started again or not |
 //! | `loading.rs` | components that want more than there is, and files that are no components |
+//! | `compiling.rs` | components that attack the compiler |
 //! | `writing.rs` | components that misuse the right to write |
 //! | `grants.rs` | images that use a grant for what it is not meant for; files that change under a disk |
 //! | `guard.rs` | guests that make a raw disk look like an image |
@@ -25,6 +26,7 @@
 
 mod aliases;
 mod chains;
+mod compiling;
 mod components;
 mod files;
 mod grants;

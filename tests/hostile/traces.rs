@@ -32,6 +32,8 @@ struct Call {
 /// A recorded run of the program.
 struct Trace {
     calls: Vec<Call>,
+    /// Those of the processes that compile components of strangers.
+    compilers: Vec<Call>,
     text: String,
 }
 
@@ -77,7 +79,25 @@ impl Trace {
             }
         }
         assert!(calls.len() > 10, "strace saw nothing: {text}");
-        Self { calls, text }
+        let starts = |call: &&Call| call.name == "execve" && call.arguments.contains("--compile-for-parent");
+        let these: BTreeSet<u32> = calls.iter().filter(starts).map(|call| call.thread).collect();
+        let (compilers, calls) = calls.into_iter().partition(|call: &Call| these.contains(&call.thread));
+        Self { calls, compilers, text }
+    }
+
+    /// So many processes compile, and once they have their walls, and with them a component, they name no file.
+    #[track_caller]
+    fn assert_compilers_name_nothing(&self, count: usize) {
+        let processes: BTreeSet<u32> = self.compilers.iter().map(|call| call.thread).collect();
+        assert_eq!(processes.len(), count, "{}", self.text);
+        for process in processes {
+            let calls = || self.compilers.iter().filter(|call| call.thread == process);
+            let behind = calls().skip_while(|call| call.name != "seccomp");
+            assert!(behind.clone().filter(|call| call.name == "seccomp").count() >= 3, "{}", self.text);
+            for call in behind {
+                assert!(call.names().is_empty(), "a compiler: {call:?}");
+            }
+        }
     }
 
     /// The calls after the walls were raised: there the program begins.
@@ -317,6 +337,7 @@ fn while_a_guest_runs_no_thread_names_a_file() {
     for call in trace.after_start_up() {
         assert!(call.names().is_empty(), "after start-up: {call:?}");
     }
+    trace.assert_compilers_name_nothing(1);
     trace.assert_rings_are_restricted();
     tally::component_stopped();
     tally::image_served();

@@ -13,6 +13,7 @@ use blockhouse_sandbox::{
 use blockhouse_walls::{Plan, Use};
 use clap::Args;
 
+use crate::compiler;
 use crate::grant_arg;
 use crate::policy::Policy;
 use crate::progress::Progress;
@@ -59,15 +60,19 @@ impl HostArgs {
         Ok(self.read_policy.get())
     }
 
-    /// What is opened beside images. Makes the code cache and the audit file, so that they can be planned.
+    /// What is opened beside images. Makes the code cache and the audit file, so that they can be planned, and starts
+    /// compilers, which cannot be started later.
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         // What a component gets for a directory that is not granted.
         plan.read("/dev/null");
+        let mut strangers = 0;
         for plugin in &self.plugins {
             if let Some((_, file)) = plugin.split_once('=') {
                 plan.read(file.strip_prefix(COMPILED).unwrap_or(file));
+                strangers += usize::from(!file.starts_with(COMPILED));
             }
         }
+        compiler::prepare(strangers, &self.limits()?)?;
         if let Some(audit) = &self.audit {
             self.audit()?;
             plan.write(audit);
@@ -80,8 +85,12 @@ impl HostArgs {
         Ok(())
     }
 
+    fn limits(&self) -> anyhow::Result<Limits> {
+        Ok(self.policy()?.map_or_else(Limits::default, |policy| policy.limits.clone()))
+    }
+
     pub(crate) fn sandbox(&self) -> anyhow::Result<Sandbox> {
-        let sandbox = Sandbox::new(self.policy()?.map_or_else(Limits::default, |policy| policy.limits.clone()))?;
+        let sandbox = compiler::sandbox(self.limits()?)?;
         match self.cache_directory() {
             None => Ok(sandbox),
             // Asked for: what is wrong with it is an error.
@@ -130,6 +139,7 @@ impl HostArgs {
             let plugin = load(sandbox, &formats, format, file)?;
             formats.add(format, plugin);
         }
+        compiler::dismiss();
         Ok(formats)
     }
 

@@ -7,6 +7,7 @@
 //! | `grant_arg.rs`, `policy.rs` | what is allowed, and how much of it; the policy file |
 //! | `metrics.rs`, `outlet.rs` | what disks did, as JSON and for Prometheus; the socket or file where that goes |
 //! | `requested.rs` | what was asked for against what was granted |
+//! | `compiler.rs` | compilers for components of strangers, as processes |
 //! | `walls.rs` | the walls around the program: what each command will open |
 //! | `output.rs`, `size.rs`, `progress.rs` | JSON, exit codes; sizes; how far long work has come |
 //! | `new_image.rs`, `target.rs` | a new image, which has its name once it is complete |
@@ -17,6 +18,7 @@
 
 mod args;
 mod commands;
+mod compiler;
 mod copy;
 mod disk_arg;
 mod grant_arg;
@@ -110,6 +112,9 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = compiler::serve_if_asked() {
+        return code;
+    }
     let cli = Cli::parse();
     let default = match cli.verbose {
         // Refused opens are in the error message already.

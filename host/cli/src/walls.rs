@@ -87,7 +87,7 @@ impl Command {
             Self::Commit(args) => args.plan(&mut plan)?,
             Self::Rebase(args) => args.plan(&mut plan)?,
             Self::Snapshot(command) => command.plan(&mut plan)?,
-            Self::Plugin(command) => command.plan(&mut plan),
+            Self::Plugin(command) => command.plan(&mut plan)?,
             Self::Probe(args) => args.plan(&mut plan),
         }
         Ok(plan)

@@ -71,6 +71,9 @@ impl Formats {
 
     /// Serves `format` with the component in `bytes`, instead of what served it before. `name` is for
     /// messages.
+    ///
+    /// A component that is part of the program (`&'static [u8]`) is trusted not to harm the compiler, and is always
+    /// compiled in this process; another one by the sandbox's [`Compiler`](crate::Compiler).
     pub fn add_bytes(
         &mut self,
         format: impl Into<String>,
@@ -135,7 +138,10 @@ impl Formats {
             return Ok(plugin.clone());
         }
         self.check(format, &hex(&Sha256::digest(&source.bytes)))?;
-        let plugin = sandbox.load(&source.name, &source.bytes)?;
+        let plugin = match &source.bytes {
+            Cow::Borrowed(bytes) => sandbox.load_own(&source.name, bytes),
+            Cow::Owned(bytes) => sandbox.load(&source.name, bytes),
+        }?;
         Ok(source.loaded.get_or_init(|| plugin).clone())
     }
 }

@@ -20,6 +20,7 @@
 //! | `host.rs` | the functions behind the table |
 //! | `instance.rs`, `clock.rs` | calling a component within its time, and throwing it away |
 //! | `sandbox.rs` | the engine, and loading components |
+//! | `compiler.rs`, `helper.rs` | who compiles a component, and a process that does nothing else |
 //! | `cache.rs`, `compiled.rs`, `code.rs` | compiled components, kept between starts or made by hand; when they may be run |
 //! | `layer.rs`, `restart.rs` | an instance as a layer of a disk; when one that broke down is started again |
 //! | `chain.rs` | from an image to a disk |
@@ -51,7 +52,9 @@ mod chain;
 mod clock;
 mod code;
 mod compiled;
+mod compiler;
 mod grants;
+mod helper;
 mod host;
 mod inspect;
 mod instance;
@@ -75,7 +78,9 @@ pub use blockhouse_block as block;
 pub use chain::{
     BackingReference, Below, ChainReport, Fact, Formats, LayerReport, OpenRequest, OpenedDisk, Opener, SnapshotReport,
 };
+pub use compiler::{Compiler, compile_here};
 pub use grants::{Grant, GrantReport, Grants, Referrer, Sha256Digest, absolute_name};
+pub use helper::{CompilerProcess, serve_compiler};
 pub use inspect::{ImportedFunction, Inspection};
 pub use limits::{Limits, TICK};
 pub use locks::LockMode;

@@ -54,6 +54,16 @@ pub struct Limits {
     pub maintenance_host_calls: u64,
     /// Bytes of a compiled-from component file. Default 64 MiB.
     pub component_bytes: u64,
+    /// Time for compiling one component. Default 30 s.
+    ///
+    /// This and the next two bound a compiler in a process of its own
+    /// ([`CompilerProcess`](crate::CompilerProcess)). A component that is compiled in this process takes the
+    /// time and memory that it takes.
+    pub compile_time: Duration,
+    /// Address space of a compiler process, in bytes. Default 2 GiB.
+    pub compile_memory_bytes: u64,
+    /// Bytes of machine code that one component may become. Default 256 MiB.
+    pub compiled_bytes: u64,
 }
 
 /// How often time limits are checked.
@@ -80,6 +90,9 @@ impl Default for Limits {
             maintenance_time: Duration::from_secs(15 * 60),
             maintenance_host_calls: 100_000_000,
             component_bytes: 64 << 20,
+            compile_time: Duration::from_secs(30),
+            compile_memory_bytes: 2 << 30,
+            compiled_bytes: 256 << 20,
         }
     }
 }
@@ -106,7 +119,7 @@ fn size(value: u64) -> usize {
 }
 
 /// All limits, in the order of the structure.
-const NAMED: [Named; 18] = [
+const NAMED: [Named; 21] = [
     ("memory-bytes", |limits| wide(limits.memory_bytes), |limits, value| limits.memory_bytes = size(value)),
     ("table-elements", |limits| wide(limits.table_elements), |limits, value| limits.table_elements = size(value)),
     ("core-instances", |limits| wide(limits.core_instances), |limits, value| limits.core_instances = size(value)),
@@ -141,6 +154,13 @@ const NAMED: [Named; 18] = [
         |limits, value| limits.maintenance_host_calls = value,
     ),
     ("component-bytes", |limits| limits.component_bytes, |limits, value| limits.component_bytes = value),
+    (
+        "compile-time-ms",
+        |limits| millis(limits.compile_time),
+        |limits, value| limits.compile_time = Duration::from_millis(value),
+    ),
+    ("compile-memory-bytes", |limits| limits.compile_memory_bytes, |limits, value| limits.compile_memory_bytes = value),
+    ("compiled-bytes", |limits| limits.compiled_bytes, |limits, value| limits.compiled_bytes = value),
 ];
 
 impl Limits {

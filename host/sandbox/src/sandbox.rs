@@ -23,11 +23,15 @@ use crate::bindings::snapshots::SnapshotAbilityPre;
 use crate::bindings::writer::WriterAbilityPre;
 use crate::cache::CodeCache;
 use crate::clock::Clock;
-use crate::compiled;
+use crate::compiler::Compiler;
 use crate::host::{State, read_only_linker, read_write_linker};
-use crate::inspect::{Inspection, inspect};
+use crate::inspect::{Inspection, Surface, inspect};
 use crate::limits::Limits;
 use crate::regular;
+use crate::{code, compiled};
+
+/// What is wrong with bytes that are no component, or one with features that are switched off.
+pub(crate) const NO_COMPONENT: &str = "it is not a WebAssembly component that this host can run";
 
 /// Runs components under one set of [`Limits`]. A clone is the same sandbox.
 ///
@@ -38,6 +42,7 @@ pub struct Sandbox {
     limits: Arc<Limits>,
     clock: Arc<Clock>,
     cache: Option<Arc<CodeCache>>,
+    compiler: Option<Arc<dyn Compiler>>,
 }
 
 impl fmt::Debug for Sandbox {
@@ -52,23 +57,10 @@ impl Sandbox {
     /// # Errors
     /// [`Component`](ErrorKind::Component) if the engine cannot run on this machine.
     pub fn new(limits: Limits) -> Result<Self> {
-        let mut config = Config::new();
-        config
-            .epoch_interruption(true)
-            .max_wasm_stack(limits.stack_bytes)
-            .cranelift_opt_level(OptLevel::Speed)
-            .wasm_backtrace_details(WasmBacktraceDetails::Disable)
-            // Nothing that the built-in formats or compilers' defaults do not need.
-            .wasm_relaxed_simd(false)
-            .wasm_memory64(false)
-            .wasm_multi_memory(false)
-            .wasm_tail_call(false);
-        let engine = Engine::new(&config).map_err(|error| {
-            Error::new(ErrorKind::Component, "cannot start the WebAssembly engine").with_source(error)
-        })?;
+        let engine = engine(&limits)?;
         let clock = Clock::start(&engine)
             .map_err(|error| Error::new(ErrorKind::Storage, "cannot start the clock thread").with_source(error))?;
-        Ok(Self { engine, limits: Arc::new(limits), clock: Arc::new(clock), cache: None })
+        Ok(Self { engine, limits: Arc::new(limits), clock: Arc::new(clock), cache: None, compiler: None })
     }
 
     /// Keeps compiled components in `directory`, which is made if it does not exist, and takes them from there
@@ -91,6 +83,14 @@ impl Sandbox {
         CodeCache::make(directory)
     }
 
+    /// Has components of strangers compiled by `compiler`: in a process of its own, for example
+    /// ([`CompilerProcess`](crate::CompilerProcess)). Without this they are compiled in this process, where nothing
+    /// bounds the time and memory that it takes.
+    #[must_use]
+    pub fn compiler(self, compiler: Arc<dyn Compiler>) -> Self {
+        Self { compiler: Some(compiler), ..self }
+    }
+
     /// The limits in force.
     pub fn limits(&self) -> &Limits {
         &self.limits
@@ -101,12 +101,22 @@ impl Sandbox {
     }
 
     /// Compiles a component from its bytes, and refuses it if it imports anything that its world does
-    /// not offer. `name` is for messages: a path, or `built-in qcow2`.
+    /// not offer: before it is compiled. `name` is for messages: a path, or `built-in qcow2`.
     ///
     /// # Errors
     /// [`Component`](ErrorKind::Component): not a component, or not one of Blockhouse's worlds; the
-    /// message names every import that is too much.
+    /// message names every import that is too much. [`Limit`](ErrorKind::Limit): it is too large, or takes too much
+    /// to compile.
     pub fn load(&self, name: &str, bytes: &[u8]) -> Result<Plugin> {
+        self.load_by(self.compiler.as_deref(), name, bytes)
+    }
+
+    /// As [`load`](Self::load), for a component that is part of the program: compiled in this process.
+    pub(crate) fn load_own(&self, name: &str, bytes: &[u8]) -> Result<Plugin> {
+        self.load_by(None, name, bytes)
+    }
+
+    fn load_by(&self, compiler: Option<&dyn Compiler>, name: &str, bytes: &[u8]) -> Result<Plugin> {
         let size = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
         if size > self.limits.component_bytes {
             return Err(Error::new(
@@ -115,8 +125,10 @@ impl Sandbox {
             )
             .on_image(name));
         }
-        let (component, inspection) = self.compile(name, bytes)?;
-        self.link(name, component, inspection)
+        let inspection = Self::look(name, bytes)?;
+        Self::refuse_without_world(name, &inspection)?;
+        let component = self.compile(compiler, name, bytes, &inspection.sha256)?;
+        self.link(name, &component, inspection)
     }
 
     /// Compiles a component into what [`load_precompiled`](Self::load_precompiled) takes from a file, for this
@@ -127,9 +139,10 @@ impl Sandbox {
     pub fn precompile(&self, path: &Path) -> Result<Vec<u8>> {
         let name = path.display().to_string();
         let bytes = self.read_component(path)?;
-        let plugin = self.load(&name, &bytes)?;
-        // From the cache, or once more.
-        let (component, _) = self.compile(&name, &bytes)?;
+        let inspection = Self::look(&name, &bytes)?;
+        Self::refuse_without_world(&name, &inspection)?;
+        let component = self.compile(self.compiler.as_deref(), &name, &bytes, &inspection.sha256)?;
+        let plugin = self.link(&name, &component, inspection)?;
         compiled::make(&self.engine, &component, plugin.digest(), bytes.len()).map_err(|error| {
             Error::new(ErrorKind::Component, format!("it cannot be compiled: {error}"))
                 .with_source(error)
@@ -157,45 +170,65 @@ impl Sandbox {
             Error::new(ErrorKind::Unsupported, format!("the compiled component is not used: {error:#}"))
                 .on_image(name.as_str())
         })?;
-        let inspection = inspect(&self.engine, &component, about.component_sha256, about.component_bytes);
-        self.link(&name, component, inspection)
+        let surface = Surface::of_component(&self.engine, &component);
+        let inspection = inspect(surface, about.component_sha256, about.component_bytes);
+        Self::refuse_without_world(&name, &inspection)?;
+        self.link(&name, &component, inspection)
+    }
+
+    /// What the bytes of a component say that it imports and exports. Compiles nothing.
+    fn look(name: &str, bytes: &[u8]) -> Result<Inspection> {
+        if compiled::is_compiled(bytes) {
+            let why = "it is not a component but compiled from one, and would run outside of the sandbox. \
+                       If you made it yourself, say so: --plugin FORMAT=compiled:FILE";
+            return Err(Error::new(ErrorKind::Denied, why).on_image(name));
+        }
+        let surface = Surface::of_bytes(bytes).map_err(|error| {
+            Error::new(ErrorKind::Component, format!("{NO_COMPONENT}: {error}")).with_source(error).on_image(name)
+        })?;
+        Ok(inspect(surface, hex(&Sha256::digest(bytes)), bytes.len()))
+    }
+
+    /// Refuses what fits no world, and says why.
+    fn refuse_without_world(name: &str, inspection: &Inspection) -> Result<()> {
+        if inspection.world.is_some() {
+            return Ok(());
+        }
+        let why = if inspection.outside.is_empty() {
+            let exports = &inspection.exports;
+            format!(
+                "it exports neither blockhouse:format/reader nor blockhouse:format/prober of contract {}; it exports: {}",
+                crate::CONTRACT_VERSION,
+                if exports.is_empty() { "nothing".to_owned() } else { exports.join(", ") }
+            )
+        } else {
+            format!("it imports what no world offers, and is not loaded: {}", inspection.outside.join(", "))
+        };
+        Err(Error::new(ErrorKind::Component, why).on_image(name))
     }
 
     /// Sees that a component fits its world.
-    fn link(&self, name: &str, component: Component, inspection: Inspection) -> Result<Plugin> {
-        let refuse = |why: String| Err(Error::new(ErrorKind::Component, why).on_image(name));
+    fn link(&self, name: &str, component: &Component, inspection: Inspection) -> Result<Plugin> {
         let kind = match inspection.world {
             Some(Authority::Prober) => {
                 let linker = wasmtime::component::Linker::<State>::new(&self.engine);
-                linker.instantiate_pre(&component).and_then(ProberOnlyPre::new).map(PluginKind::Prober)
+                linker.instantiate_pre(component).and_then(ProberOnlyPre::new).map(PluginKind::Prober)
             }
             Some(Authority::ReadOnly) => read_only_linker(&self.engine)
-                .and_then(|linker| linker.instantiate_pre(&component))
+                .and_then(|linker| linker.instantiate_pre(component))
                 .and_then(|pre| {
                     check_abilities(&inspection, &pre)?;
                     ReadOnlyFormatPre::new(pre)
                 })
                 .map(PluginKind::Format),
             Some(Authority::ReadWrite) => read_write_linker(&self.engine)
-                .and_then(|linker| linker.instantiate_pre(&component))
+                .and_then(|linker| linker.instantiate_pre(component))
                 .and_then(|pre| {
                     check_abilities(&inspection, &pre)?;
                     ReadOnlyFormatPre::new(pre)
                 })
                 .map(PluginKind::Format),
-            None if inspection.outside.is_empty() => {
-                return refuse(format!(
-                    "it exports neither blockhouse:format/reader nor blockhouse:format/prober of contract {}; it exports: {}",
-                    crate::CONTRACT_VERSION,
-                    if inspection.exports.is_empty() { "nothing".to_owned() } else { inspection.exports.join(", ") }
-                ));
-            }
-            None => {
-                return refuse(format!(
-                    "it imports what no world offers, and is not loaded: {}",
-                    inspection.outside.join(", ")
-                ));
-            }
+            None => Err(wasmtime::Error::msg("it fits no world")),
         };
         let kind = kind.map_err(|error| {
             Error::new(ErrorKind::Component, format!("it does not fit the contract: {error:#}")).on_image(name)
@@ -218,12 +251,18 @@ impl Sandbox {
         self.load(&name, &bytes)
     }
 
-    /// Says what a component imports and exports, and whether that fits a world. Runs nothing of it.
+    /// Says what a component imports and exports, and whether that fits a world. Runs nothing of it. One that fits
+    /// a world is compiled, too, so that what is said of it holds.
     ///
     /// # Errors
-    /// [`Component`](ErrorKind::Component) if the bytes are not a component.
+    /// [`Component`](ErrorKind::Component) if the bytes are not a component, or cannot be compiled;
+    /// [`Limit`](ErrorKind::Limit) if that takes too much.
     pub fn inspect(&self, name: &str, bytes: &[u8]) -> Result<Inspection> {
-        self.compile(name, bytes).map(|(_, inspection)| inspection)
+        let inspection = Self::look(name, bytes)?;
+        if inspection.world.is_some() {
+            self.compile(self.compiler.as_deref(), name, bytes, &inspection.sha256)?;
+        }
+        Ok(inspection)
     }
 
     /// As [`inspect`](Self::inspect), from a file.
@@ -256,33 +295,29 @@ impl Sandbox {
         Ok(bytes)
     }
 
-    fn compile(&self, name: &str, bytes: &[u8]) -> Result<(Component, Inspection)> {
-        if compiled::is_compiled(bytes) {
-            let why = "it is not a component but compiled from one, and would run outside of the sandbox. \
-                       If you made it yourself, say so: --plugin FORMAT=compiled:FILE";
-            return Err(Error::new(ErrorKind::Denied, why).on_image(name));
+    /// The machine code of a component: kept from before, or made now.
+    fn compile(&self, compiler: Option<&dyn Compiler>, name: &str, bytes: &[u8], sha256: &str) -> Result<Component> {
+        if let Some(component) = self.cache.as_ref().and_then(|cache| cache.load(&self.engine, sha256)) {
+            return Ok(component);
         }
-        let digest = hex(&Sha256::digest(bytes));
-        let kept = self.cache.as_ref().and_then(|cache| cache.load(&self.engine, &digest));
-        let component = match kept {
-            Some(component) => component,
-            None => {
-                let component = Component::from_binary(&self.engine, bytes).map_err(|error| {
-                    Error::new(
-                        ErrorKind::Component,
-                        format!("it is not a WebAssembly component that this host can run: {error}"),
-                    )
-                    .with_source(error)
-                    .on_image(name)
-                })?;
-                if let Some(cache) = &self.cache {
-                    cache.store(&self.engine, &digest, &component);
+        let component = match compiler {
+            None => Component::from_binary(&self.engine, bytes),
+            Some(compiler) => {
+                let code = compiler.compile(name, bytes, &self.limits)?;
+                if u64::try_from(code.len()).unwrap_or(u64::MAX) > self.limits.compiled_bytes {
+                    let why = format!("it is more than {} bytes of machine code", self.limits.compiled_bytes);
+                    return Err(Error::new(ErrorKind::Limit, why).on_image(name));
                 }
-                component
+                from_compiler(&self.engine, &code)
             }
         };
-        let inspection = inspect(&self.engine, &component, digest, bytes.len());
-        Ok((component, inspection))
+        let component = component.map_err(|error| {
+            Error::new(ErrorKind::Component, format!("{NO_COMPONENT}: {error:#}")).with_source(error).on_image(name)
+        })?;
+        if let Some(cache) = &self.cache {
+            cache.store(&self.engine, sha256, &component);
+        }
+        Ok(component)
     }
 
     pub(crate) fn clock(&self) -> Arc<Clock> {
@@ -292,6 +327,30 @@ impl Sandbox {
     pub(crate) fn engine(&self) -> &Engine {
         &self.engine
     }
+}
+
+/// The engine of a sandbox with these limits, and of the compiler that works for it.
+pub(crate) fn engine(limits: &Limits) -> Result<Engine> {
+    let mut config = Config::new();
+    config
+        .epoch_interruption(true)
+        .max_wasm_stack(limits.stack_bytes)
+        .cranelift_opt_level(OptLevel::Speed)
+        .wasm_backtrace_details(WasmBacktraceDetails::Disable)
+        // Nothing that the built-in formats or compilers' defaults do not need.
+        .wasm_relaxed_simd(false)
+        .wasm_memory64(false)
+        .wasm_multi_memory(false)
+        .wasm_tail_call(false);
+    Engine::new(&config)
+        .map_err(|error| Error::new(ErrorKind::Component, "cannot start the WebAssembly engine").with_source(error))
+}
+
+#[allow(unsafe_code)]
+fn from_compiler(engine: &Engine, code: &[u8]) -> wasmtime::Result<Component> {
+    // SAFETY: what a `Compiler` returns is what `compile_here` returned in a program of this version: the promise
+    // of that trait. `compiler.rs` says who is believed, and what if the promise is broken.
+    unsafe { code::deserialize(engine, code) }
 }
 
 /// Whether each ability that a component exports is the contract's.

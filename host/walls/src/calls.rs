@@ -32,12 +32,33 @@ pub enum Role {
     /// writes, syncs, `FALLOCATE`, `POLL`. A ring without restrictions opens files for a thread whose filter
     /// forbids it to open any. The test `tests/hostile/traces.rs` looks at every ring that the program makes.
     DataPath,
+    /// A whole process that turns bytes that it reads into bytes that it writes: a compiler. Opens nothing, and has
+    /// no part of the others' calls that it does not need. Not a thread of a program with other roles.
+    Compiler,
 }
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Program, Self::Control, Self::FrontEnd, Self::Operator, Self::Vcpu, Self::DataPath];
+    pub const ALL: [Self; 7] =
+        [Self::Program, Self::Control, Self::FrontEnd, Self::Operator, Self::Vcpu, Self::DataPath, Self::Compiler];
+
+    /// What it may do without a condition, beside what the other functions say.
+    pub(crate) const fn base(self) -> &'static [libc::c_long] {
+        match self {
+            Self::Compiler => COMPUTING,
+            _ => EVERYBODY,
+        }
+    }
+
+    /// Is the first role of a process.
+    pub(crate) const fn is_first(self) -> bool {
+        matches!(self, Self::Program | Self::Compiler)
+    }
+
+    /// May be given threads.
+    pub(crate) const fn threads(self) -> bool {
+        !matches!(self, Self::Compiler)
+    }
 
     /// May pass the kernel the name of a file.
     pub(crate) const fn names(self) -> bool {
@@ -71,7 +92,7 @@ impl Role {
             Self::Program => None,
             Self::Control => Some(CONTROL_IOCTLS),
             Self::Vcpu => Some(VCPU_IOCTLS),
-            Self::FrontEnd | Self::Operator | Self::DataPath => Some(USUAL_IOCTLS),
+            Self::FrontEnd | Self::Operator | Self::DataPath | Self::Compiler => Some(USUAL_IOCTLS),
         }
     }
 }
@@ -96,6 +117,35 @@ const KVM_IOEVENTFD: u64 = 0x4040_ae79;
 /// The `prctl` operations that threads make: their name, the name of memory, and what installing a filter
 /// begins with.
 pub(crate) const PRCTLS: &[i32] = &[libc::PR_SET_NAME, libc::PR_SET_VMA, libc::PR_SET_NO_NEW_PRIVS];
+
+/// What a process does that computes: it has memory, reads and writes what is open, and ends.
+pub(crate) const COMPUTING: &[libc::c_long] = &[
+    libc::SYS_brk,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_getpid,
+    libc::SYS_gettid,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_seccomp,
+    libc::SYS_sigaltstack,
+    libc::SYS_clock_gettime,
+    libc::SYS_getrandom,
+    libc::SYS_close,
+    libc::SYS_fstat,
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_write,
+    libc::SYS_writev,
+];
 
 /// What every thread may do: live, sleep, have memory, and use files that are open.
 pub(crate) const EVERYBODY: &[libc::c_long] = &[
@@ -231,7 +281,8 @@ pub(crate) const NAMES_OF_NOBODY: &[libc::c_long] = &[
     libc::SYS_symlink,
 ];
 
-/// What a program does beside opening files: who it is, and what its limits are.
+/// What a program does beside opening files: who it is, what its limits are, and how a process ended that it
+/// started before.
 pub(crate) const STARTING: &[libc::c_long] = &[
     libc::SYS_getegid,
     libc::SYS_geteuid,
@@ -241,6 +292,8 @@ pub(crate) const STARTING: &[libc::c_long] = &[
     libc::SYS_sysinfo,
     libc::SYS_umask,
     libc::SYS_uname,
+    libc::SYS_wait4,
+    libc::SYS_waitid,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_getrlimit,
 ];

@@ -7,7 +7,7 @@
 //! ```text
 //!   1  named in a table of the role: allow     else ENOSYS
 //!   2  a name or a socket, not of the role: EPERM   else allow
-//!   3  fatal: kill                             else allow      (once, with Role::Program)
+//!   3  fatal: kill                             else allow      (once, with the first role of a process)
 //! ```
 
 use std::collections::BTreeMap;
@@ -18,7 +18,7 @@ use seccompiler::{
     SeccompRule,
 };
 
-use crate::calls::{CONNECTING, EVERYBODY, FATAL, NAMES, NAMES_OF_NOBODY, PRCTLS, Role, SHARING, SOCKETS, STARTING};
+use crate::calls::{CONNECTING, FATAL, NAMES, NAMES_OF_NOBODY, PRCTLS, Role, SHARING, SOCKETS, STARTING};
 
 /// Who gets a filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +58,7 @@ fn programs(role: Role) -> Result<Vec<BpfProgram>, BackendError> {
         compile(allowed(role)?, SeccompAction::Allow, error(libc::ENOSYS))?,
         compile(unconditional(refused(role)), error(libc::EPERM), SeccompAction::Allow)?,
     ];
-    if role == Role::Program {
+    if role.is_first() {
         let fatal = unconditional(FATAL.iter().copied());
         programs.push(compile(fatal, SeccompAction::KillProcess, SeccompAction::Allow)?);
     }
@@ -80,7 +80,7 @@ fn refused(role: Role) -> impl Iterator<Item = libc::c_long> {
 
 /// The calls that are made, and when.
 fn allowed(role: Role) -> Result<Rules, BackendError> {
-    let mut rules = unconditional(EVERYBODY.iter().copied());
+    let mut rules = unconditional(role.base().iter().copied());
     let tables: [(bool, &[libc::c_long]); 5] = [
         (role.names(), NAMES),
         (role.names(), STARTING),
@@ -97,7 +97,9 @@ fn allowed(role: Role) -> Result<Rules, BackendError> {
 
     // A thread, and no process.
     let thread = number(libc::CLONE_THREAD);
-    rules.insert(libc::SYS_clone, vec![when(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(thread), thread)?]);
+    if role.threads() {
+        rules.insert(libc::SYS_clone, vec![when(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(thread), thread)?]);
+    }
     // The signal that wakes a vCPU, and that of `abort`.
     let own = u64::from(std::process::id());
     rules.insert(libc::SYS_tgkill, vec![when(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, own)?]);
@@ -147,7 +149,7 @@ mod tests {
     fn every_role_compiles_for_every_machine() {
         for role in Role::ALL {
             let programs = programs(role).unwrap();
-            assert_eq!(programs.len(), if role == Role::Program { 3 } else { 2 }, "{role:?}");
+            assert_eq!(programs.len(), if role.is_first() { 3 } else { 2 }, "{role:?}");
             assert!(programs.iter().all(|program| program.len() < 4096), "{role:?}");
         }
     }
@@ -163,6 +165,7 @@ mod tests {
             assert!(some.iter().all(|request| all.contains(request)), "{role:?}");
         }
         assert!(calls(Role::Program).is_superset(&calls(Role::FrontEnd)));
+        assert!(calls(Role::DataPath).is_superset(&calls(Role::Compiler)));
         // The thread of a queue is started by that of a vCPU, or that of a front end.
         for role in [Role::Vcpu, Role::FrontEnd] {
             assert!(calls(role).is_superset(&calls(Role::DataPath)), "{role:?}");

@@ -19,6 +19,8 @@
 //!  Role::Operator                                answers the operator
 //! ```
 //!
+//! [`Walls::confine_compiler`] is for a process that turns bytes into bytes and does nothing else.
+//!
 //! Filters add up: a thread has those of the threads that it comes from, and nobody can take one away.
 //! Landlock holds whatever a system call is made through, `io_uring` included, which seccomp cannot look into.
 //! Hence one demand on who uses `io_uring` in such a thread: see [`Role::DataPath`].
@@ -77,6 +79,17 @@ impl Walls {
     ///
     /// What cannot be raised is left out and recorded in [`missing`](Self::missing).
     pub fn raise(plan: &Plan) -> Self {
+        process::prepare();
+        Self::raise_for(plan, Role::Program)
+    }
+
+    /// Raises walls around this whole process, which from here on computes, reads and writes what is open, and ends
+    /// ([`Role::Compiler`]). As [`raise`](Self::raise) it leaves out what the kernel lacks.
+    pub fn confine_compiler() -> Self {
+        Self::raise_for(&Plan::new(), Role::Compiler)
+    }
+
+    fn raise_for(plan: &Plan, role: Role) -> Self {
         let mut walls = Self::none();
         walls.note("process settings", process::settle());
         match files::restrict(plan) {
@@ -88,7 +101,7 @@ impl Walls {
             }
             Err(why) => walls.missing.push(Missing { wall: "Landlock", why, partial: false }),
         }
-        walls.filters = walls.note("seccomp", filter::install(Role::Program, filter::Threads::All));
+        walls.filters = walls.note("seccomp", filter::install(role, filter::Threads::All));
         walls
     }
 

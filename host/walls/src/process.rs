@@ -13,9 +13,13 @@ use rustix::thread::set_no_new_privs;
 pub(crate) fn settle() -> io::Result<()> {
     set_no_new_privs(true)?;
     setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+    Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
+}
+
+/// Prepares a process that will have files and threads.
+pub(crate) fn prepare() {
     raise_file_limit();
     settle_allocator();
-    Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
 }
 
 /// Raises the limit of open files to what the system allows: the sandbox bounds what one image may hold, and

@@ -193,6 +193,19 @@ fn the_part() {
             .join()
             .unwrap();
         }
+        "compiler" => {
+            let path = granted.join("file");
+            let open = File::open(&path).unwrap();
+            let walls = Walls::confine_compiler();
+            println!("walls: {walls}");
+            what_a_thread_may("Compiler", &path, &open);
+            tell("plain read", io::Read::read(&mut &open, &mut [0; 4]));
+            tell("ring", call(libc::SYS_io_uring_setup, [1, 0, 0]));
+            tell("memory", call(libc::SYS_memfd_create, [0, 0, 0]));
+            tell("timer", call(libc::SYS_setitimer, [0, 0, 0]));
+            tell("limits", call(libc::SYS_prlimit64, [0, 0, 0]));
+            tell("death", call(libc::SYS_prctl, [libc::PR_SET_PDEATHSIG as usize, 0, 0]));
+        }
         fatal if fatal.starts_with("fatal ") => {
             let number: libc::c_long = fatal["fatal ".len()..].parse().unwrap();
             Walls::raise(&plan);
@@ -234,6 +247,26 @@ fn what_a_thread_may(who: &str, path: &Path, open: &File) {
     tell(&format!("{who} thread"), std::thread::Builder::new().spawn(|| {}).map(|thread| thread.join().unwrap()));
     let moment = libc::timespec { tv_sec: 0, tv_nsec: 1 };
     tell(&format!("{who} wait"), call(libc::SYS_nanosleep, [std::ptr::from_ref(&moment) as usize, 0, 0]));
+}
+
+/// A compiler reads and writes what is open, and nothing else.
+#[test]
+fn a_compiler_has_memory_and_what_is_open() {
+    let place = place();
+    let played = play("compiler", place.path());
+    let names: &[&str] =
+        if cfg!(target_arch = "x86_64") { &["openat", "openat2", "open", "creat", "stat"] } else { &["openat"] };
+    for what in names.iter().chain(&["link", "unlink", "socket"]) {
+        assert_eq!(played.of(&format!("Compiler {what}")), libc::EPERM.to_string(), "{what}");
+    }
+    for what in ["code", "process", "thread", "signal", "ioctl"] {
+        assert_ne!(played.of(&format!("Compiler {what}")), "done", "{what}");
+    }
+    for what in ["ring", "memory", "timer", "limits", "death"] {
+        assert_ne!(played.of(what), "done", "{what}");
+    }
+    assert_eq!(played.of("plain read"), "done");
+    assert!(played.of("walls").ends_with("seccomp"), "{}", played.of("walls"));
 }
 
 #[test]

@@ -111,7 +111,7 @@ fn of(attacker: &str, name: &str) -> String {
         ("image", "aliases") => "images: written",
         ("image", "parsers") => "images: parsers",
         ("component", "wasi") => "components: file functions",
-        ("component", "loading") => "components: loading",
+        ("component", "loading" | "compiling") => "components: loading",
         ("component", "writing") => "components: writers",
         ("component", _) => "components: limits and lies",
         _ => "other walls",

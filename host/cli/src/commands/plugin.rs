@@ -12,6 +12,7 @@ use blockhouse_sandbox::{Authority, Inspection, Limits, Sandbox};
 use blockhouse_walls::Plan;
 use serde::Serialize;
 
+use crate::compiler;
 use crate::output;
 use crate::target::Target;
 use crate::walls::new_file;
@@ -55,20 +56,21 @@ pub(crate) enum Command {
 
 impl Command {
     /// What the command opens.
-    pub(crate) fn plan(&self, plan: &mut Plan) {
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         match self {
             Self::Inspect { file, .. } => plan.read(file),
             Self::Compile { file, output, .. } => {
                 plan.read(file);
                 new_file(plan, output);
             }
-            Self::List { .. } => {}
+            Self::List { .. } => return Ok(()),
         }
+        compiler::prepare(1, &Limits::default())
     }
 }
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
-    let sandbox = Sandbox::new(Limits::default())?;
+    let sandbox = compiler::sandbox(Limits::default())?;
     match command {
         Command::Inspect { file, json } => {
             let inspection = sandbox.inspect_file(file)?;
@@ -84,7 +86,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
             Ok(if loadable { ExitCode::SUCCESS } else { ExitCode::from(6) })
         }
         Command::Compile { file, output, force } => compile(&sandbox, file, output, *force),
-        Command::List { json } => list(&sandbox, *json),
+        Command::List { json } => list(*json),
     }
 }
 
@@ -109,7 +111,9 @@ struct Row {
     inspection: Inspection,
 }
 
-fn list(sandbox: &Sandbox, json: bool) -> anyhow::Result<ExitCode> {
+fn list(json: bool) -> anyhow::Result<ExitCode> {
+    // The built-in ones: no strangers.
+    let sandbox = Sandbox::new(Limits::default())?;
     let mut rows = Vec::new();
     let builtin = FORMATS.iter().map(|builtin| (builtin.format, builtin.bytes));
     for (name, bytes) in builtin.chain([("probe", PROBER)]) {
