@@ -4,6 +4,7 @@
 //! Everything here panics when it fails: that is how a test fails.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+pub mod client;
 pub mod serve;
 
 use std::ffi::OsStr;

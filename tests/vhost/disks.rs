@@ -7,7 +7,7 @@ use std::process::Command;
 use blockhouse_tests::serve::Serve;
 use blockhouse_tests::{noise, qemu_img, run, scratch};
 
-use crate::client::{BUFFER, Client, Request};
+use blockhouse_tests::client::{BUFFER, Client, Request};
 
 const SIZE: usize = 8 << 20;
 

@@ -15,8 +15,8 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use tempfile::TempDir;
 use vhost::VhostBackend;
 
-use crate::client::Client;
 use crate::frontend::{GUEST_BASE, Guest, READ, USER_BASE, WRITE, negotiate};
+use blockhouse_tests::client::Client;
 
 const SET_FEATURES: u32 = 2;
 const SET_OWNER: u32 = 3;

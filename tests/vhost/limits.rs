@@ -6,8 +6,8 @@ use std::time::Duration;
 use blockhouse_tests::serve::Serve;
 use blockhouse_tests::{blockhouse, noise, scratch};
 
-use crate::client::{Client, Request};
 use crate::metrics::{ask, values};
+use blockhouse_tests::client::{Client, Request};
 
 #[test]
 fn a_limited_disk_finishes_and_its_neighbour_does_not_wait() {

@@ -1,7 +1,6 @@
 //! `blockhouse serve`, with front ends that behave, that die, and that attack.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
-mod client;
 mod disks;
 mod frontend;
 mod hostile;

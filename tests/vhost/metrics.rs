@@ -11,7 +11,7 @@ use std::process::Stdio;
 use blockhouse_tests::serve::Serve;
 use blockhouse_tests::{blockhouse, noise, qemu_img, scratch};
 
-use crate::client::{Client, Request};
+use blockhouse_tests::client::{Client, Request};
 
 /// A server with metrics at the socket `metrics` of the directory.
 fn serve(directory: &Path, disks: &[String]) -> Serve {

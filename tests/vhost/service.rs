@@ -10,8 +10,8 @@ use blockhouse_tests::serve::Serve;
 use blockhouse_tests::{blockhouse, noise, run, scratch};
 use rustix::process::Signal;
 
-use crate::client::Client;
 use crate::frontend::{Guest, SLOTS, WRITE};
+use blockhouse_tests::client::Client;
 
 const SIZE: usize = 1 << 20;
 

@@ -16,6 +16,7 @@ mod prerequisites;
 mod release_notes;
 mod sbom;
 mod simulate;
+mod soak;
 mod test;
 mod tools;
 
@@ -45,6 +46,7 @@ enum Task {
     Simulate(simulate::Arguments),
     Hostile(hostile::Arguments),
     Fuzz(fuzz::Arguments),
+    Soak(soak::Arguments),
     Bench(bench::Arguments),
     Sbom(sbom::Arguments),
     ReleaseNotes(release_notes::Arguments),
@@ -71,6 +73,7 @@ fn run() -> Result<()> {
         Task::Simulate(arguments) => simulate::run(&workspace, &arguments),
         Task::Hostile(arguments) => hostile::run(&workspace, &arguments),
         Task::Fuzz(arguments) => fuzz::run(&workspace, &arguments),
+        Task::Soak(arguments) => soak::run(&workspace, &arguments),
         Task::Bench(arguments) => bench::run(&workspace, &arguments),
         Task::Sbom(arguments) => sbom::run(&workspace, &arguments),
         Task::ReleaseNotes(arguments) => release_notes::run(&workspace, &arguments),

@@ -11,11 +11,12 @@ use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioBlkTransport, VirtioFeature
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 /// Far longer than anything here takes.
-pub(crate) const LIMIT: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
+pub const LIMIT: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
 
-/// Bytes of each request's buffer, and requests at a time.
-pub(crate) const BUFFER: usize = 1 << 20;
-const BUFFERS: usize = 16;
+/// Bytes of each request's buffer.
+pub const BUFFER: usize = 1 << 20;
+/// The most requests at a time.
+pub const BUFFERS: usize = 16;
 const QUEUE_SIZE: u16 = 128;
 
 /// What a virtio-blk driver of today knows.
@@ -25,7 +26,7 @@ const FEATURES: u64 = VirtioFeatureFlags::VERSION_1.bits()
     | 0x7fff;
 
 /// A driver of a virtio-blk device, and memory for its requests.
-pub(crate) struct Client {
+pub struct Client {
     queues: Vec<VirtioBlkQueue<'static, usize>>,
     transport: Box<VirtioBlkTransport>,
     memory: Arc<MmapRegion>,
@@ -34,16 +35,44 @@ pub(crate) struct Client {
 
 /// A request on one queue.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Request<'a> {
-    Read { offset: u64, len: usize },
-    Write { offset: u64, data: &'a [u8] },
+pub enum Request<'a> {
+    /// Bytes of the disk.
+    Read {
+        /// In bytes.
+        offset: u64,
+        /// At most [`BUFFER`].
+        len: usize,
+    },
+    /// Bytes to the disk.
+    Write {
+        /// In bytes.
+        offset: u64,
+        /// At most [`BUFFER`] of them.
+        data: &'a [u8],
+    },
+    /// Makes what was written durable.
     Flush,
-    Discard { offset: u64, len: u64 },
-    Zero { offset: u64, len: u64, unmap: bool },
+    /// Says that a part is not needed any more.
+    Discard {
+        /// In bytes.
+        offset: u64,
+        /// In bytes.
+        len: u64,
+    },
+    /// Fills a part with zeroes.
+    Zero {
+        /// In bytes.
+        offset: u64,
+        /// In bytes.
+        len: u64,
+        /// Whether its space may be given back.
+        unmap: bool,
+    },
 }
 
 impl Client {
-    pub(crate) fn connect(socket: &Path, queues: usize) -> Self {
+    /// Connects to a server that listens at `socket`, whose log lies beside it.
+    pub fn connect(socket: &Path, queues: usize) -> Self {
         let transport = VhostUser::new(socket.to_str().unwrap(), FEATURES).unwrap();
         let mut transport: Box<VirtioBlkTransport> = Box::new(transport);
         let mut queues = VirtioBlkQueue::setup_queues(transport.as_mut(), queues, QUEUE_SIZE).unwrap();
@@ -55,17 +84,19 @@ impl Client {
         Self { queues, transport, memory: Arc::new(memory), log: socket.with_extension("log") }
     }
 
-    pub(crate) fn capacity(&self) -> u64 {
+    /// Bytes of the disk.
+    pub fn capacity(&self) -> u64 {
         u64::from(self.transport.get_config().unwrap().capacity) * 512
     }
 
-    pub(crate) fn features(&self) -> u64 {
+    /// Features that both sides have.
+    pub fn features(&self) -> u64 {
         self.transport.get_features()
     }
 
     /// Has requests executed together on one queue. The results are in their order: what was read, or the
     /// error number.
-    pub(crate) fn run(&mut self, queue: usize, requests: &[Request<'_>]) -> Vec<Result<Vec<u8>, i32>> {
+    pub fn run(&mut self, queue: usize, requests: &[Request<'_>]) -> Vec<Result<Vec<u8>, i32>> {
         assert!(requests.len() <= BUFFERS);
         for (index, request) in requests.iter().enumerate() {
             self.submit(queue, index, *request);
@@ -123,20 +154,23 @@ impl Client {
         self.run(0, &[request]).pop().unwrap()
     }
 
-    pub(crate) fn read(&mut self, offset: u64, len: usize) -> Result<Vec<u8>, i32> {
+    /// Reads on the first queue, and waits.
+    pub fn read(&mut self, offset: u64, len: usize) -> Result<Vec<u8>, i32> {
         self.one(Request::Read { offset, len })
     }
 
-    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), i32> {
+    /// Writes on the first queue, and waits.
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), i32> {
         self.one(Request::Write { offset, data }).map(drop)
     }
 
-    pub(crate) fn flush(&mut self) -> Result<(), i32> {
+    /// Flushes on the first queue, and waits.
+    pub fn flush(&mut self) -> Result<(), i32> {
         self.one(Request::Flush).map(drop)
     }
 
     /// The whole disk.
-    pub(crate) fn read_all(&mut self) -> Vec<u8> {
+    pub fn read_all(&mut self) -> Vec<u8> {
         let mut content = Vec::new();
         let capacity = usize::try_from(self.capacity()).unwrap();
         while content.len() < capacity {
