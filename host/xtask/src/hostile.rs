@@ -31,8 +31,11 @@ pub(crate) struct Arguments {
 }
 
 /// Test programs with hostile cases, and which of their tests.
-const PROGRAMS: [&[&str]; 2] =
-    [&["--workspace", "--test", "hostile"], &["--workspace", "-p", "blockhouse-virtio", "--lib", "--", "hostile"]];
+const PROGRAMS: [&[&str]; 3] = [
+    &["--workspace", "--test", "hostile"],
+    &["--workspace", "-p", "blockhouse-virtio", "--lib", "--", "hostile"],
+    &["--workspace", "--test", "hostile_guest"],
+];
 
 #[derive(Default)]
 struct Line {
@@ -104,6 +107,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
 fn of(attacker: &str, name: &str) -> String {
     let module = name.split("::").next().unwrap_or_default();
     let what = match (attacker, module) {
+        ("guest", _) if name.starts_with("kvm: ") => "guests, through KVM",
         ("guest", _) => "guests, descriptor by descriptor",
         ("image", "references" | "vmdk") => "images: names of other files",
         ("image", "files") => "images: links, devices, races",
