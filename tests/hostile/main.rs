@@ -17,6 +17,7 @@
 //! | `grants.rs` | images that use a grant for what it is not meant for; files that change under a disk |
 //! | `guard.rs` | guests that make a raw disk look like an image |
 //! | `machine.rs` | a component that breaks under a running guest |
+//! | `neighbours.rs` | one disk of four that a server has |
 //! | `walls.rs` | components whose host hands out everything |
 //! | `traces.rs` | nobody: what the program asks of the kernel while it is attacked |
 //!
@@ -34,6 +35,7 @@ mod guard;
 mod library;
 mod loading;
 mod machine;
+mod neighbours;
 mod parsers;
 mod place;
 mod qcow2;

@@ -30,7 +30,7 @@ pub(crate) struct Arguments {
     svg: Option<PathBuf>,
 
     /// Only groups whose name contains TEXT: inside, served, queues, chains, fragmented, compressed, allocate,
-    /// sizes, cold, memory.
+    /// sizes, cold, memory, neighbours.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
 
@@ -50,6 +50,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     tools::run(tools::cargo().current_dir(&workspace.root).args(build))?;
     let programs = workspace.target.join("release");
     let mut command = std::process::Command::new(programs.join("blockhouse-bench"));
+    command.env("BLOCKHOUSE_HOSTILE", workspace.target.join("components/hostile.wasm"));
     command.arg("--blockhouse").arg(programs.join("blockhouse"));
     if arguments.quick {
         command.arg("--quick");

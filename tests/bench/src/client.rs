@@ -3,11 +3,13 @@
 #![allow(unsafe_code)]
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use virtio_driver::{
@@ -48,7 +50,7 @@ impl Drop for Shared {
 pub(crate) struct Client {
     queues: Vec<Queue>,
     memory: Shared,
-    _transport: Box<VirtioBlkTransport>,
+    transport: Box<VirtioBlkTransport>,
 }
 
 struct Queue {
@@ -93,7 +95,31 @@ impl Client {
                 Queue { queue, notifier: transport.get_submission_notifier(index), quiet: true }
             })
             .collect();
-        Ok(Self { queues, memory, _transport: transport })
+        Ok(Self { queues, memory, transport })
+    }
+}
+
+impl Client {
+    /// Reads 4 KiB on the first queue, asleep until it is answered: whether it worked. Gives up, with an error, when
+    /// `over` says so.
+    pub(crate) fn wait_for(&mut self, offset: u64, over: &AtomicBool) -> Result<bool> {
+        let queue = self.queues.first_mut().context("there is no queue")?;
+        queue.queue.set_used_notif_enabled(true);
+        // SAFETY: the memory outlives the connection, and one request at a time has its first 4 KiB.
+        unsafe { queue.queue.read_raw(offset, self.memory.base, 4096, 0) }?;
+        queue.notifier.notify()?;
+        let completion = self.transport.get_completion_fd(0);
+        loop {
+            if let Some(done) = queue.queue.completions().next() {
+                return Ok(done.ret == 0);
+            }
+            let mut polled = [PollFd::from_borrowed_fd(completion.as_fd(), PollFlags::IN)];
+            let second = Timespec { tv_sec: 1, tv_nsec: 0 };
+            if poll(&mut polled, Some(&second))? > 0 {
+                completion.read()?;
+            }
+            ensure!(!over.load(Ordering::Relaxed), "nobody waits any more");
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use crate::Pace;
 use crate::images::{self, SIZE};
 use crate::inside::{Bare, Native, Sandboxed};
+use crate::neighbours::neighbours;
 use crate::report::{Row, Samples};
 use crate::servers::{self, Served};
 use crate::workload::{Kind, System, Workload};
@@ -36,6 +37,7 @@ pub(crate) const ALL: &[(&str, Group)] = &[
     ("sizes", sizes),
     ("cold", cold),
     ("memory", memory),
+    ("neighbours", neighbours),
 ];
 
 const READ: Workload = Workload::new(Kind::Read, true, 4096, 32);

@@ -12,6 +12,7 @@
 //! | file | what it holds |
 //! |---|---|
 //! | `groups.rs` | what is compared with what |
+//! | `neighbours.rs` | a hostile disk beside others |
 //! | `workload.rs` | requests: pattern, size, depth, and where they go |
 //! | `client.rs` | a vhost-user client over the crate `virtio-driver`, the same for all servers |
 //! | `inside.rs` | systems without a transport: bare io_uring, native imago, Blockhouse's disk |
@@ -25,6 +26,7 @@ mod client;
 mod groups;
 mod images;
 mod inside;
+mod neighbours;
 mod report;
 mod servers;
 mod workload;
