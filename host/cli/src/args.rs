@@ -119,7 +119,7 @@ impl HostArgs {
         }
         let policy = self.policy()?;
         if let Some(policy) = policy {
-            policy.restrict(&mut formats);
+            restrict(&mut formats, policy);
             if !policy.plugins && !self.plugins.is_empty() {
                 let why = format!("{} does not allow --plugin", policy.by());
                 return Err(Error::new(ErrorKind::Denied, why).into());
@@ -198,6 +198,16 @@ impl HostArgs {
         let formats = self.formats(&sandbox)?;
         // A command that ends with its first error waits for nobody.
         Ok(Opener::new(&sandbox, formats).audit(self.audit()?).restart(Restart::never()))
+    }
+}
+
+/// Has formats be served as a policy wants it.
+fn restrict(formats: &mut Formats, policy: &Policy) {
+    if let Some(allowed) = policy.formats() {
+        formats.only(allowed.iter().cloned(), policy.by());
+    }
+    for (format, digests) in policy.components() {
+        formats.require(format, digests.iter().copied(), policy.by());
     }
 }
 

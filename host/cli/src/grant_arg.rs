@@ -2,6 +2,8 @@
 //!
 //! An `@` is itself, except where it begins one of these three; there a doubled one is itself:
 //! `disk@@layer:1` is a file of the name `disk@layer:1`.
+//!
+//! The module knows no component: a fuzz target includes it.
 
 use std::path::{Path, PathBuf};
 

@@ -23,6 +23,8 @@
 //! around it, and gets its pin and its images on top of its own; where the command line grants nothing, the
 //! grants of the policy are in force as they are. A key that is not known is an error, as everything is that
 //! cannot be meant: a policy that is half understood is none.
+//!
+//! The module knows no component: a fuzz target includes it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
@@ -31,7 +33,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use blockhouse_block::{Access, Error, ErrorKind};
-use blockhouse_sandbox::{Formats, Grant, Limits, Referrer, Sha256Digest, absolute_name};
+use blockhouse_sandbox::{Grant, Limits, Referrer, Sha256Digest, absolute_name};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -62,7 +64,8 @@ impl Policy {
         Ok(Self::parse(&name, &text)?)
     }
 
-    fn parse(name: &str, text: &str) -> Result<Self, Error> {
+    /// Reads the text of a policy. `name` is what messages call it.
+    pub(crate) fn parse(name: &str, text: &str) -> Result<Self, Error> {
         let reader = Reader { name, text };
         let document = DeTable::parse(text).map_err(|error| {
             let at = error.span().unwrap_or(0..0);
@@ -113,14 +116,14 @@ impl Policy {
         format!("the policy {}", self.name)
     }
 
-    /// Has formats be served as the policy wants it.
-    pub(crate) fn restrict(&self, formats: &mut Formats) {
-        if let Some(allowed) = &self.formats {
-            formats.only(allowed.iter().cloned(), self.by());
-        }
-        for (format, digests) in &self.components {
-            formats.require(format, digests.iter().copied(), self.by());
-        }
+    /// The formats that may be used, or `None` for all of them.
+    pub(crate) fn formats(&self) -> Option<&BTreeSet<String>> {
+        self.formats.as_ref()
+    }
+
+    /// By format, the digests of the components that may serve it. Any may, for formats that are not here.
+    pub(crate) fn components(&self) -> &BTreeMap<String, BTreeSet<Sha256Digest>> {
+        &self.components
     }
 
     /// The grants of a command that asks for `asked`. With `access` of read-only, nothing is granted to be

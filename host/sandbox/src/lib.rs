@@ -13,7 +13,7 @@
 //! |---|---|
 //! | `authority.rs` | which function each world is offered: the table a reviewer reads |
 //! | `limits.rs` | every limit, with its default |
-//! | `grants.rs` | what was granted |
+//! | `grant.rs`, `grants.rs` | a grant as it is written; what was granted, open |
 //! | `policy.rs` | what may be opened: the host's own wall in front of wasmtime-wasi |
 //! | `pin.rs` | files that are pinned by their SHA-256, and how they are kept from changing |
 //! | `locks.rs` | one writer or many readers, as QEMU sees it |
@@ -21,7 +21,7 @@
 //! | `instance.rs`, `clock.rs` | calling a component within its time, and throwing it away |
 //! | `sandbox.rs` | the engine, and loading components |
 //! | `compiler.rs`, `helper.rs` | who compiles a component, and a process that does nothing else |
-//! | `cache.rs`, `compiled.rs`, `code.rs` | compiled components, kept between starts or made by hand; when they may be run |
+//! | `cache.rs`, `compiled.rs`, `code.rs`, `whole.rs` | compiled components, kept between starts or made by hand; when they may be run; files that are whole |
 //! | `layer.rs`, `restart.rs` | an instance as a layer of a disk; when one that broke down is started again |
 //! | `chain.rs` | from an image to a disk |
 //! | `maintenance.rs` | calls that change an image as a whole: create, check, resize, snapshots |
@@ -53,6 +53,7 @@ mod clock;
 mod code;
 mod compiled;
 mod compiler;
+mod grant;
 mod grants;
 mod helper;
 mod host;
@@ -70,6 +71,7 @@ mod restart;
 mod sandbox;
 mod tally;
 mod text;
+mod whole;
 
 pub use audit::{Audit, AuditFile, AuditList, AuditSink, OpenEvent, Outcome};
 pub use authority::{Authority, CONTRACT_VERSION};

@@ -90,7 +90,7 @@ impl Layer for Top {
         let first = offset / self.cluster;
         let mut answer = Located { start: first * self.cluster, extents: Vec::new() };
         for (number, cluster) in
-            state.clusters.iter().enumerate().skip(first as usize).take(max_extents.min(5) as usize)
+            state.clusters.iter().enumerate().skip(first as usize).take(max_extents.min(64) as usize)
         {
             let placement = match *cluster {
                 Cluster::Unallocated => Placement::Unallocated,
@@ -159,7 +159,7 @@ impl LayerWriter for Top {
         let state = &mut *self.state();
         let mut answer = Vec::new();
         for cluster in offset / self.cluster..end.div_ceil(self.cluster) {
-            if answer.len() >= max_allocations.min(3) as usize {
+            if answer.len() >= max_allocations.min(7) as usize {
                 break;
             }
             if matches!(state.clusters[cluster as usize], Cluster::Data(_)) {

@@ -23,16 +23,27 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 #![allow(clippy::cast_possible_truncation)]
 
+mod code_file;
 mod disk_read;
+mod disk_string;
 mod disk_write;
 mod image;
+mod included;
 mod inflight;
 mod lies;
+mod policy_file;
 mod qcow2;
 mod qcow2_write;
 mod queue;
 mod small_formats;
 mod vmdk;
+
+// For the parts of the product that name that crate, and use of it what is here.
+extern crate self as blockhouse_sandbox;
+#[doc(hidden)]
+pub use crate::included::grant::{Grant, Referrer, Sha256Digest, absolute_name};
+#[doc(hidden)]
+pub use crate::included::limits::Limits;
 
 #[cfg(fuzzing)]
 #[doc(hidden)]
@@ -53,9 +64,12 @@ pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
 pub const TARGETS: &[Target] = &[
+    ("code_file", code_file::run),
     ("disk_read", disk_read::run),
+    ("disk_string", disk_string::run),
     ("disk_write", disk_write::run),
     ("in_flight", inflight::run),
+    ("policy_file", policy_file::run),
     ("qcow2_read", qcow2::read),
     ("qcow2_repair", qcow2::repair),
     ("qcow2_write", qcow2_write::run),
