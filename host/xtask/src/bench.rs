@@ -29,6 +29,10 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
 
+    /// Write tables to FILE, as `host/docs/performance.md` has them.
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+
     /// Only groups whose name contains TEXT: inside, served, queues, chains, fragmented, compressed, allocate,
     /// sizes, cold, memory, neighbours.
     #[arg(long, value_name = "TEXT")]
@@ -55,8 +59,12 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     if arguments.quick {
         command.arg("--quick");
     }
-    for (name, value) in [("--json", &arguments.json), ("--svg", &arguments.svg), ("--directory", &arguments.directory)]
-    {
+    for (name, value) in [
+        ("--json", &arguments.json),
+        ("--svg", &arguments.svg),
+        ("--markdown", &arguments.markdown),
+        ("--directory", &arguments.directory),
+    ] {
         if let Some(value) = value {
             command.arg(name).arg(value);
         }

@@ -57,6 +57,10 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     svg: Option<PathBuf>,
 
+    /// Write tables to FILE, as `host/docs/performance.md` has them.
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+
     /// Only groups whose name contains TEXT.
     #[arg(long, value_name = "TEXT", default_value = "")]
     only: String,
@@ -109,6 +113,9 @@ fn main() -> Result<()> {
     report::print(&rows);
     if let Some(path) = &arguments.json {
         report::json(&rows, path)?;
+    }
+    if let Some(path) = &arguments.markdown {
+        report::markdown(&rows, path)?;
     }
     if let Some(path) = &arguments.svg {
         report::svg(&rows, path)?;

@@ -106,6 +106,53 @@ pub(crate) fn json(rows: &[Row], path: &Path) -> Result<()> {
     std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
 }
 
+/// One table for each group: a line for each workload, a column for each system.
+pub(crate) fn markdown(rows: &[Row], path: &Path) -> Result<()> {
+    let mut text = String::new();
+    for group in rows.chunk_by(|row, next| row.group == next.group) {
+        let mut systems: Vec<&str> = Vec::new();
+        for row in group {
+            if !systems.contains(&row.system.as_str()) {
+                systems.push(&row.system);
+            }
+        }
+        let name = group.first().map_or("", |row| row.group.as_str());
+        writeln!(text, "**{name}**\n\n| workload | {} |", systems.join(" | "))?;
+        writeln!(text, "|---|{}", "---|".repeat(systems.len()))?;
+        for workload in group.chunk_by(|row, next| row.workload == next.workload) {
+            let unit = workload.first().map_or("", |row| row.unit.as_str());
+            let unit = if unit == "requests/s" { String::new() } else { format!(" ({unit})") };
+            write!(text, "| {}{unit} |", workload.first().map_or("", |row| row.workload.as_str()))?;
+            for system in &systems {
+                let row = workload.iter().find(|row| row.system == *system);
+                let cell = row.map_or(String::new(), |row| {
+                    let ratios: Vec<String> = row
+                        .ratio_to
+                        .iter()
+                        .filter(|_| system.starts_with("blockhouse"))
+                        .map(|(base, ratio)| format!("{ratio:.2} × {base}"))
+                        .collect();
+                    let ratios = if ratios.is_empty() { String::new() } else { format!(" ({})", ratios.join(", ")) };
+                    format!(" {}{ratios} ", thousands(row.median))
+                });
+                write!(text, "{cell}|")?;
+            }
+            writeln!(text)?;
+        }
+        writeln!(text)?;
+    }
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Four digits at most, or thousands.
+fn thousands(value: f64) -> String {
+    match value {
+        value if value >= 10_000.0 => format!("{:.0}k", value / 1000.0),
+        value if value >= 100.0 => format!("{value:.0}"),
+        value => format!("{value:.1}"),
+    }
+}
+
 /// One bar for each ratio, with a line at 1.
 pub(crate) fn svg(rows: &[Row], path: &Path) -> Result<()> {
     const SCALE: f64 = 160.0;
