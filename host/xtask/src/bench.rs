@@ -33,8 +33,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "FILE")]
     markdown: Option<PathBuf>,
 
-    /// Only groups whose name contains TEXT: inside, served, queues, chains, fragmented, compressed, allocate,
-    /// sizes, cold, memory, neighbours.
+    /// Only groups whose name contains TEXT: inside, instructions, served, queues, chains, fragmented, compressed,
+    /// allocate, sizes, cold, memory, neighbours.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
 

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use crate::Pace;
 use crate::images::{self, SIZE};
 use crate::inside::{Bare, Native, Sandboxed};
+use crate::instructions::instructions;
 use crate::neighbours::neighbours;
 use crate::report::{Row, Samples};
 use crate::servers::{self, Served};
@@ -28,6 +29,7 @@ type Group = fn(&Place<'_>) -> Result<Vec<Row>>;
 /// All groups by name.
 pub(crate) const ALL: &[(&str, Group)] = &[
     ("inside", inside),
+    ("instructions", instructions),
     ("served", served),
     ("queues", queues),
     ("chains", chains),

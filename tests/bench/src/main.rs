@@ -15,6 +15,7 @@
 //! | `neighbours.rs` | a hostile disk beside others |
 //! | `workload.rs` | requests: pattern, size, depth, and where they go |
 //! | `client.rs` | a vhost-user client over the crate `virtio-driver`, the same for all servers |
+//! | `instructions.rs` | what a request costs, counted |
 //! | `inside.rs` | systems without a transport: bare io_uring, native imago, Blockhouse's disk |
 //! | `servers.rs` | `blockhouse serve` and `qemu-storage-daemon` |
 //! | `images.rs` | the images |
@@ -26,6 +27,7 @@ mod client;
 mod groups;
 mod images;
 mod inside;
+mod instructions;
 mod neighbours;
 mod report;
 mod servers;
@@ -72,6 +74,16 @@ struct Arguments {
     /// Where the images are made: a file system with room for 6 GiB.
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
+
+    /// Only so many passes of one system, for `instructions.rs`.
+    #[arg(long, hide = true, requires_all = ["system", "image"])]
+    passes: Option<u64>,
+
+    #[arg(long, hide = true)]
+    system: Option<String>,
+
+    #[arg(long, hide = true)]
+    image: Option<PathBuf>,
 }
 
 /// How long and how often.
@@ -83,6 +95,9 @@ struct Pace {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
+    if let (Some(passes), Some(system), Some(image)) = (arguments.passes, &arguments.system, &arguments.image) {
+        return instructions::passes(system, image, passes);
+    }
     let directory = match &arguments.directory {
         Some(directory) => tempfile::tempdir_in(directory),
         None => tempfile::tempdir(),

@@ -30,6 +30,11 @@ impl Row {
             ratio_to: BTreeMap::new(),
         }
     }
+
+    /// Beside another system.
+    pub(crate) fn compare(&mut self, base: &str, ratio: f64) {
+        self.ratio_to.insert(base.to_owned(), ratio);
+    }
 }
 
 /// What a workload gave, round by round.

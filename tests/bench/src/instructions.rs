@@ -1,0 +1,87 @@
+//! What a request costs in instructions of this process, which no other process can disturb.
+//!
+//! ```text
+//!   valgrind blockhouse-bench --passes 1 --system S --image I     start + learn + 1 pass
+//!   valgrind blockhouse-bench --passes 9 --system S --image I     start + learn + 9 passes
+//!                                                          the difference, for each request of 8 passes
+//! ```
+//!
+//! What the kernel does is not in it: it is the same for all, but for how often it is entered.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::groups::Place;
+use crate::images::{self, SIZE};
+use crate::inside::{Bare, Native, Sandboxed};
+use crate::report::Row;
+use crate::workload::{Kind, System, Workload};
+
+/// Requests of a pass, each at a place of its own.
+const REQUESTS: u64 = 2_000;
+const PASSES: [u64; 2] = [1, 9];
+
+const SYSTEMS: [&str; 4] = ["io_uring raw", "imago qcow2", "blockhouse disk raw", "blockhouse disk qcow2"];
+
+const PASS: Workload = Workload { once: true, length: REQUESTS * 4096, ..Workload::new(Kind::Read, true, 4096, 32) };
+
+/// In the process that is counted.
+pub(crate) fn passes(system: &str, image: &Path, passes: u64) -> Result<()> {
+    let mut system: Box<dyn System> = match system {
+        "io_uring raw" => Box::new(Bare::new(image)?),
+        "imago qcow2" => Box::new(Native::new(image)?),
+        "blockhouse disk raw" => Box::new(Sandboxed::new(image, "raw")?),
+        _ => Box::new(Sandboxed::new(image, "qcow2")?),
+    };
+    for round in 0..=passes {
+        let round = usize::try_from(round).context("too many passes")?;
+        let (count, _) = system.run(&PASS, round, Duration::from_secs(3600))?;
+        ensure!(count == REQUESTS, "{count} requests instead of {REQUESTS}");
+    }
+    Ok(())
+}
+
+/// Instructions for a request, and those of others beside it.
+pub(crate) fn instructions(place: &Place<'_>) -> Result<Vec<Row>> {
+    let raw = images::raw(place.directory, "full.raw", SIZE)?;
+    let qcow2 = images::qcow2(place.directory, "full.qcow2", &raw, &[])?;
+    let mut costs = Vec::new();
+    for system in SYSTEMS {
+        let image = if system.ends_with("raw") { &raw } else { &qcow2 };
+        let [few, many] = PASSES;
+        let difference = count(place, system, image, many)?.saturating_sub(count(place, system, image, few)?);
+        let cost = difference as f64 / (REQUESTS * (many - few)) as f64;
+        eprintln!("   {system} {cost:.0}");
+        costs.push((system, cost));
+    }
+    let row = |(system, cost): &(&str, f64)| {
+        let mut row = Row::single("instructions", &PASS.name(), system, "instructions", *cost);
+        for (base, other) in costs.iter().filter(|(base, _)| base != system && !base.starts_with("blockhouse disk q")) {
+            row.compare(base, cost / other);
+        }
+        row
+    };
+    Ok(costs.iter().map(row).collect())
+}
+
+/// All instructions of a process.
+fn count(place: &Place<'_>, system: &str, image: &Path, passes: u64) -> Result<u64> {
+    let report: PathBuf = place.directory.join("callgrind");
+    let output = Command::new("valgrind")
+        .arg("--tool=callgrind")
+        .arg(format!("--callgrind-out-file={}", report.display()))
+        .arg(std::env::current_exe()?)
+        .args(["--passes", &passes.to_string(), "--system", system, "--image"])
+        .arg(image)
+        .arg("--blockhouse")
+        .arg(place.blockhouse)
+        .output()
+        .context("cannot start valgrind: install it, from the package of that name")?;
+    ensure!(output.status.success(), "{system} failed: {}", String::from_utf8_lossy(&output.stderr));
+    let text = std::fs::read_to_string(&report).context("valgrind wrote no report")?;
+    let total = text.lines().find_map(|line| line.strip_prefix("totals: ").or(line.strip_prefix("summary: ")));
+    Ok(total.context("the report of valgrind has no total")?.trim().parse()?)
+}
