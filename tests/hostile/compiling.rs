@@ -149,6 +149,7 @@ fn what_takes_much_memory_to_compile_is_refused() {
     // Less than the compiler itself is large.
     let attempt = open(&place, &bytes, "compile-memory-bytes = 1");
     attempt.assert_error(6, &["stranger.wasm: "]);
+    let bytes = with_module(&[long_row(100_000)]);
     let attempt = open(&place, &bytes, "compiled-bytes = 100_000");
     attempt.assert_error(6, &["stranger.wasm: it is more than 100000 bytes of machine code, and is not loaded"]);
     tally::component_not_loaded();
