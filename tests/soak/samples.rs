@@ -158,3 +158,39 @@ pub(crate) fn svg(all: &[Series], file: &Path) {
     text.push_str("</svg>\n");
     std::fs::write(file, text).unwrap();
 }
+
+#[cfg(test)]
+mod unit {
+    use super::*;
+
+    fn series(figures: impl Fn(u64) -> (u64, u64, u64)) -> Series {
+        let sample = |minute: u64| {
+            let (resident, descriptors, threads) = figures(minute);
+            Sample { at: Duration::from_secs(60 * minute), resident, descriptors, threads }
+        };
+        Series { name: "a server", samples: (0..60).map(sample).collect() }
+    }
+
+    #[test]
+    fn what_grows_is_not_flat() {
+        // It warms up, and some front ends are there now and then.
+        let steady =
+            |minute: u64| (60_000 + minute.min(5) * 4000 + minute % 3 * 500, 150 + minute % 5, 50 + minute % 3);
+        assert!(series(steady).is_flat());
+        assert!(series(|minute| (60_000 - minute * 300, 150, 50)).is_flat());
+        // A page for each of a few thousand requests; a descriptor every four minutes; a thread every eight.
+        assert!(!series(|minute| (60_000 + minute * 150, 150, 50)).is_flat());
+        assert!(!series(|minute| (60_000, 150 + minute / 4, 50)).is_flat());
+        assert!(!series(|minute| (60_000, 150, 50 + minute / 8)).is_flat());
+        assert!(series(|_| (0, 0, 0)).is_flat());
+    }
+
+    #[test]
+    fn one_sample_is_enough_not_to_fail() {
+        let mut one = series(|_| (1, 1, 1));
+        one.samples.truncate(1);
+        assert!(one.is_flat());
+        let none = Series::new("nobody");
+        assert!(none.is_flat());
+    }
+}
