@@ -217,10 +217,10 @@ fn drain(mut pipe: impl std::io::Read + Send + 'static) -> std::thread::JoinHand
     })
 }
 
-/// Runs `qemu-img` and returns what it printed.
+/// Runs `qemu-img` and returns what it printed. It is not under test: on a busy machine it may take its time.
 #[track_caller]
 pub fn qemu_img<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> String {
-    run(Command::new("qemu-img").args(arguments)).succeeded().text()
+    run_within(COMMAND_LIMIT * 10, Command::new("qemu-img").args(arguments)).succeeded().text()
 }
 
 /// A directory for one test, removed afterwards. It lies under the target directory, since
