@@ -448,6 +448,7 @@ fn help_texts() {
         &inspect,
         &compile,
         &["probe", "--help"],
+        &["control", "--help"],
     ] {
         let help = run(blockhouse().args(arguments)).succeeded().text();
         text.push_str(&format!("$ blockhouse {}\n{help}\n", arguments.join(" ")));

@@ -12,6 +12,7 @@
 //! The walk goes forward only, so that the work is linear in the number of extents, whatever the
 //! shape of the chain, and it is a loop, so that depth costs no stack.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use crate::answer::{self, Question, Refusal};
@@ -64,6 +65,8 @@ impl Questions {
 /// One layer, and why it is not asked any more.
 struct Link {
     layer: Arc<dyn Layer>,
+    /// Its size in bytes, which only that of the top layer changes.
+    size: AtomicU64,
     /// Set once it broke its contract.
     failed: OnceLock<String>,
 }
@@ -112,7 +115,12 @@ impl Chain {
                 return invalid(format!("a cluster size of {} bytes, not a power of two", info.cluster_size));
             }
         }
-        let links = layers.into_iter().map(|layer| Link { layer, failed: OnceLock::new() }).collect();
+        let link = |layer: Arc<dyn Layer>| Link {
+            size: AtomicU64::new(layer.info().virtual_size),
+            layer,
+            failed: OnceLock::new(),
+        };
+        let links = layers.into_iter().map(link).collect();
         Ok(Self { links, files: FileTable::new() })
     }
 
@@ -131,7 +139,7 @@ impl Chain {
 
     /// The size of the layer at `depth`, or `None` if the chain ends above it.
     fn virtual_size(&self, depth: u16) -> Option<u64> {
-        self.links.get(usize::from(depth)).map(|link| link.layer.info().virtual_size)
+        self.links.get(usize::from(depth)).map(Link::size)
     }
 
     fn link(&self, depth: u16) -> Result<&Link> {
@@ -153,7 +161,7 @@ impl Chain {
     fn locate(&self, depth: u16, offset: u64, length: u64) -> Result<Located> {
         let link = self.link(depth)?;
         let answer = link.layer.locate(offset, length, MAX_EXTENTS).map_err(|error| link.note(error))?;
-        let question = Question { offset, max_extents: MAX_EXTENTS, virtual_size: link.layer.info().virtual_size };
+        let question = Question { offset, max_extents: MAX_EXTENTS, virtual_size: link.size() };
         match answer::check(question, &answer, |index| {
             Ok(self.file(depth, index)?.and_then(|id| self.files.get(id)).map(|file| file.access()))
         }) {
@@ -181,6 +189,15 @@ impl Chain {
         writer.and_then(call).map_err(|error| link.note(error))
     }
 
+    /// Makes the top layer larger, while nobody uses the disk.
+    pub(crate) fn grow(&self, size: u64) -> Result<()> {
+        let link = self.link(0)?;
+        let below = self.virtual_size(1).unwrap_or(0);
+        link.layer.grow(size, below).map_err(|error| link.note(error))?;
+        link.size.store(size, Ordering::Release);
+        Ok(())
+    }
+
     /// Whether the top layer can write packed data.
     pub(crate) fn has_packer(&self) -> bool {
         self.links.first().is_some_and(|top| top.layer.packer().is_some())
@@ -206,7 +223,7 @@ impl Chain {
             end,
             max: usize::try_from(MAX_ALLOCATIONS).unwrap_or(usize::MAX),
             cluster: u64::from(link.layer.info().cluster_size).max(1),
-            virtual_size: link.layer.info().virtual_size,
+            virtual_size: link.size(),
         };
         let checked = space::check_allocations(asked, &answer, |index| self.access(index));
         // There may be too many files; a liar is not asked any more.
@@ -281,6 +298,10 @@ impl Chain {
 }
 
 impl Link {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
     /// Names the image in an error, and remembers a broken component.
     fn note(&self, error: Error) -> Error {
         if error.kind() == ErrorKind::Component && !self.layer.may_recover() {

@@ -1,7 +1,7 @@
 //! A disk: a chain of layers, the map of what is known about it, and the native movement of its bytes.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::VolatileSlice;
@@ -94,7 +94,8 @@ pub struct Disk {
     /// once.
     asking: Box<[Mutex<()>]>,
     unpacking: Box<[Mutex<()>]>,
-    capacity: u64,
+    /// Only ever gets more.
+    capacity: AtomicU64,
     pub(crate) writable: bool,
     /// Whether the top layer is written through its writer.
     pub(crate) allocates: bool,
@@ -147,7 +148,7 @@ impl Disk {
             units: UnitCache::new(options.unpacked_cache_bytes),
             asking: (0..ASKING_LOCKS).map(|_| Mutex::default()).collect(),
             unpacking: (0..UNPACK_LOCKS).map(|_| Mutex::default()).collect(),
-            capacity,
+            capacity: AtomicU64::new(capacity),
             writable: options.writable,
             allocates,
             inflight,
@@ -168,7 +169,7 @@ impl Disk {
 
     /// The whole disk as runs, in order: what is where, asked of the layers anew.
     pub fn runs(&self) -> Runs<'_> {
-        Runs::new(&self.chain, 0, self.capacity)
+        Runs::new(&self.chain, 0, self.capacity())
     }
 
     /// What the extent map did so far.
@@ -192,6 +193,10 @@ impl Disk {
         Self { pool, ..self }
     }
 
+    pub(crate) fn set_capacity(&self, capacity: u64) {
+        self.capacity.store(capacity, Ordering::Release);
+    }
+
     pub(crate) fn engine(&self) -> Engine {
         self.engine
     }
@@ -205,9 +210,9 @@ impl Disk {
         buffers
             .iter()
             .try_fold(offset, |end, buffer| end.checked_add(buffer.len() as u64))
-            .filter(|end| *end <= self.capacity)
+            .filter(|end| *end <= self.capacity())
             .ok_or_else(|| {
-                let capacity = self.capacity;
+                let capacity = self.capacity();
                 Error::new(ErrorKind::Invalid, format!("a request at {offset} ends past the disk of {capacity} bytes"))
             })
     }
@@ -257,7 +262,7 @@ impl Disk {
             return Ok(vec![flat]);
         }
         let since = self.map.generation();
-        let mut walk = self.chain.walk(start, end, self.capacity);
+        let mut walk = self.chain.walk(start, end, self.capacity());
         let mut flats: Vec<Flat> = Vec::new();
         let mut before: Vec<Flat> = Vec::new();
         let budget = usize::try_from(MAX_EXTENTS).unwrap_or(usize::MAX);
@@ -348,7 +353,7 @@ impl Disk {
 
 impl BlockBackend for Disk {
     fn capacity(&self) -> u64 {
-        self.capacity
+        self.capacity.load(Ordering::Acquire)
     }
 
     fn is_writable(&self) -> bool {
@@ -405,7 +410,7 @@ impl fmt::Debug for Disk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Disk")
             .field("layers", &self.chain.infos().collect::<Vec<_>>())
-            .field("capacity", &self.capacity)
+            .field("capacity", &self.capacity())
             .field("writable", &self.writable)
             .finish_non_exhaustive()
     }

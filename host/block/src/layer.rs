@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::file::ImageFile;
 
 /// Names a file that a layer registered, by the order of registration, from 0.
@@ -101,6 +101,19 @@ pub trait Layer: Send + Sync {
     /// a wrong answer: who gave one is not called any more.
     fn may_recover(&self) -> bool {
         false
+    }
+
+    /// Makes the image larger, durably: it has `size` bytes then, more than before, and what is added reads as
+    /// zero, also where the layer below, of `below` bytes, is longer. What [`info`](Self::info) says stays what it
+    /// said. Called while nothing else is called, and after a flush; where the image lies may be another
+    /// place then.
+    ///
+    /// # Errors
+    /// [`Unsupported`](crate::ErrorKind::Unsupported) if the layer cannot: nothing changed. Else as
+    /// [`LayerWriter::commit`]; the image has one of the two sizes, or over a longer layer one in between.
+    fn grow(&self, size: u64, below: u64) -> Result<()> {
+        let _ = (size, below);
+        Err(Error::new(ErrorKind::Unsupported, "its size cannot be changed while it is in use"))
     }
 
     /// The file registered as `index`, or `None` if there is no such file.

@@ -20,7 +20,7 @@
 
 use std::mem;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use arc_swap::ArcSwapOption;
 
@@ -47,6 +47,9 @@ const MAX_STRIPES_WITHOUT_CLUSTERS: u64 = 1 << 10;
 /// The largest stripe, 2 TiB: its sectors are counted in 32 bits. What is beyond `MAX_STRIPES` of these
 /// (2^58 bytes) is not remembered.
 const MAX_STRIPE_SHIFT: u32 = 41;
+
+/// How often a map can have twice as many stripes: from one to the most.
+const GROWTHS: usize = 17;
 
 /// The most extents of one table, which bounds what a change costs.
 const MAX_TABLE_EXTENTS: usize = 16 << 10;
@@ -138,7 +141,10 @@ struct Counter {
 
 #[derive(Debug)]
 pub(crate) struct ExtentMap {
+    /// Those of the disk as it was opened.
     stripes: Box<[Stripe]>,
+    /// Those of what it gained since: each time as many as there were before.
+    grown: [OnceLock<Box<[Stripe]>>; GROWTHS],
     shift: u32,
     extents: AtomicUsize,
     max_extents: usize,
@@ -162,9 +168,10 @@ impl ExtentMap {
         while shift < MAX_STRIPE_SHIFT && capacity.div_ceil(1 << shift) > most {
             shift += 1;
         }
-        let stripes = (0..capacity.div_ceil(1 << shift).min(MAX_STRIPES)).map(|_| Stripe::default()).collect();
+        let stripes = (0..capacity.div_ceil(1 << shift).clamp(1, MAX_STRIPES)).map(|_| Stripe::default()).collect();
         Self {
             stripes,
+            grown: Default::default(),
             shift,
             extents: AtomicUsize::new(0),
             max_extents: budget / EXTENT_BYTES,
@@ -180,6 +187,35 @@ impl ExtentMap {
         usize::try_from(offset >> self.shift).unwrap_or(usize::MAX)
     }
 
+    fn stripe(&self, index: usize) -> Option<&Stripe> {
+        self.stripes.get(index).or_else(|| self.grown_stripe(index))
+    }
+
+    fn grown_stripe(&self, index: usize) -> Option<&Stripe> {
+        let first = self.stripes.len();
+        let growth = index.checked_div(first)?.checked_ilog2()?;
+        let before = first.checked_shl(growth)?;
+        self.grown.get(usize::try_from(growth).ok()?)?.get()?.get(index.checked_sub(before)?)
+    }
+
+    /// Makes room for a disk that has `capacity` bytes by now. What is beyond the most stripes is not remembered.
+    pub(crate) fn grow(&self, capacity: u64) {
+        let most = usize::try_from(MAX_STRIPES).unwrap_or(usize::MAX);
+        let wanted = self.stripe_of(capacity.saturating_sub(1)).saturating_add(1).min(most);
+        let mut count = self.stripes.len();
+        for growth in &self.grown {
+            if count >= wanted {
+                break;
+            }
+            growth.get_or_init(|| (0..count).map(|_| Stripe::default()).collect());
+            count = count.saturating_mul(2);
+        }
+    }
+
+    fn stripe_count(&self) -> usize {
+        self.grown.iter().filter_map(OnceLock::get).fold(self.stripes.len(), |sum, more| sum.saturating_add(more.len()))
+    }
+
     /// Where a stripe starts, in bytes.
     fn stripe_start(&self, stripe: usize) -> u64 {
         u64::try_from(stripe).unwrap_or(u64::MAX).saturating_mul(1 << self.shift)
@@ -188,7 +224,7 @@ impl ExtentMap {
     /// What is known from `offset` on: an extent that starts there.
     pub(crate) fn lookup(&self, offset: u64) -> Option<Flat> {
         let index = self.stripe_of(offset);
-        let stripe = self.stripes.get(index)?;
+        let stripe = self.stripe(index)?;
         let table = stripe.table.load();
         let found = table.as_ref().and_then(|table| {
             let base = self.stripe_start(index);
@@ -223,7 +259,7 @@ impl ExtentMap {
         while let Some(first) = next.take().or_else(|| flats.next()) {
             let index = self.stripe_of(first.start);
             let end = self.stripe_start(index.saturating_add(1));
-            let Some(stripe) = self.stripes.get(index).filter(|_| stripes > 0 && room > 0) else { break };
+            let Some(stripe) = self.stripe(index).filter(|_| stripes > 0 && room > 0) else { break };
             stripes -= 1;
             let mut run = Vec::new();
             let mut flat = first;
@@ -256,7 +292,7 @@ impl ExtentMap {
         let mut index = self.stripe_of(start);
         let mut position = start;
         while position < end
-            && let Some(stripe) = self.stripes.get(index)
+            && let Some(stripe) = self.stripe(index)
         {
             let cut = self.stripe_start(index.saturating_add(1)).min(end);
             {
@@ -285,7 +321,7 @@ impl ExtentMap {
         while rest.length > 0 {
             let index = self.stripe_of(rest.start);
             let end = self.stripe_start(index.saturating_add(1));
-            let Some(stripe) = self.stripes.get(index) else { break };
+            let Some(stripe) = self.stripe(index) else { break };
             self.change(stripe, index, None, &[rest.head(end)]);
             rest = rest.tail(end.min(rest.end()));
         }
@@ -350,11 +386,11 @@ impl ExtentMap {
         let mut hand = self.hand.lock().unwrap_or_else(PoisonError::into_inner);
         // Twice around: the first time may only take the marks of use away. Look-ups that put marks
         // back all the while cannot keep this here.
-        for _ in 0..self.stripes.len().saturating_mul(2) {
+        for _ in 0..self.stripe_count().saturating_mul(2) {
             if self.extents.load(Ordering::Relaxed) <= goal {
                 break;
             }
-            let stripe = match self.stripes.get(*hand) {
+            let stripe = match self.stripe(*hand) {
                 Some(stripe) => stripe,
                 None => {
                     *hand = 0;
@@ -529,6 +565,38 @@ mod tests {
         assert_eq!(map.lookup(23100), None);
         assert_eq!(map.lookup(25600), Some(flat(25600, 5120, 2)));
         assert_eq!(map.stats().extents, 4);
+    }
+
+    /// What a disk gained is remembered as what it had before is, and evicted as that is.
+    #[test]
+    fn a_map_grows_with_its_disk() {
+        const STRIPE: u64 = 64 << 20;
+        let map = map(3 * STRIPE, 100);
+        assert_eq!(map.stripe_count(), 3);
+        let everywhere = |map: &ExtentMap| (0..20).filter(|i| map.lookup(i * STRIPE).is_some()).count();
+        for i in 0..20 {
+            map.insert(&[flat(i * STRIPE, 512, 1)], map.generation());
+        }
+        assert_eq!(everywhere(&map), 3);
+        map.grow(20 * STRIPE);
+        assert_eq!(map.stripe_count(), 24, "twice as many, three times");
+        // Each has a place of its own.
+        for i in 0..20 {
+            map.publish(&flat(i * STRIPE, 512, u16::try_from(i).unwrap()));
+        }
+        for i in 0..20 {
+            assert_eq!(map.lookup(i * STRIPE), Some(flat(i * STRIPE, 512, u16::try_from(i).unwrap())));
+        }
+        map.grow(STRIPE);
+        assert_eq!(everywhere(&map), 20, "it never gets smaller");
+        map.invalidate(0, u64::MAX);
+        assert_eq!((everywhere(&map), map.stats().extents), (0, 0));
+        for i in 0..200_u16 {
+            map.insert(&[flat(u64::from(i % 20) * STRIPE + u64::from(i) * 1024, 512, i)], map.generation());
+        }
+        assert!(map.stats().extents <= 100, "what is new is evicted as well");
+        map.grow(u64::MAX);
+        assert!(map.stripe_count() <= 2 * usize::try_from(MAX_STRIPES).unwrap());
     }
 
     #[test]

@@ -25,12 +25,12 @@ use std::sync::{MutexGuard, PoisonError};
 
 use vm_memory::VolatileSlice;
 
-use crate::backend::BlockBackend;
+use crate::backend::{BlockBackend, SECTOR_SIZE};
 use crate::buffers::Buffers;
 use crate::chain::{Questions, Reserved};
 use crate::disk::{Disk, Stream};
 use crate::error::{Error, ErrorKind, Result};
-use crate::file::ImageFile;
+use crate::file::{ImageFile, MAX_FILE_OFFSET};
 use crate::flat::{Flat, Target};
 use crate::inflight::{Exclusive, Shared};
 use crate::layer::LayerWriter;
@@ -107,6 +107,54 @@ impl Disk {
             self.publish(&space)?;
             self.chain.writer(|writer| writer.finish())?;
         }
+        Ok(())
+    }
+
+    /// Makes the disk larger while it is in use: it has `size` bytes then, and what it gains reads as zero. Waits
+    /// for requests in flight, and lets others wait until it is done. Nobody sees the new size before the image
+    /// has it durably. Nothing is done if it has that size.
+    ///
+    /// # Errors
+    /// [`Invalid`](ErrorKind::Invalid) if the disk is read-only, would become smaller, or cannot have that size;
+    /// [`Unsupported`](ErrorKind::Unsupported) if the layer on top cannot do it, or the disk ends inside of a
+    /// cluster; what the layer answers. After the last of these the disk has its old size; whether it can still
+    /// be used depends on the layer.
+    pub fn grow(&self, size: u64) -> Result<()> {
+        self.refuse_read_only()?;
+        if !size.is_multiple_of(SECTOR_SIZE) || size > MAX_FILE_OFFSET {
+            let why = format!("a disk cannot have {size} bytes: sizes are multiples of 512, below 2^63");
+            return Err(Error::new(ErrorKind::Invalid, why));
+        }
+        let _nothing_in_flight = self.inflight.all();
+        let space = self.lock_space();
+        self.refuse_closed()?;
+        let before = self.capacity();
+        if size < before {
+            let why = format!("the disk has {before} bytes: it can only get larger while it is in use");
+            return Err(Error::new(ErrorKind::Invalid, why));
+        }
+        if size == before {
+            return Ok(());
+        }
+        let cluster = self.cluster();
+        if self.allocates && !before.is_multiple_of(cluster) {
+            // What is past the end in the last cluster may be anything, and would have to be zeroed before.
+            let why = format!(
+                "the disk ends inside of a cluster of {cluster} bytes: close it, then change its size with `resize`"
+            );
+            return Err(Error::new(ErrorKind::Unsupported, why));
+        }
+        self.sync_files()?;
+        if self.allocates {
+            self.publish(&space)?;
+        }
+        let grown = self.chain.grow(size);
+        // Whatever was said: packed extents have other names now, and after an error nobody knows.
+        self.map.invalidate(0, u64::MAX);
+        self.units.clear();
+        grown?;
+        self.map.grow(size);
+        self.set_capacity(size);
         Ok(())
     }
 

@@ -5,6 +5,7 @@
 //! | `args.rs` | what every command that opens an image shares: format, grants, plug-ins, audit |
 //! | `disk_arg.rs`, `open_disk.rs` | the disk strings of `run` and `serve`; the disks, opened and closed |
 //! | `grant_arg.rs`, `policy.rs` | what is allowed, and how much of it; the policy file |
+//! | `control.rs` | the control interface: commands on a socket |
 //! | `metrics.rs`, `outlet.rs` | what disks did, as JSON and for Prometheus; the socket or file where that goes |
 //! | `requested.rs` | what was asked for against what was granted |
 //! | `compiler.rs` | compilers for components of strangers, as processes |
@@ -19,6 +20,7 @@
 mod args;
 mod commands;
 mod compiler;
+mod control;
 mod copy;
 mod disk_arg;
 mod grant_arg;
@@ -109,6 +111,7 @@ enum Command {
     #[command(subcommand)]
     Plugin(commands::plugin::Command),
     Probe(commands::probe::Args),
+    Control(commands::control::Args),
 }
 
 fn main() -> ExitCode {
@@ -151,6 +154,7 @@ fn main() -> ExitCode {
         Command::Snapshot(command) => commands::snapshot::run(command),
         Command::Plugin(command) => commands::plugin::run(&command),
         Command::Probe(args) => commands::probe::run(&args),
+        Command::Control(args) => commands::control::run(&args),
     };
     match result {
         Ok(code) => code,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use blockhouse_block::{Access, BlockBackend, Disk, DiskOptions, HeaderGuard, Pool};
+use blockhouse_block::{Access, BlockBackend, Disk, DiskOptions, Error, ErrorKind, HeaderGuard, Pool};
 use blockhouse_sandbox::{AuditList, GrantReport, LockMode, OpenEvent, OpenRequest, Opener, Outcome, Tally};
 use blockhouse_vhost::DeviceStats;
 use blockhouse_walls::{Plan, Role, Use, Walls};
@@ -12,11 +12,12 @@ use serde::Serialize;
 use crate::args::HostArgs;
 use crate::disk_arg::DiskArg;
 use crate::metrics::{self, Figures};
+use crate::outlet;
 use crate::output::printable;
 use crate::requested;
 
 /// Gives the figures of a disk at the moment.
-pub(crate) type FiguresOf = Box<dyn Fn() -> Figures + Send + Sync>;
+type FiguresOf = Box<dyn Fn() -> Figures + Send + Sync>;
 
 /// A disk that a guest gets.
 pub(crate) struct OpenDisk {
@@ -93,7 +94,7 @@ impl OpenDisk {
     }
 
     /// What gives the figures of the disk, with those of the device that `device` gives.
-    pub(crate) fn figures(&self, device: impl Fn() -> DeviceStats + Send + Sync + 'static) -> FiguresOf {
+    fn figures(&self, device: impl Fn() -> DeviceStats + Send + Sync + 'static) -> FiguresOf {
         let (disk, tally, events) = (Arc::clone(&self.disk), Arc::clone(&self.tally), Arc::clone(&self.events));
         let (number, image, format, serial) =
             (self.number, self.name.clone(), self.format.clone(), self.serial.clone());
@@ -119,23 +120,9 @@ impl OpenDisk {
         })
     }
 
-    /// What became of it, with figures that [`figures`](Self::figures) gave.
-    pub(crate) fn row(&self, figures: Figures) -> DiskRow {
-        DiskRow {
-            disk: self.number,
-            image: self.name.clone(),
-            format: self.format.clone(),
-            serial: self.serial.clone(),
-            read_only: !self.disk.is_writable(),
-            requested: self.events.events(),
-            granted: self.granted.clone(),
-            figures,
-        }
-    }
-
     /// Says what each disk's images asked for against what was granted, if there is anything to say.
-    pub(crate) fn summarize_all(disks: &[Self]) {
-        for disk in disks {
+    pub(crate) fn summarize_all(disks: &[ControlledDisk]) {
+        for ControlledDisk { open: disk, .. } in disks {
             let events = disk.events.events();
             if !(events.is_empty() && disk.granted.is_empty()) {
                 let (asked, granted) = (requested::requested(&events), requested::granted(&disk.granted));
@@ -145,11 +132,100 @@ impl OpenDisk {
     }
 
     /// Makes what was written durable and ends the use of each image, even if another one cannot be closed.
-    pub(crate) fn close_all(disks: &[Self]) -> anyhow::Result<()> {
-        let close = |disk: &Self| disk.disk.close().with_context(|| format!("cannot close disk {}", disk.number));
+    pub(crate) fn close_all(disks: &[ControlledDisk]) -> anyhow::Result<()> {
+        let close = |ControlledDisk { open: disk, .. }: &ControlledDisk| {
+            disk.disk.close().with_context(|| format!("cannot close disk {}", disk.number))
+        };
         let closed: Vec<anyhow::Result<()>> = disks.iter().map(close).collect();
         closed.into_iter().collect()
     }
+}
+
+/// A disk in the hands of the operator, while it is used.
+pub(crate) struct ControlledDisk {
+    open: OpenDisk,
+    figures: FiguresOf,
+    /// Tells the guest that the disk has another size: whether it could be told.
+    tell: Box<dyn Fn() -> bool + Send + Sync>,
+}
+
+/// A disk that there is.
+#[derive(Serialize)]
+pub(crate) struct Status {
+    disk: String,
+    image: String,
+    format: String,
+    serial: String,
+    read_only: bool,
+    virtual_size_bytes: u64,
+}
+
+impl ControlledDisk {
+    /// With the figures of its device, and what tells its guest.
+    pub(crate) fn new(
+        open: OpenDisk,
+        device: impl Fn() -> DeviceStats + Send + Sync + 'static,
+        tell: impl Fn() -> bool + Send + Sync + 'static,
+    ) -> Self {
+        let figures = open.figures(device);
+        Self { open, figures, tell: Box::new(tell) }
+    }
+
+    /// As the log names it: `disk0`.
+    pub(crate) fn name(&self) -> String {
+        format!("disk{}", self.open.number)
+    }
+
+    pub(crate) fn capacity(&self) -> u64 {
+        self.open.disk.capacity()
+    }
+
+    pub(crate) fn figures(&self) -> Figures {
+        (self.figures)()
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        Status {
+            disk: self.name(),
+            image: self.open.name.clone(),
+            format: self.open.format.clone(),
+            serial: self.open.serial.clone(),
+            read_only: !self.open.disk.is_writable(),
+            virtual_size_bytes: self.capacity(),
+        }
+    }
+
+    /// What became of it.
+    pub(crate) fn row(&self) -> DiskRow {
+        let open = &self.open;
+        DiskRow {
+            disk: open.number,
+            image: open.name.clone(),
+            format: open.format.clone(),
+            serial: open.serial.clone(),
+            read_only: !open.disk.is_writable(),
+            requested: open.events.events(),
+            granted: open.granted.clone(),
+            figures: self.figures(),
+        }
+    }
+
+    /// Makes it larger, and tells the guest: whether it could be told.
+    pub(crate) fn grow(&self, size: u64) -> blockhouse_block::Result<bool> {
+        if self.open.guard_header {
+            // The guard knows where the last sector is.
+            let why = "a disk with guard-header=on keeps its size: stop it, then change it with `resize`";
+            return Err(Error::new(ErrorKind::Unsupported, why));
+        }
+        self.open.disk.grow(size)?;
+        Ok((self.tell)())
+    }
+}
+
+/// What gives the figures of disks as text for Prometheus.
+pub(crate) fn prometheus_of(disks: &Arc<[ControlledDisk]>) -> outlet::Figures {
+    let disks = Arc::clone(disks);
+    Arc::new(move || metrics::prometheus(&disks.iter().map(ControlledDisk::figures).collect::<Vec<_>>()))
 }
 
 /// What became of a disk, for programs.

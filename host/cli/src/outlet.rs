@@ -1,4 +1,5 @@
-//! Where metrics go: a socket that answers whoever connects, or a file that is written again and again.
+//! Where metrics go, a socket that answers whoever connects or a file that is written again and again; and what
+//! every such socket has in common.
 //!
 //! Who connects to the socket is a process of the same user, and may be anything: what it sends is read up to a
 //! bound in size and time, what it does not take is dropped, and one is served at a time, so that none can have
@@ -222,7 +223,7 @@ fn write_file(path: &Path, text: &str) -> io::Result<()> {
 /// Answers one who connected with metrics: as HTTP if that is what was asked, else the text alone.
 fn answer(mut stream: UnixStream, figures: &Figures) -> io::Result<()> {
     let mut question = Vec::new();
-    read_until(&mut stream, &mut question, ASK_TIME, |question| {
+    read_until(&mut stream, &mut question, ASK_TIME, MAX_QUESTION, |question| {
         let line = question.iter().position(|byte| *byte == b'\n').and_then(|end| question.get(..end));
         // HTTP ends with an empty line. What is no HTTP is of no interest.
         line.is_some_and(|line| !is_http(line)) || question.ends_with(b"\r\n\r\n") || question.ends_with(b"\n\n")
@@ -252,16 +253,18 @@ fn is_http(line: &[u8]) -> bool {
     line.len() >= 8 && line.get(line.len() - 8..).is_some_and(|end| end.starts_with(b"HTTP/1."))
 }
 
-/// Reads until `complete` says so, the other side has no more, or has used up its time or its room.
-fn read_until(
+/// Reads until `complete` says so, the other side has no more, or has used up its time or its room: `most` bytes,
+/// or a little more.
+pub(crate) fn read_until(
     stream: &mut UnixStream,
     question: &mut Vec<u8>,
     time: Duration,
+    most: usize,
     complete: impl Fn(&[u8]) -> bool,
 ) -> io::Result<()> {
     let started = Instant::now();
     let mut part = [0; 1024];
-    while question.len() < MAX_QUESTION && !complete(question) {
+    while question.len() < most && !complete(question) {
         let left = time.saturating_sub(started.elapsed());
         if left.is_zero() || !ready(stream, PollFlags::IN, left) {
             return Ok(());
@@ -277,7 +280,7 @@ fn read_until(
 }
 
 /// Writes all of it, or what the other side takes in its time.
-fn write_all(stream: &mut UnixStream, mut bytes: &[u8], time: Duration) -> io::Result<()> {
+pub(crate) fn write_all(stream: &mut UnixStream, mut bytes: &[u8], time: Duration) -> io::Result<()> {
     let started = Instant::now();
     while !bytes.is_empty() {
         match stream.write(bytes) {

@@ -89,6 +89,8 @@ impl Command {
             Self::Snapshot(command) => command.plan(&mut plan)?,
             Self::Plugin(command) => command.plan(&mut plan)?,
             Self::Probe(args) => args.plan(&mut plan),
+            // It opens no file.
+            Self::Control(_) => {}
         }
         Ok(plan)
     }

@@ -29,6 +29,7 @@ use crate::host::{Identity, OpenFile, SharedFiles, State};
 use crate::instance::Instance;
 use crate::layer::{ComponentLayer, Incarnation, Revival};
 use crate::locks::{self, LockMode};
+use crate::maintenance::{each_size, resize};
 use crate::pin::Pin;
 use crate::regular;
 use crate::restart::{Backoff, Held, Now, Restart, monotonic};
@@ -558,7 +559,7 @@ impl Opener {
             _ => None,
         };
         let begins = writer.is_some();
-        let again = Again {
+        let again = Arc::new(Again {
             opener: self.clone(),
             plugin: plugin.clone(),
             image: held_image,
@@ -568,15 +569,21 @@ impl Opener {
             pin: image.pin,
             depth,
             snapshot: image.snapshot,
-            described,
+            described: Mutex::new(described),
             backing_file,
             writes: writer.is_some(),
             packs: packer.is_some(),
             shared: Arc::clone(&shared),
             held: Arc::clone(&held),
-        };
+        });
+        let grows = image.access == Access::ReadWrite && plugin.inspection().exports_ability("resizer");
+        let grow = grows.then(|| {
+            let again = Arc::clone(&again);
+            Box::new(move |size, below| again.grow(size, below)) as _
+        });
         let revival = Revival {
             start: Box::new(move || again.start()),
+            grow,
             held,
             backoff: Mutex::new(Backoff::new(self.restart.clone())),
             now: Arc::clone(&self.now.0),
@@ -630,7 +637,7 @@ struct Again {
     pin: Option<Arc<Pin>>,
     depth: u32,
     snapshot: Option<String>,
-    described: Described,
+    described: Mutex<Described>,
     backing_file: Option<FileIdentity>,
     writes: bool,
     packs: bool,
@@ -639,6 +646,26 @@ struct Again {
 }
 
 impl Again {
+    /// Changes the size of the image with instances that do nothing else, and that get the image as the open file
+    /// that it is: its locks stay.
+    fn grow(&self, size: u64, below: u64) -> Result<()> {
+        let sizes = self.described.lock().unwrap_or_else(PoisonError::into_inner).sizes;
+        each_size(sizes.0, size, below, |next, hide_backing| {
+            let file = self.image.try_clone().map_err(|error| {
+                let why = format!("cannot look at the image: {error}");
+                Error::new(ErrorKind::Storage, why).with_source(error)
+            })?;
+            let hand = Hand { file, name: self.name.clone(), access: self.access, pin: self.pin.clone() };
+            // Nothing that it would register is of any use to anybody.
+            let before = Some((SharedFiles::default(), Arc::clone(&self.held)));
+            let started = self.opener.start_layer(&self.plugin, hand, &self.format, self.depth, before)?;
+            self.opener.open_format(&started.instance, started.handle, &self.name, self.access)?;
+            resize(&started.instance, next, hide_backing)?;
+            self.described.lock().unwrap_or_else(PoisonError::into_inner).sizes = (next, next);
+            Ok(())
+        })
+    }
+
     /// A new instance with the files of the old one, which says of the image what the old one said. Otherwise
     /// an error, of another kind than [`Component`](ErrorKind::Component) if it is not worth another attempt.
     fn start(&self) -> Result<Incarnation> {
@@ -659,7 +686,7 @@ impl Again {
             Some(id) => select_snapshot(&self.plugin, &instance, &self.format, id)?,
             None => info.virtual_size_bytes,
         };
-        if Described::new(&info, size) != self.described {
+        if Described::new(&info, size) != *self.described.lock().unwrap_or_else(PoisonError::into_inner) {
             return Err(changed("its size, its clusters or its backing file are not what they were"));
         }
         let backing = instance

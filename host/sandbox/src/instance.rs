@@ -194,6 +194,14 @@ impl Instance {
         }
     }
 
+    /// Throws the instance away because it is of no use any more.
+    pub(crate) fn retire(&self, why: &str) {
+        let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        tracing::error!(image = %self.image, "{why}");
+        *health = Health::Dead { kind: ErrorKind::Component, why: why.to_owned() };
+        self.dead.store(true, Ordering::Release);
+    }
+
     /// Throws the instance away because an answer broke the contract.
     pub(crate) fn condemn(&self, why: &str) -> Error {
         let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);

@@ -62,9 +62,14 @@ struct Ledger {
 /// Starts a new instance that describes the image as the one before it.
 pub(crate) type Start = Box<dyn Fn() -> Result<Incarnation> + Send + Sync>;
 
+/// Makes the image larger, with an instance that does nothing else. Of `size` bytes, over a layer of `below`.
+pub(crate) type Grow = Box<dyn Fn(u64, u64) -> Result<()> + Send + Sync>;
+
 /// How the layer comes back to life.
 pub(crate) struct Revival {
     pub(crate) start: Start,
+    /// `None` if the component cannot do it.
+    pub(crate) grow: Option<Grow>,
     pub(crate) held: Arc<Mutex<Held>>,
     pub(crate) backoff: Mutex<Backoff>,
     pub(crate) now: Now,
@@ -330,6 +335,37 @@ impl Layer for ComponentLayer {
 
     fn may_recover(&self) -> bool {
         !self.backoff().is_over()
+    }
+
+    /// By another instance than the one that serves the image: that one is finished before, and the next one, which
+    /// finds the new size, takes its place.
+    fn grow(&self, size: u64, below: u64) -> Result<()> {
+        let Some(grow) = &self.revival.grow else {
+            let why = format!("the component for {} cannot change the size of a disk", self.info.format);
+            return Err(Error::new(ErrorKind::Unsupported, why).on_image(&*self.info.name));
+        };
+        let before = self.current()?;
+        if let Some(writer) = &before.writer {
+            before.instance.call("finish", |to| writer.blockhouse_format_writer().call_finish(to.store))?;
+        }
+        self.held().sealed = true;
+        let grown = grow(size, below);
+        // Also if it failed: the one before was finished.
+        let next = (self.revival.start)();
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        match next {
+            Ok(next) => {
+                *current = Arc::new(next);
+                self.note(|ledger| *ledger = Ledger::default());
+                grown
+            }
+            Err(error) => {
+                let why = format!("it could not be started again after its size was changed: {}", error.message());
+                current.instance.retire(&why);
+                self.backoff().give_up(why);
+                Err(error)
+            }
+        }
     }
 
     fn file(&self, index: FileIndex) -> Option<Arc<ImageFile>> {

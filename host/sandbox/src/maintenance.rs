@@ -225,29 +225,21 @@ impl Opener {
         let (path, format) = (request.path.as_path(), request.format.as_str());
         self.able(format, "resizer", RESIZER)?;
         let opened = self.open(&OpenRequest { access: Access::ReadWrite, ..request.clone() })?;
-        let mut now = opened.disk.capacity();
+        let now = opened.disk.capacity();
         let below = opened.disk.layers().nth(1).map_or(0, |below| below.virtual_size);
         if size > now {
             opened.disk.settle_end()?;
         }
         opened.disk.close()?;
         drop(opened);
-        while now < size {
-            let hide_backing = below > now;
-            let next = if hide_backing { size.min(below).min(now.saturating_add(HIDDEN_AT_ONCE)) } else { size };
-            self.resize_image(path, format, next, hide_backing)?;
-            now = next;
+        if size < now {
+            return self.resize_image(path, format, size, false);
         }
-        if size < now { self.resize_image(path, format, size, false) } else { Ok(()) }
+        each_size(now, size, below, |next, hide_backing| self.resize_image(path, format, next, hide_backing))
     }
 
     fn resize_image(&self, path: &Path, format: &str, size: u64, hide_backing: bool) -> Result<()> {
-        self.edit(path, format, "resizer", RESIZER, |instance| {
-            instance.maintain("resize", |call| {
-                let resizer = ResizerAbility::new(&mut *call.store, call.instance)?;
-                resizer.blockhouse_format_resizer().call_resize(call.store, size, hide_backing)
-            })
-        })
+        self.edit(path, format, "resizer", RESIZER, |instance| resize(instance, size, hide_backing))
     }
 
     /// Makes an image name another backing file, or none. Opens neither, and changes no data: the disk reads
@@ -337,6 +329,31 @@ impl Opener {
         let why = format!("the component for {} {cannot}", clean(format, 64));
         Err(Error::new(ErrorKind::Unsupported, why).on_image(plugin.name()))
     }
+}
+
+/// Has an opened image changed to another size: the last call of its instance.
+pub(crate) fn resize(instance: &Instance, size: u64, hide_backing: bool) -> Result<()> {
+    instance.maintain("resize", |call| {
+        let resizer = ResizerAbility::new(&mut *call.store, call.instance)?;
+        resizer.blockhouse_format_resizer().call_resize(call.store, size, hide_backing)
+    })
+}
+
+/// Calls `step` with each size that a disk of `now` bytes has on its way to `size`, and whether what it gains has
+/// to be hidden from a backing file of `below` bytes: that is done in steps.
+pub(crate) fn each_size(
+    mut now: u64,
+    size: u64,
+    below: u64,
+    mut step: impl FnMut(u64, bool) -> Result<()>,
+) -> Result<()> {
+    while now < size {
+        let hide_backing = below > now;
+        let next = if hide_backing { size.min(below).min(now.saturating_add(HIDDEN_AT_ONCE)) } else { size };
+        step(next, hide_backing)?;
+        now = next;
+    }
+    Ok(())
 }
 
 fn lower_backing(backing: &BackingReference) -> WitBacking {

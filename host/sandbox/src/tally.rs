@@ -3,8 +3,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The functions that are counted by name: those that a disk calls while it is used.
-pub const FUNCTIONS: [&str; 12] = [
+pub const FUNCTIONS: [&str; 14] = [
     "open", "connect", "begin", "locate", "unpack", "prepare", "commit", "abandon", "zero", "discard", "flush", "pack",
+    "finish", "resize",
 ];
 
 /// Counts what happens with the components of all layers of a disk. See [`Opener::tally`](crate::Opener::tally).
@@ -55,7 +56,7 @@ mod tests {
     #[test]
     fn calls_are_counted_by_name() {
         let tally = Tally::default();
-        for function in ["locate", "flush", "locate", "resize"] {
+        for function in ["locate", "flush", "locate", "check"] {
             tally.called(function);
         }
         let called: Vec<_> = tally.calls().filter(|(_, count)| *count > 0).collect();

@@ -12,13 +12,15 @@ pub(crate) struct Interrupt {
     status: AtomicU32,
     /// Set when the driver broke a queue.
     needs_reset: AtomicBool,
+    /// Counts changes of config space.
+    generation: AtomicU32,
     irq: EventFd,
 }
 
 impl Interrupt {
     /// An interrupt that is raised through `irq`, an irqfd.
     pub(crate) fn new(irq: EventFd) -> Self {
-        Self { status: AtomicU32::new(0), needs_reset: AtomicBool::new(false), irq }
+        Self { status: AtomicU32::new(0), needs_reset: AtomicBool::new(false), generation: AtomicU32::new(0), irq }
     }
 
     pub(crate) fn status(&self) -> u32 {
@@ -31,6 +33,18 @@ impl Interrupt {
 
     pub(crate) fn needs_reset(&self) -> bool {
         self.needs_reset.load(Ordering::Acquire)
+    }
+
+    /// What `ConfigGeneration` reads as: another value after each change, so that a driver that reads a field in
+    /// parts knows whether they belong together (section 2.5.3).
+    pub(crate) fn generation(&self) -> u32 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Config space changed.
+    pub(crate) fn config_changed(&self) {
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        self.raise(VIRTIO_MMIO_INT_CONFIG);
     }
 
     /// Back to the state after power-on.

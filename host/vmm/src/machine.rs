@@ -19,6 +19,7 @@ use crate::control::Control;
 use crate::cpu::{self, Identity};
 use crate::devices::{Devices, lock};
 use crate::error::{Error, ErrorKind, Result};
+use crate::interrupt::Interrupt;
 use crate::layout::{DiskSlot, KVM_IDENTITY_MAP, KVM_TSS, MAX_DISKS, MAX_VCPUS, SERIAL_GSI, disk_slots};
 use crate::linux::{self, Linux};
 use crate::memory::{self, Memory};
@@ -174,12 +175,20 @@ impl ConsoleInput {
 
 /// Sees what a disk of a machine does, from any thread, also after the end of the machine.
 #[derive(Clone)]
-pub struct DiskHandle(Arc<BlockDevice>);
+pub struct DiskHandle {
+    device: Arc<BlockDevice>,
+    interrupt: Arc<Interrupt>,
+}
 
 impl DiskHandle {
     /// What the device did so far.
     pub fn stats(&self) -> DeviceStats {
-        self.0.stats()
+        self.device.stats()
+    }
+
+    /// Tells the guest that the disk has another size.
+    pub fn config_changed(&self) {
+        self.interrupt.config_changed();
     }
 }
 
@@ -266,7 +275,15 @@ impl Machine {
 
     /// A handle for each disk, in their order.
     pub fn disks(&self) -> Vec<DiskHandle> {
-        self.shared.devices.disks.iter().map(|disk| DiskHandle(lock(disk).device())).collect()
+        self.shared
+            .devices
+            .disks
+            .iter()
+            .map(|disk| {
+                let (device, interrupt) = lock(disk).parts();
+                DiskHandle { device, interrupt }
+            })
+            .collect()
     }
 
     /// The way into the guest's serial port.

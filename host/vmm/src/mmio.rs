@@ -115,9 +115,9 @@ impl MmioDevice {
         })
     }
 
-    /// The device behind the registers.
-    pub(crate) fn device(&self) -> Arc<BlockDevice> {
-        Arc::clone(&self.device)
+    /// The device behind the registers, and its interrupt.
+    pub(crate) fn parts(&self) -> (Arc<BlockDevice>, Arc<Interrupt>) {
+        (Arc::clone(&self.device), Arc::clone(&self.interrupt))
     }
 
     /// The guest reads at `offset`. Registers are read as 4 aligned bytes, config space as it likes;
@@ -145,7 +145,7 @@ impl MmioDevice {
             VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
             VIRTIO_MMIO_STATUS if self.interrupt.needs_reset() => self.status | VIRTIO_CONFIG_S_NEEDS_RESET,
             VIRTIO_MMIO_STATUS => self.status,
-            VIRTIO_MMIO_CONFIG_GENERATION => 0,
+            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation(),
             // A shared memory region that does not exist is all ones long (section 4.2.2).
             VIRTIO_MMIO_SHM_LEN_LOW
             | VIRTIO_MMIO_SHM_LEN_HIGH

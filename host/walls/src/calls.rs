@@ -21,7 +21,8 @@ pub enum Role {
     /// Speaks with a front end (vhost-user): takes descriptors and memory from it, sees what kind they are, and
     /// makes memory to share. Opens nothing.
     FrontEnd,
-    /// Answers the operator on a socket that is there: what the disks do. Opens nothing, and has no device.
+    /// Answers the operator on a socket that is there: says what disks do, makes one larger. Opens nothing, and has
+    /// no device.
     Operator,
     /// Runs a vCPU.
     Vcpu,

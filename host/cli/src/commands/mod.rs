@@ -3,6 +3,7 @@
 pub(crate) mod check;
 pub(crate) mod commit;
 pub(crate) mod compare;
+pub(crate) mod control;
 pub(crate) mod convert;
 pub(crate) mod create;
 pub(crate) mod info;

@@ -12,10 +12,10 @@ use blockhouse_walls::{Plan, Role, Use, Walls};
 use serde::Serialize;
 
 use crate::args::HostArgs;
+use crate::control;
 use crate::disk_arg::{self, DiskArg, User};
-use crate::metrics::prometheus;
-use crate::open_disk::{DiskRow, FiguresOf, OpenDisk};
-use crate::outlet::{MetricsArg, Outlet};
+use crate::open_disk::{ControlledDisk, DiskRow, OpenDisk, prometheus_of};
+use crate::outlet::{MetricsArg, Outlet, listen, plan_socket};
 use crate::output;
 use crate::size::parse_size;
 use crate::walls::beginning;
@@ -56,6 +56,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SOCKET")]
     metrics: Option<MetricsArg>,
 
+    /// Take commands at a Unix socket (a path, where only your user can connect, or fd:N): see `blockhouse control`
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<String>,
+
     /// Print what the disks did as JSON at the end, and what the built-in guest found on them; the console goes
     /// to standard error
     #[arg(long)]
@@ -86,6 +90,7 @@ impl Args {
     /// What the command opens.
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         OpenDisk::plan_all(plan, &self.host, &self.disks)?;
+        self.control.iter().for_each(|socket| plan_socket(plan, socket));
         self.metrics.iter().for_each(|metrics| metrics.plan(plan));
         self.kernel.iter().chain(&self.initrd).for_each(|path| plan.read(path));
         plan.add("/dev/kvm", Use::Device);
@@ -98,6 +103,7 @@ pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
         bail!("--metrics file: is for `blockhouse serve`: beside a machine nothing opens a file; give a socket");
     }
     let outlet = args.metrics.as_ref().map(Outlet::open).transpose()?;
+    let control = args.control.as_ref().map(|socket| listen(socket)).transpose()?;
     let opened = OpenDisk::open_all(&args.host, &args.disks, LockMode::Enforce, &walls)?;
     let disks = opened.iter().zip(&args.disks).map(|(opened, disk)| {
         Ok(DiskConfig {
@@ -122,26 +128,34 @@ pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
     if linux {
         forward_input(machine.console_input());
     }
-    let figures: Arc<[FiguresOf]> =
-        opened.iter().zip(machine.disks()).map(|(disk, handle)| disk.figures(move || handle.stats())).collect();
+    let handles = machine.disks().into_iter();
+    let disks: Arc<[ControlledDisk]> = opened
+        .into_iter()
+        .zip(handles)
+        .map(|(disk, handle)| {
+            let news = handle.clone();
+            let tell = move || {
+                news.config_changed();
+                true
+            };
+            ControlledDisk::new(disk, move || handle.stats(), tell)
+        })
+        .collect();
     let machine = machine.vcpus_beginning_with(beginning(&walls, Role::Vcpu));
     // All is open and compiled.
     walls.seal();
-    let metrics = outlet.map(|outlet| {
-        let figures = Arc::clone(&figures);
-        outlet.start(&walls, Arc::new(move || prometheus(&figures.iter().map(|of| of()).collect::<Vec<_>>())))
-    });
-    let metrics = metrics.transpose()?;
+    let metrics = outlet.map(|outlet| outlet.start(&walls, prometheus_of(&disks))).transpose()?;
+    let control = control.map(|listener| control::start(listener, &walls, Arc::clone(&disks))).transpose()?;
     let ended = machine.run();
-    drop(metrics);
+    drop((control, metrics));
     // A guest that was switched off, or killed, may not have flushed what it wrote.
-    OpenDisk::summarize_all(&opened);
-    OpenDisk::close_all(&opened)?;
+    OpenDisk::summarize_all(&disks);
+    OpenDisk::close_all(&disks)?;
     let exit = ended?;
     if args.json {
-        let rows = (0..).zip(&opened).zip(figures.iter()).map(|((number, disk), of)| {
+        let rows = (0..).zip(disks.iter()).map(|(number, disk)| {
             let found = exit.disks.iter().find(|report| report.disk == number).map(Found::new);
-            Row { disk: disk.row(of()), found }
+            Row { disk: disk.row(), found }
         });
         output::json(&rows.collect::<Vec<_>>())?;
     }

@@ -12,9 +12,9 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::args::HostArgs;
+use crate::control;
 use crate::disk_arg::{self, DiskArg, User};
-use crate::metrics::prometheus;
-use crate::open_disk::{FiguresOf, OpenDisk};
+use crate::open_disk::{ControlledDisk, OpenDisk, prometheus_of};
 use crate::outlet::{MetricsArg, Outlet, listen, plan_socket};
 use crate::output;
 use crate::walls::beginning;
@@ -59,6 +59,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "SOCKET|file:PATH")]
     metrics: Option<MetricsArg>,
 
+    /// Take commands at a Unix socket (a path, where only your user can connect, or fd:N): see `blockhouse control`
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<String>,
+
     /// Print what the disks did as JSON at the end
     #[arg(long)]
     json: bool,
@@ -73,6 +77,7 @@ impl Args {
         OpenDisk::plan_all(plan, &self.host, &self.disks)?;
         let sockets = self.socket.iter().chain(self.disks.iter().filter_map(|disk| disk.socket.as_ref()));
         sockets.for_each(|socket| plan_socket(plan, socket));
+        self.control.iter().for_each(|socket| plan_socket(plan, socket));
         self.metrics.iter().for_each(|metrics| metrics.plan(plan));
         self.host.plan(plan)
     }
@@ -86,6 +91,7 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
     let sockets = sockets(args)?;
     let listeners = sockets.iter().map(|socket| listen(socket)).collect::<anyhow::Result<Vec<_>>>()?;
     let outlet = args.metrics.as_ref().map(Outlet::open).transpose()?;
+    let control = args.control.as_ref().map(|socket| listen(socket)).transpose()?;
     // A server that was killed may have left something in flight.
     let disks = OpenDisk::open_all(&args.host, &args.disks, LockMode::Patient, walls)?;
 
@@ -104,13 +110,16 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
         servers.push(Server::new(listener, opened.backend()?, &options, format!("disk{number}"))?);
     }
     let handles: Vec<Handle> = servers.iter().map(Server::handle).collect();
-    let figures: Arc<[FiguresOf]> =
-        disks.iter().zip(handles.iter().cloned()).map(|(disk, handle)| disk.figures(move || handle.stats())).collect();
-    let metrics = outlet.map(|outlet| {
-        let figures = Arc::clone(&figures);
-        outlet.start(walls, Arc::new(move || prometheus(&figures.iter().map(|of| of()).collect::<Vec<_>>())))
-    });
-    let metrics = metrics.transpose()?;
+    let disks: Arc<[ControlledDisk]> = disks
+        .into_iter()
+        .zip(&handles)
+        .map(|(disk, handle)| {
+            let (stats, news) = (handle.clone(), handle.clone());
+            ControlledDisk::new(disk, move || stats.stats(), move || news.config_changed())
+        })
+        .collect();
+    let metrics = outlet.map(|outlet| outlet.start(walls, prometheus_of(&disks))).transpose()?;
+    let control = control.map(|listener| control::start(listener, walls, Arc::clone(&disks))).transpose()?;
     stop_on(signals, handles.clone())?;
     for (disk, socket) in args.disks.iter().zip(&sockets) {
         eprintln!("blockhouse: {} is served at {}", output::printable(&disk.file.display().to_string()), socket);
@@ -138,15 +147,14 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
         ended.collect::<Vec<_>>()
     });
     // The names of the sockets go last: whoever waits for them to go may take the images.
-    drop(metrics);
+    drop((control, metrics));
     OpenDisk::summarize_all(&disks);
     let closed = OpenDisk::close_all(&disks);
     if args.json {
-        let rows = disks.iter().zip(figures.iter()).map(|(disk, of)| disk.row(of()));
-        output::json(&rows.collect::<Vec<_>>())?;
+        output::json(&disks.iter().map(ControlledDisk::row).collect::<Vec<_>>())?;
     }
     // What is left of the images, and of their locks.
-    drop((figures, disks));
+    drop(disks);
     closed?;
     drop(servers);
     ended.into_iter().collect::<anyhow::Result<()>>()?;

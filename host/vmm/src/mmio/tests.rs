@@ -316,6 +316,21 @@ fn a_broken_ring_asks_for_a_reset_and_a_reset_repairs_it() {
     rig.wait_for_interrupt(1);
 }
 
+/// A driver that reads config space in parts looks at the generation before and after.
+#[test]
+fn another_size_is_an_interrupt_and_another_generation() {
+    let mut rig = Rig::new();
+    rig.disk.permit();
+    rig.start();
+    assert_eq!(rig.read(VIRTIO_MMIO_CONFIG_GENERATION), 0);
+    rig.mmio.parts().1.config_changed();
+    rig.wait_for_interrupt(2);
+    assert_eq!(rig.read(VIRTIO_MMIO_CONFIG_GENERATION), 1);
+    assert_eq!(rig.read(VIRTIO_MMIO_STATUS), 15, "nothing is broken");
+    rig.submit();
+    rig.wait_for_interrupt(1);
+}
+
 #[test]
 fn strange_accesses_do_nothing() {
     let mut rig = Rig::new();
