@@ -31,16 +31,23 @@ fn raise_file_limit() {
     }
 }
 
-/// Makes the GNU allocator's limit of arenas, eight for each processor as ever, known beforehand. It would count
-/// the processors in `/sys` otherwise, at some time, in whichever thread allocates then.
+/// From this many bytes on, memory comes from the system and goes back to it as soon as it is freed: the answers
+/// of a component and what is made of them, which many threads have for a moment each.
+#[cfg(target_env = "gnu")]
+const LARGE: libc::c_int = 128 << 10;
+
+/// Settles how the GNU allocator grows. With an arena for each thread, as it has them, the memory that one thread
+/// freed is not there for the others, and a disk takes a multiple of the bound of its extent map. Requests to what
+/// the map knows allocate nothing, so that nobody waits for the one arena. Left to itself, the allocator would also
+/// count the processors in `/sys`, at some time, in whichever thread allocates then.
 #[cfg(target_env = "gnu")]
 fn settle_allocator() {
-    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let arenas = i32::try_from(processors.saturating_mul(8)).unwrap_or(i32::MAX);
-    // SAFETY: it takes two numbers, and changes a setting under the allocator's own lock.
-    let settled = unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) };
-    if settled != 1 {
-        tracing::debug!("the allocator takes no limit of arenas");
+    for (what, value) in [(libc::M_ARENA_MAX, 1), (libc::M_MMAP_THRESHOLD, LARGE)] {
+        // SAFETY: it takes two numbers, and changes a setting under the allocator's own lock.
+        let settled = unsafe { libc::mallopt(what, value) };
+        if settled != 1 {
+            tracing::debug!(what, "the allocator does not take a setting");
+        }
     }
 }
 
