@@ -164,17 +164,47 @@ fn read(u: &mut Unstructured<'_>) -> Result<()> {
 
 /// Each byte is one that an answer named: in this layer, or in one below where this one said so.
 fn check_origin(layers: &[Arc<Liar>], offset: u64, bytes: &[u8]) {
-    for (number, byte) in bytes.iter().enumerate() {
-        let at = offset + number as u64;
-        let mut possible = false;
-        for (depth, layer) in layers.iter().enumerate() {
-            let below = layers.get(depth + 1).map_or(0, |layer| layer.info.virtual_size);
-            let allowed = layer.allowed(at, &byte_of);
-            possible |= allowed.contains(&Some(*byte)) || (allowed.contains(&None) && at >= below && *byte == 0);
-            if possible || !allowed.contains(&None) {
-                break;
+    let end = offset + bytes.len() as u64;
+    let mut possible = vec![false; bytes.len()];
+    // What the layer is asked for.
+    let mut asked = vec![true; bytes.len()];
+    for (depth, layer) in layers.iter().enumerate() {
+        let mut below = vec![false; bytes.len()];
+        layer.for_each_answer(offset..end, &mut |start, length, said| {
+            let start = (start - offset) as usize;
+            let range = start..start + length as usize;
+            match said {
+                Some(said) => mark(&mut possible[range.clone()], &asked[range.clone()], &bytes[range], &said),
+                None => below[range].fill(true),
             }
+        });
+        // Past the end of what is below, or below everything, is zero.
+        let size = layers.get(depth + 1).map_or(0, |layer| layer.info.virtual_size);
+        let past = size.clamp(offset, end) - offset;
+        let zeroes = vec![0; bytes.len()];
+        let past = past as usize..;
+        for (below, asked) in below.iter_mut().zip(&asked) {
+            *below &= asked;
         }
-        assert!(possible, "nobody said that byte {at} is {byte:#04x}");
+        mark(&mut possible[past.clone()], &below[past.clone()], &bytes[past.clone()], &zeroes[past]);
+        asked = below;
     }
+    if let Some(at) = possible.iter().position(|possible| !possible) {
+        panic!("nobody said that byte {} is {:#04x}", offset + at as u64, bytes[at]);
+    }
+}
+
+/// Marks the bytes that are as somebody said. By halves, because coverage makes comparing byte by byte slow.
+fn mark(possible: &mut [bool], asked: &[bool], bytes: &[u8], said: &[u8]) {
+    if bytes.len() <= 1 || bytes == said {
+        let equal = bytes == said;
+        for (possible, asked) in possible.iter_mut().zip(asked) {
+            *possible |= equal & asked;
+        }
+        return;
+    }
+    let half = bytes.len() / 2;
+    let (first, second) = possible.split_at_mut(half);
+    mark(first, &asked[..half], &bytes[..half], &said[..half]);
+    mark(second, &asked[half..], &bytes[half..], &said[half..]);
 }

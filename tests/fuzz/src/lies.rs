@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -36,7 +37,7 @@ pub(crate) fn byte_of(file: usize, offset: u64) -> u8 {
 
 /// What a file holds at first.
 pub(crate) fn content_of(file: usize) -> Vec<u8> {
-    (0..FILE).map(|offset| byte_of(file, offset)).collect()
+    PLACES.with(|all| all[file].1.clone())
 }
 
 thread_local! {
@@ -44,7 +45,7 @@ thread_local! {
     static PLACES: Vec<(File, Vec<u8>)> = (0..FILES)
         .map(|number| {
             let file = File::from(memfd_create("fuzz", MemfdFlags::CLOEXEC).expect("a file in memory"));
-            (file, content_of(number))
+            (file, (0..FILE).map(|offset| byte_of(number, offset)).collect())
         })
         .collect();
 }
@@ -187,30 +188,36 @@ impl Liar {
         count > 0 && count <= max_extents as usize && answer.start <= offset && at > offset
     }
 
-    /// The bytes that a legal answer has at `offset`; `None` stands for a byte of the layer below.
-    pub(crate) fn allowed(&self, offset: u64, byte: &dyn Fn(usize, u64) -> u8) -> Vec<Option<u8>> {
-        let mut all = Vec::new();
+    /// Calls `action` for each part of `range` that a legal answer speaks of: where it starts, its length, and its
+    /// bytes, or `None` where they are those of the layer below.
+    pub(crate) fn for_each_answer(&self, range: Range<u64>, action: &mut dyn FnMut(u64, u64, Option<Vec<u8>>)) {
         for answer in &self.script().answers {
             let mut at = answer.start;
             for extent in &answer.extents {
-                let end = at + extent.length;
-                if (at..end).contains(&offset) {
-                    let found = match extent.placement {
-                        Placement::Data { file, offset: place, .. } => {
-                            Some(byte(file.0 as usize, place + (offset - at)))
+                let (from, to) = (at.max(range.start), (at + extent.length).min(range.end));
+                if from < to {
+                    let bytes = match extent.placement {
+                        Placement::Data { file, offset, .. } => {
+                            let (start, length) = (offset + (from - at), (to - from) as usize);
+                            let start = usize::try_from(start).unwrap_or(usize::MAX);
+                            PLACES.with(|all| {
+                                let known = all[file.0 as usize].1.get(start..).unwrap_or_default();
+                                let mut bytes = known[..known.len().min(length)].to_vec();
+                                bytes.resize(length, 0);
+                                Some(bytes)
+                            })
                         }
-                        Placement::Zero => Some(0),
-                        Placement::Packed { token } => Some(unit_byte(token, offset - at)),
+                        Placement::Zero => Some(vec![0; (to - from) as usize]),
+                        Placement::Packed { token } => {
+                            Some((from..to).map(|place| unit_byte(token, place - at)).collect())
+                        }
                         Placement::Unallocated => None,
                     };
-                    if !all.contains(&found) {
-                        all.push(found);
-                    }
+                    action(from, to - from, bytes);
                 }
-                at = end;
+                at += extent.length;
             }
         }
-        all
     }
 
     /// Says something else.

@@ -56,9 +56,10 @@ fn content(storage: &Storage) -> Option<(u64, Vec<u8>)> {
     let below = disk.backing_bytes().unwrap_or_default();
     let mut bytes = vec![0; size.min(64 << 10) as usize];
     disk.read_over(size, 0, &mut bytes, &mut |at, to| {
-        for (number, byte) in to.iter_mut().enumerate() {
-            *byte = below.get(at as usize + number).copied().unwrap_or(0);
-        }
+        let there = below.get(usize::try_from(at).unwrap_or(usize::MAX)..).unwrap_or_default();
+        let (known, past) = to.split_at_mut(there.len().min(to.len()));
+        known.copy_from_slice(&there[..known.len()]);
+        past.fill(0);
     })
     .ok()?;
     Some((size, bytes))
