@@ -42,6 +42,8 @@ pub(crate) fn storage(image: Vec<u8>) -> Storage {
 /// # Panics
 /// If an answer is one that the host would call a lie: no image may make an honest component lie.
 pub(crate) fn walk<F: Format>(format: &mut F, virtual_size: u64, access: Access) {
+    let possible = virtual_size.is_multiple_of(512) && i64::try_from(virtual_size).is_ok();
+    assert!(possible, "a disk of {virtual_size} bytes");
     let mut unpacked = 0;
     for (from, budget) in [(0, 64), (0, 1), (virtual_size / 2, 3), (virtual_size.saturating_sub(512), 2)] {
         let mut at = from;

@@ -38,7 +38,6 @@ pub(crate) fn read(data: &[u8]) {
         });
         if let Ok(mut disk) = disk {
             let size = selected.unwrap_or(disk.info.virtual_size);
-            assert_eq!(disk.info.virtual_size % 512, 0, "a disk of whole sectors");
             walk(&mut disk.format, size, Access::ReadOnly);
         }
     }
