@@ -5,6 +5,7 @@
 mod crashes;
 mod disks;
 mod fio;
+mod growth;
 mod initramfs;
 mod machine;
 mod pieces;
