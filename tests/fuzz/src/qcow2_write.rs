@@ -403,7 +403,7 @@ impl Run {
                 *byte = u.arbitrary()?;
             }
         }
-        let before = self.storage.bytes(IMAGE);
+        let before = [IMAGE, DATA].map(|file| (file, self.storage.bytes(file)));
         self.storage.insert(IMAGE, bytes);
         let report = Qcow2::check(self.storage.file(IMAGE, Access::ReadOnly), None);
         say!("damage: {report:?}");
@@ -433,7 +433,9 @@ impl Run {
                 if let Ok(mut qcow2) = self.storage.opened_image::<Qcow2>(IMAGE, Access::ReadWrite) {
                     let _whatever = qcow2.create_snapshot("x", 1, 1);
                 }
-                self.storage.insert(IMAGE, before);
+                for (file, bytes) in before {
+                    self.storage.insert(file, bytes);
+                }
             }
         }
         Ok(())
