@@ -81,14 +81,23 @@ impl Place {
         opener.open(&request).unwrap().disk
     }
 
-    /// With direct I/O where the file system has it, and with space that is reserved ahead.
+    /// With direct I/O where the file system has it and clusters are large enough for it, and with space that is
+    /// reserved ahead.
     fn open_direct(&self, name: &str) -> Disk {
         let file = std::fs::File::options().read(true).custom_flags(libc::O_DIRECT).open(self.path(name));
         if file.is_err() {
             eprintln!("without direct I/O, which the file system does not have");
         }
         let opener = self.opener.clone().direct(file.is_ok());
-        self.open_with(name, &opener, DiskOptions { allocate_ahead_bytes: 1 << 20, ..DiskOptions::default() })
+        let disk = DiskOptions { allocate_ahead_bytes: 1 << 20, ..DiskOptions::default() };
+        let request = OpenRequest { access: Access::ReadWrite, disk, ..OpenRequest::new(self.path(name), "qcow2") };
+        match opener.open(&request) {
+            Ok(opened) => opened.disk,
+            Err(error) if error.message().contains("clusters of 512 bytes, and direct I/O needs 4096") => {
+                self.open_with(name, &self.opener, request.disk)
+            }
+            Err(error) => panic!("{name} does not open with direct I/O: {error}"),
+        }
     }
 
     fn qemu_img(&self, arguments: &str) {

@@ -241,6 +241,12 @@ impl ImageFile {
         self.direct.is_none()
     }
 
+    /// What offsets and lengths of direct I/O are multiples of, in bytes; `None` if the page cache is used. A write
+    /// that is not aligned like that reads what is around it and writes it again.
+    pub fn direct_alignment(&self) -> Option<usize> {
+        self.direct.map(|(_, request)| request)
+    }
+
     /// Whether the kernel takes a transfer between `offset` and these buffers as it is.
     pub(crate) fn is_aligned(&self, offset: u64, iovecs: &[libc::iovec]) -> bool {
         let Some((memory, request)) = self.direct else { return true };

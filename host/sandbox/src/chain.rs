@@ -14,7 +14,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use blockhouse_block::{Access, Disk, DiskOptions, Error, ErrorKind, FileIdentity, Layer, LayerInfo, Result};
+use blockhouse_block::{
+    Access, Disk, DiskOptions, Error, ErrorKind, FileIdentity, FileIndex, Layer, LayerInfo, Result,
+};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use wasmtime::component::Resource;
@@ -325,6 +327,26 @@ struct Chain {
     seen: HashMap<(u64, u64), String>,
 }
 
+/// Refuses direct I/O where a cluster shares a page with its neighbours. The component writes metadata through the page
+/// cache: a page of it that is dirty when the neighbour is written past the cache is what the kernel writes later, with
+/// the old neighbour in it. And a block of the file system that is larger than a cluster would have to be read and
+/// written again.
+fn refuse_shared_pages(layer: &dyn Layer) -> Result<()> {
+    let info = layer.info();
+    let files = (0..).map_while(|index| layer.file(FileIndex(index)));
+    let Some(block) = files.filter_map(|file| file.direct_alignment()).max() else { return Ok(()) };
+    let smallest = block.max(rustix::param::page_size());
+    let cluster = usize::try_from(info.cluster_size).unwrap_or(usize::MAX);
+    if cluster >= smallest {
+        return Ok(());
+    }
+    let why = format!(
+        "has clusters of {cluster} bytes, and direct I/O needs {smallest} where an image is written: leave out direct \
+         I/O, or convert the image to larger clusters"
+    );
+    Err(Error::new(ErrorKind::Unsupported, why).on_image(info.name.clone()))
+}
+
 impl Opener {
     /// An opener without grants: images that refer to nothing open.
     pub fn new(sandbox: &Sandbox, formats: Formats) -> Self {
@@ -355,7 +377,7 @@ impl Opener {
     }
 
     /// Sets whether the bytes of disks are read and written past the page cache (`O_DIRECT`). Files that cannot
-    /// be used like that are refused. Components read metadata through the page cache all the same.
+    /// be used like that are refused, and so are images to be written whose clusters are smaller than a page. Components read and write metadata through the page cache all the same.
     #[must_use]
     pub fn direct(self, direct: bool) -> Self {
         Self { direct, ..self }
@@ -394,6 +416,9 @@ impl Opener {
         self.open_chain(request, &mut chain, false)?;
         // Only now: an image whose chain does not open is not touched.
         if let Some(layer) = chain.writable {
+            if self.direct {
+                refuse_shared_pages(&*layer)?;
+            }
             layer.begin()?;
         }
         let options = DiskOptions { writable: request.access == Access::ReadWrite, ..request.disk.clone() };

@@ -42,9 +42,13 @@ pub(crate) const ALL: &[(&str, Group)] = &[
     ("neighbours", neighbours),
 ];
 
+/// Bytes of a request of a pass over everything.
+const PASS: usize = 256 << 10;
+
 const READ: Workload = Workload::new(Kind::Read, true, 4096, 32);
 
-/// Runs a workload on each system in turn, round after round. The first round warms up and is not counted.
+/// Runs a workload on each system in turn, round after round. One pass over all that it may touch comes before, so
+/// that the host has the pages and each system knows where they are; the first round is not counted.
 fn interleave(
     place: &Place<'_>,
     workload: &Workload,
@@ -53,6 +57,11 @@ fn interleave(
     let mut samples = Samples::new(workload.name(), "requests/s", systems.iter().map(|(name, _)| *name));
     if !workload.name().contains(place.workload) {
         return Ok(samples);
+    }
+    // The host may have taken pages away, from one file and not from another.
+    let all = Workload { once: true, random: false, size: PASS, step: PASS, depth: 8, kind: Kind::Read, ..*workload };
+    for (name, system) in systems.iter_mut() {
+        system.run(&all, 0, Duration::from_secs(60)).with_context(|| format!("{name} failed"))?;
     }
     for round in 0..=place.pace.rounds {
         let mut rates = Vec::new();
@@ -173,11 +182,6 @@ fn chains(place: &Place<'_>) -> Result<Vec<Row>> {
     let mut systems: Vec<(&'static str, &mut dyn System)> = Vec::new();
     systems.extend(names.into_iter().zip(ours.iter_mut().map(|served| served as &mut dyn System)));
     systems.extend(their_names.into_iter().zip(theirs.iter_mut().map(|served| served as &mut dyn System)));
-    // All is known after one pass.
-    let pass = Workload { once: true, ..Workload::new(Kind::Read, false, 64 << 10, 32) };
-    for (name, system) in &mut systems {
-        system.run(&pass, 0, Duration::from_secs(60)).with_context(|| format!("{name} failed"))?;
-    }
     let samples = interleave(place, &READ, &mut systems)?;
     Ok(samples.rows("chains", &["blockhouse 1 layer", "storage-daemon 16 layers"]))
 }
