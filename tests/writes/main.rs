@@ -231,6 +231,23 @@ fn an_overlay_on_a_compressed_base() {
     image("cluster_size=64k", (8 << 20) + 1536, true);
 }
 
+/// A component writes metadata through the page cache: data that shares a page with it must not go past that.
+#[test]
+fn direct_io_is_refused_where_clusters_share_pages() {
+    let place = Place::new();
+    place.qemu_img("create -q -f qcow2 -o cluster_size=2k small.qcow2 1M");
+    place.qemu_img("create -q -f qcow2 large.qcow2 1M");
+    let opener = place.opener.clone().direct(true);
+    let open = |name: &str| {
+        opener.open(&OpenRequest { access: Access::ReadWrite, ..OpenRequest::new(place.path(name), "qcow2") })
+    };
+    let error = open("small.qcow2").map(|_| ()).unwrap_err();
+    assert!(error.message().contains("direct I/O"), "{error}");
+    if let Err(error) = open("large.qcow2") {
+        assert!(error.message().contains("cannot be used with direct I/O"), "{error}");
+    }
+}
+
 #[test]
 fn small_clusters() {
     image("cluster_size=512,refcount_bits=64", 1 << 20, true);

@@ -327,6 +327,9 @@ struct Chain {
     seen: HashMap<(u64, u64), String>,
 }
 
+/// Bytes of a page of the page cache, on x86_64.
+const PAGE: usize = 4096;
+
 /// Refuses direct I/O where a cluster shares a page with its neighbours. The component writes metadata through the page
 /// cache: a page of it that is dirty when the neighbour is written past the cache is what the kernel writes later, with
 /// the old neighbour in it. And a block of the file system that is larger than a cluster would have to be read and
@@ -335,7 +338,7 @@ fn refuse_shared_pages(layer: &dyn Layer) -> Result<()> {
     let info = layer.info();
     let files = (0..).map_while(|index| layer.file(FileIndex(index)));
     let Some(block) = files.filter_map(|file| file.direct_alignment()).max() else { return Ok(()) };
-    let smallest = block.max(rustix::param::page_size());
+    let smallest = block.max(PAGE);
     let cluster = usize::try_from(info.cluster_size).unwrap_or(usize::MAX);
     if cluster >= smallest {
         return Ok(());
