@@ -1,11 +1,12 @@
 //! What a guest does with a disk, in the eyes of qemu-img.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use blockhouse_tests::serve::Serve;
-use blockhouse_tests::{noise, qemu_img, run, scratch};
+use blockhouse_tests::{blockhouse, noise, qemu_img, run, scratch, skip};
 
 use blockhouse_tests::client::{BUFFER, Client, Request};
 
@@ -153,4 +154,45 @@ fn what_was_flushed_survives_a_kill() {
         serve.kill();
         assert!(qemu_reads(directory.path(), &image, true) == expected, "round {round}");
     }
+}
+
+/// Past the page cache, behind all walls; what cannot be used like that is refused with a reason.
+#[test]
+fn direct_io_works_behind_the_walls() {
+    let directory = scratch();
+    let path = |name: &str| directory.path().join(name);
+    if std::fs::File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .custom_flags(libc::O_DIRECT)
+        .open(path("probe"))
+        .is_err()
+    {
+        return skip("the file system has no direct I/O");
+    }
+    let create = |name: &str, options: &str| {
+        let image = path(name);
+        let arguments = ["create", "-q", "-f", "qcow2", "-o", options].map(OsString::from);
+        qemu_img(arguments.into_iter().chain([image.clone().into_os_string(), "4M".into()]));
+        image
+    };
+    let small = create("small.qcow2", "cluster_size=2k");
+    let fields = format!("file={},format=qcow2,direct=on", small.display());
+    let outcome = run(blockhouse().args(["serve", "--disk", &fields, "--socket"]).arg(path("small.sock"))).refused();
+    assert_eq!(outcome.status.code(), Some(5), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("clusters of 2048 bytes, and direct I/O needs"), "{}", outcome.stderr);
+
+    let large = create("large.qcow2", "cluster_size=64k");
+    let serve = Serve::disk(&path("large.sock"), &format!("file={},format=qcow2,direct=on", large.display()));
+    let mut client = Client::connect(&path("large.sock"), 1);
+    // A cluster as it is, and a sector that needs the bytes around it.
+    let (bytes, sector) = (noise(1, 64 << 10), noise(2, 512));
+    client.write(1 << 20, &bytes).unwrap();
+    client.write((1 << 20) + 512, &sector).unwrap();
+    client.flush().unwrap();
+    assert_eq!(client.read((1 << 20) + 512, 512).unwrap(), sector);
+    assert_eq!(client.read((1 << 20) + 1024, 4096).unwrap(), bytes[1024..5120]);
+    drop(client);
+    serve.terminate();
 }
