@@ -7,9 +7,10 @@
 //!                                └◀── pool of threads ──▶ BlockBackend, which waits
 //! ```
 //!
-//! The thread of a lane never waits for a component, a lock or a file: what the extent map knows goes to
-//! the kernel from here; all else is done by the threads of the disk's [`Pool`], with the same functions of
-//! [`BlockBackend`] that everybody else calls. Where there is no io_uring, all of it is.
+//! The thread of a lane never waits for a component or a lock, and for a file only in small writes into the page
+//! cache (`lane/disk.rs`): what the extent map knows goes to the kernel from here; all else is done by the threads
+//! of the disk's [`Pool`], with the same functions of [`BlockBackend`] that everybody else calls. Where there is no
+//! io_uring, all of it is.
 //!
 //! | file | what it holds |
 //! |---|---|
