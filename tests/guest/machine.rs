@@ -191,6 +191,8 @@ impl Emulator {
         let mut init = String::from(INIT);
         init.push_str(&modules);
         init.push_str("[ -c /dev/kvm ] || echo 'init: no /dev/kvm'\n");
+        // What KVM says about its guests would land in the middle of the job's lines.
+        init.push_str("dmesg -n 1\n");
         let results = if disk { " 3>/dev/vda" } else { "" };
         write!(init, "cd /job\nsh ./script{results}\nsync\npoweroff -f\n").unwrap();
         archive.file("/init", init.as_bytes());

@@ -4,9 +4,12 @@
 jobs=0
 round=1
 while [ $round -le $((kills + 1)) ]; do
+    # Emptied here, not by the machine's process: what is waited for below must not be found
+    # in the log of the round before.
+    : >log
     ./blockhouse run --kernel vmlinuz --initrd initrd \
         --cmdline "console=ttyS0 quiet $options round=$round jobs=$jobs" \
-        --disk "file=images/overlay.qcow2,format=qcow2,allow=$PWD/golden" >log 2>&1 &
+        --disk "file=images/overlay.qcow2,format=qcow2,allow=$PWD/golden" >>log 2>&1 &
     machine=$!
     if [ $round -le $kills ]; then
         # Now this much has to be on the disk, now that, so that the kills hit different work.
