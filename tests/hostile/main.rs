@@ -29,6 +29,7 @@ mod aliases;
 mod chains;
 mod compiling;
 mod components;
+mod crew;
 mod files;
 mod grants;
 mod guard;

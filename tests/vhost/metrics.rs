@@ -196,3 +196,30 @@ fn a_file_has_the_last_word_and_json_the_same() {
     let names: Vec<_> = std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(!names.iter().any(|name| name.to_string_lossy().contains(".new")), "{names:?}");
 }
+
+/// Clusters of 2 MiB, asked for at a time: one instance takes so long for each that others begin, also where
+/// threads may not do much any more.
+#[test]
+fn compressed_clusters_are_unpacked_by_several_instances() {
+    const CLUSTER: usize = 2 << 20;
+    let directory = scratch();
+    let content: Vec<u8> = (0..16).flat_map(|index| noise(index, 4096).repeat(CLUSTER / 4096)).collect();
+    let (raw, image) = (directory.path().join("disk.raw"), directory.path().join("disk.qcow2"));
+    std::fs::write(&raw, &content).unwrap();
+    let convert = ["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=2M"].map(AsRef::as_ref);
+    qemu_img(convert.into_iter().chain([raw.as_os_str(), image.as_os_str()]));
+    let serve = serve(directory.path(), &[format!("file={},format=qcow2,readonly=on", image.display())]);
+    let mut client = Client::connect(&directory.path().join("socket0"), 1);
+    let at = |index: usize| index * CLUSTER + 8192;
+    let reads: Vec<_> = (0..16).map(|index| Request::Read { offset: at(index) as u64, len: 4096 }).collect();
+    for (index, read) in client.run(0, &reads).into_iter().enumerate() {
+        assert!(read.unwrap() == content[at(index)..at(index) + 4096], "wrong bytes in cluster {index}");
+    }
+    let values = values(&ask(&directory.path().join("metrics"), b""));
+    let calls =
+        |function: &str| values[&format!("blockhouse_component_calls_total{{disk=\"disk0\",function=\"{function}\"}}")];
+    assert_eq!(calls("unpack"), 16.0);
+    assert!((2.0..=4.0).contains(&calls("open")), "{} instances", calls("open"));
+    drop(client);
+    serve.terminate();
+}

@@ -615,6 +615,7 @@ impl Opener {
             held,
             backoff: Mutex::new(Backoff::new(self.restart.clone())),
             now: Arc::clone(&self.now.0),
+            instances: self.sandbox.limits().instances,
         };
         let info = LayerInfo {
             name: image.name,
@@ -733,7 +734,6 @@ impl Again {
         let packer = self.packs.then(|| instance.packer()).transpose()?;
         let next = Incarnation::new(instance, writer, packer);
         next.begin().transpose()?;
-        self.opener.tally.restarted();
         Ok(next)
     }
 }

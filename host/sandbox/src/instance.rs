@@ -4,7 +4,7 @@
 //! handles and all, and every later call answers the same error. Nothing of it is used again.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 
 use blockhouse_block::{Error, ErrorKind, Result};
 use wasmtime::component::Instance as WasmInstance;
@@ -157,6 +157,11 @@ impl Instance {
         }
     }
 
+    /// Whether it does something now, so that a call would have to wait.
+    pub(crate) fn is_busy(&self) -> bool {
+        matches!(self.health.try_lock(), Err(TryLockError::WouldBlock))
+    }
+
     /// Whether it was thrown away.
     pub(crate) fn is_dead(&self) -> bool {
         self.dead.load(Ordering::Acquire)
@@ -200,6 +205,23 @@ impl Instance {
         tracing::error!(image = %self.image, "{why}");
         *health = Health::Dead { kind: ErrorKind::Component, why: why.to_owned() };
         self.dead.store(true, Ordering::Release);
+    }
+
+    /// Throws the instance away for what another one of the same component was thrown away for.
+    pub(crate) fn end_as(&self, other: &Self) {
+        let (kind, why) = match &*other.health.lock().unwrap_or_else(PoisonError::into_inner) {
+            Health::Running(_) => return,
+            Health::Dead { kind, why } => (*kind, why.clone()),
+        };
+        let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        *health = Health::Dead { kind, why };
+        self.condemned.store(other.is_condemned(), Ordering::Release);
+        self.dead.store(true, Ordering::Release);
+    }
+
+    /// It took the place of one that broke down.
+    pub(crate) fn count_restart(&self) {
+        self.tally.restarted();
     }
 
     /// Throws the instance away because an answer broke the contract.

@@ -14,6 +14,7 @@ use crate::bindings::reader::blockhouse::format::types::Error as WitError;
 use crate::bindings::reader::exports::blockhouse::format::reader as wit;
 use crate::bindings::writer::WriterAbility;
 use crate::bindings::writer::exports::blockhouse::format::writer as wit_writer;
+use crate::crew::{Crew, Member};
 use crate::host::{SharedFiles, State};
 use crate::instance::Instance;
 use crate::restart::{Backoff, Due, Held, Now, OFF};
@@ -25,6 +26,8 @@ const TOKENS: usize = 4096;
 pub(crate) struct ComponentLayer {
     info: LayerInfo,
     current: Mutex<Arc<Incarnation>>,
+    /// More instances, if the image is only read.
+    crew: Crew,
     shared: SharedFiles,
     /// What a writer has promised and not kept yet; `None` if the image is not written by its component.
     ledger: Option<Mutex<Ledger>>,
@@ -38,7 +41,7 @@ pub(crate) struct Incarnation {
     pub(crate) writer: Option<WriterAbility>,
     /// The packer exports, if it has them as well.
     pub(crate) packer: Option<PackerAbility>,
-    /// The instance's own name of the packed extent that starts at an offset; see [`ComponentLayer::unpack`].
+    /// The instance's own name of the packed extent that starts at an offset; see [`ComponentLayer::locate`].
     tokens: Mutex<HashMap<u64, u64>>,
 }
 
@@ -73,12 +76,14 @@ pub(crate) struct Revival {
     pub(crate) held: Arc<Mutex<Held>>,
     pub(crate) backoff: Mutex<Backoff>,
     pub(crate) now: Now,
+    /// How many instances there may be at a time: [`Limits::instances`](crate::Limits::instances).
+    pub(crate) instances: u32,
 }
 
 impl ComponentLayer {
     pub(crate) fn new(info: LayerInfo, first: Incarnation, shared: SharedFiles, revival: Revival) -> Self {
         let ledger = first.writer.is_some().then(Mutex::default);
-        Self { info, current: Mutex::new(Arc::new(first)), shared, ledger, revival }
+        Self { info, current: Mutex::new(Arc::new(first)), crew: Crew::default(), shared, ledger, revival }
     }
 
     /// Prepares the image for writing: once, before any other call of the writer.
@@ -136,6 +141,7 @@ impl ComponentLayer {
         match (self.revival.start)() {
             Ok(next) => {
                 tracing::warn!(%image, attempt, "the component was started again");
+                next.instance.count_restart();
                 *current = Arc::new(next);
                 Ok(Arc::clone(&current))
             }
@@ -190,6 +196,19 @@ impl ComponentLayer {
             }
             Due::Now => None,
         }
+    }
+
+    /// Another instance than the first, if that is busy and there may be one.
+    fn member(&self) -> Option<Member<'_>> {
+        let busy = self.current.lock().unwrap_or_else(PoisonError::into_inner).instance.is_busy();
+        // Without restarts nothing is kept that another instance could be started with.
+        if !busy || self.backoff().is_off() || self.held().incomplete {
+            return None;
+        }
+        self.crew.hire(self.revival.instances.saturating_sub(1), || {
+            self.held().sealed = true;
+            (self.revival.start)()
+        })
     }
 
     fn backoff(&self) -> MutexGuard<'_, Backoff> {
@@ -259,6 +278,18 @@ impl Incarnation {
         Some(self.instance.maintain("begin", |from| writer.blockhouse_format_writer().call_begin(from.store)))
     }
 
+    /// The bytes of a packed extent, by the instance's own token.
+    fn unpack(&self, token: u64, length: u64) -> Result<Vec<u8>> {
+        let bytes = self
+            .instance
+            .call("unpack", |call| call.format.blockhouse_format_reader().call_unpack(call.store, token, length))?;
+        if u64::try_from(bytes.len()) == Ok(length) {
+            Ok(bytes)
+        } else {
+            Err(self.instance.condemn(&format!("`unpack` gave {} bytes for an extent of {length}", bytes.len())))
+        }
+    }
+
     fn remember(&self, start: u64, token: u64) {
         let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
         if tokens.len() >= TOKENS {
@@ -320,16 +351,19 @@ impl Layer for ComponentLayer {
     }
 
     fn unpack(&self, token: u64, length: u64) -> Result<Vec<u8>> {
-        self.with(|from| {
-            let token = if self.ledger.is_some() { token } else { self.token(from, token, length)? };
-            let bytes = from
-                .instance
-                .call("unpack", |call| call.format.blockhouse_format_reader().call_unpack(call.store, token, length))?;
-            if u64::try_from(bytes.len()) == Ok(length) {
-                Ok(bytes)
-            } else {
-                Err(from.instance.condemn(&format!("`unpack` gave {} bytes for an extent of {length}", bytes.len())))
-            }
+        if self.ledger.is_some() {
+            return self.with(|from| from.unpack(token, length));
+        }
+        let unpack = |from: &Incarnation| from.unpack(self.token(from, token, length)?, length);
+        let Some(member) = self.member() else { return self.with(unpack) };
+        let result = unpack(&member);
+        if !member.instance.is_dead() {
+            return result;
+        }
+        self.crew.dismiss();
+        self.with(|first| {
+            first.instance.end_as(&member.instance);
+            result
         })
     }
 

@@ -53,6 +53,7 @@ mod clock;
 mod code;
 mod compiled;
 mod compiler;
+mod crew;
 mod grant;
 mod grants;
 mod helper;

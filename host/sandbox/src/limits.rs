@@ -42,6 +42,9 @@ pub struct Limits {
     pub description_entries: usize,
     /// Layers of one disk, the top included. Default 200.
     pub chain_depth: usize,
+    /// Instances that serve one layer at a time, each within the limits of an instance. Default 4. Those after the
+    /// first one unpack while it is busy, in layers that are only read.
+    pub instances: u32,
     /// Time for one call of the component, host functions included. Default 10 s.
     ///
     /// Checked every [`TICK`]; a host function that is under way is finished first. All of them are
@@ -86,6 +89,7 @@ impl Default for Limits {
             text_bytes: 4096,
             description_entries: 65_536,
             chain_depth: 200,
+            instances: 4,
             call_time: Duration::from_secs(10),
             maintenance_time: Duration::from_secs(15 * 60),
             maintenance_host_calls: 100_000_000,
@@ -119,7 +123,7 @@ fn size(value: u64) -> usize {
 }
 
 /// All limits, in the order of the structure.
-const NAMED: [Named; 21] = [
+const NAMED: [Named; 22] = [
     ("memory-bytes", |limits| wide(limits.memory_bytes), |limits, value| limits.memory_bytes = size(value)),
     ("table-elements", |limits| wide(limits.table_elements), |limits, value| limits.table_elements = size(value)),
     ("core-instances", |limits| wide(limits.core_instances), |limits, value| limits.core_instances = size(value)),
@@ -138,6 +142,7 @@ const NAMED: [Named; 21] = [
         |limits, value| limits.description_entries = size(value),
     ),
     ("chain-depth", |limits| wide(limits.chain_depth), |limits, value| limits.chain_depth = size(value)),
+    ("instances", |limits| limits.instances.into(), |limits, value| limits.instances = narrow(value)),
     (
         "call-time-ms",
         |limits| millis(limits.call_time),

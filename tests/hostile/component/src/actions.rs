@@ -146,12 +146,12 @@ fn worked(times: u64, why: &Error) -> Error {
 }
 
 #[cfg(target_family = "wasm")]
-fn trap() -> ! {
+pub(crate) fn trap() -> ! {
     core::arch::wasm32::unreachable()
 }
 
 #[cfg(not(target_family = "wasm"))]
-fn trap() -> ! {
+pub(crate) fn trap() -> ! {
     std::process::abort()
 }
 

@@ -74,6 +74,7 @@
 //! |---|---|
 //! | `ok` | nothing but the disk |
 //! | `zero SIZE` | a disk of SIZE zero bytes, in one extent |
+//! | `wait OFFSET [trap or lie]` | all is packed, and located in one answer; the first 64 KiB are unpacked when the byte of the image at OFFSET is `!`; the second trap, or are too short |
 //! | `backing FORMAT NAME` | all of the disk is in the backing file NAME of format FORMAT |
 //! | `backing-undeclared NAME` | as `backing`, without a format |
 //! | `backing-self FORMAT` | returns the image itself as its backing file: a chain without end |
@@ -257,7 +258,10 @@ impl Format for Hostile {
 
     fn locate(&mut self, offset: u64, _length: u64, max_extents: u32) -> Result<Located> {
         self.act(Stage::Locate)?;
-        let truth = self.truth(offset)?;
+        let mut truth = self.truth(offset)?;
+        if self.behaviour.name == "wait" {
+            truth.extents = self.packed_from(truth.start).take(usize::try_from(max_extents).unwrap_or(0)).collect();
+        }
         self.lie_about(truth, offset, max_extents)
     }
 
@@ -265,6 +269,7 @@ impl Format for Hostile {
         self.act(Stage::Unpack)?;
         let length = match self.behaviour.name.as_str() {
             "lie-unpack" => self.behaviour.number(0, 0)?,
+            "wait" => self.wait(token, length)?,
             _ => length,
         };
         let length = usize::try_from(length).map_err(|_| Error::Other("too long to unpack".into()))?;
@@ -277,6 +282,36 @@ impl Format for Hostile {
 impl Hostile {
     fn image(&self) -> Result<&File> {
         self.image.as_ref().ok_or_else(|| Error::Other("the image was handed over".into()))
+    }
+
+    /// The disk in packed extents, up to its end.
+    fn packed_from(&self, start: u64) -> impl Iterator<Item = Extent> {
+        let end = self.virtual_size;
+        let next = move |token: &u64| token.checked_add(ANSWER_BYTES).filter(|token| *token < end);
+        core::iter::successors(Some(start), next).map(move |token| Extent {
+            length: end.saturating_sub(token).min(ANSWER_BYTES),
+            placement: Placement::Packed { token },
+        })
+    }
+
+    /// The part of `wait` that its first argument, and the second, are about.
+    fn wait(&self, token: u64, length: u64) -> Result<u64> {
+        match (token / ANSWER_BYTES, self.behaviour.arguments.get(1).map(String::as_str)) {
+            (0, _) => {
+                let mut byte = [0];
+                while byte != *b"!" {
+                    // So long that the calls of the host last for all of the time.
+                    for turn in 0..100_000 {
+                        core::hint::black_box(turn);
+                    }
+                    self.image()?.read_at(self.behaviour.number(0, 0)?, &mut byte)?;
+                }
+                Ok(length)
+            }
+            (1, Some("trap")) => actions::trap(),
+            (1, Some("lie")) => Ok(0),
+            _ => Ok(length),
+        }
     }
 
     fn describe(&self) -> Result<ImageInfo> {
@@ -309,7 +344,8 @@ impl Hostile {
         }
         let start = offset - offset % ANSWER_BYTES;
         let length = self.virtual_size.saturating_sub(start).min(ANSWER_BYTES);
-        let packed = self.behaviour.name == "lie-unpack" || self.behaviour.name.ends_with("-at-unpack");
+        let packed = matches!(self.behaviour.name.as_str(), "lie-unpack" | "wait")
+            || self.behaviour.name.ends_with("-at-unpack");
         let placement = match self.behaviour.name.as_str() {
             "backing" | "backing-undeclared" | "backing-self" => Placement::Unallocated,
             _ if packed => Placement::Packed { token: start },
@@ -326,6 +362,7 @@ impl Hostile {
 const PLAIN: &[&str] = &[
     "ok",
     "zero",
+    "wait",
     "backing",
     "backing-undeclared",
     "backing-self",
