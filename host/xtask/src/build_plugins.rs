@@ -14,7 +14,7 @@
 //!   └─ otherwise: say what to install
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -88,10 +88,12 @@ pub(crate) struct Built {
     pub(crate) components: Components,
 }
 
-/// As [`build_and_check`], for whoever wants to tell of it.
+/// As [`build_and_check`], for whoever wants to tell of it: without components that are there for tests.
 pub(crate) fn build_for_release(workspace: &Workspace) -> Result<Built> {
-    let (toolchain, components) = build_and_publish(workspace, None)?;
+    let (toolchain, mut components) = build_and_publish(workspace, None)?;
     tools::say(check_reproducible(workspace, &toolchain, &components)?);
+    let released = released(workspace)?;
+    components.retain(|name, _| released.contains(name));
     let compiler = tools::text(Command::new(&toolchain.rustc).arg("--version"))?;
     Ok(Built { compiler, components })
 }
@@ -99,6 +101,19 @@ pub(crate) fn build_for_release(workspace: &Workspace) -> Result<Built> {
 /// The packages that are components.
 pub(crate) fn packages(workspace: &Workspace) -> Result<Vec<String>> {
     Ok(component_names(workspace)?.into_keys().collect())
+}
+
+/// The components whose packages lie below `plugins`.
+fn released(workspace: &Workspace) -> Result<BTreeSet<String>> {
+    let plugins = workspace.root.join("plugins");
+    let mut names = component_names(workspace)?;
+    for package in &workspace.packages {
+        let text = |key| package.get(key).and_then(Value::as_str).unwrap_or_default();
+        if !Path::new(text("manifest_path")).starts_with(&plugins) {
+            names.remove(text("name"));
+        }
+    }
+    Ok(names.into_values().collect())
 }
 
 /// Whether the current toolchain comes with the library for [`TARGET`].
@@ -478,4 +493,20 @@ fn walk(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn components_for_tests_are_built_and_not_released() {
+        let workspace = Workspace::load().unwrap();
+        assert!(packages(&workspace).unwrap().contains(&"blockhouse-hostile".to_owned()));
+        assert_eq!(
+            released(&workspace).unwrap(),
+            ["probe", "qcow2", "raw", "template", "vmdk"].map(String::from).into()
+        );
+    }
 }
