@@ -48,7 +48,7 @@ impl Subject {
     /// Sleeps until it is so.
     #[track_caller]
     fn until(&self, what: impl Fn(&Self) -> bool) {
-        let mut patience = 5000;
+        let mut patience = 20_000;
         while !what(self) {
             patience -= 1;
             assert!(patience > 0, "it never happened");

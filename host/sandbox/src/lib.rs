@@ -22,7 +22,7 @@
 //! | `sandbox.rs` | the engine, and loading components |
 //! | `compiler.rs`, `helper.rs` | who compiles a component, and a process that does nothing else |
 //! | `cache.rs`, `compiled.rs`, `code.rs`, `whole.rs` | compiled components, kept between starts or made by hand; when they may be run; files that are whole |
-//! | `layer.rs`, `restart.rs` | an instance as a layer of a disk; when one that broke down is started again |
+//! | `layer.rs`, `crew.rs`, `restart.rs` | an instance as a layer of a disk; further ones that unpack beside it; when one that broke down is started again |
 //! | `chain.rs` | from an image to a disk |
 //! | `maintenance.rs` | calls that change an image as a whole: create, check, resize, snapshots |
 //! | `inspect.rs`, `probe.rs` | looking at a component; guessing a format |
