@@ -1,7 +1,7 @@
 //! A granted file, ready for the host's own I/O: [`imago::file::File`] with the rights that were granted.
 //!
 //! ```text
-//!  VolatileSlice … ──▶ ImageFile ── rights, range, IOV_MAX ──▶ imago File ── alignment, bounce ──▶ preadv/pwritev
+//!  VolatileSlice … ──▶ ImageFile ── rights, range, alignment, IOV_MAX ──▶ imago File ──▶ preadv/pwritev
 //!                          └────── own descriptor ──▶ fstat, fdatasync, fallocate (and an engine of its own, by `AsFd`)
 //! ```
 //!
@@ -14,14 +14,16 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use imago::StorageOpenOptions;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::storage::ext::StorageExt;
-use imago::{Storage, StorageOpenOptions};
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
+use crate::direct::Direct;
 use crate::error::{Error, ErrorKind, Result};
+use crate::inflight::Kept;
 use crate::validity::Validity;
 
 /// The highest byte offset at which a file range may end (`off_t` is signed).
@@ -31,7 +33,7 @@ pub const MAX_FILE_OFFSET: u64 = i64::MAX.unsigned_abs();
 const MAX_BUFFERS: usize = 1024;
 
 /// From this many bytes on a write takes longer than it takes to wake who waits for it.
-const LONG_WRITE: usize = 64 << 10;
+const LONG_WRITE: u64 = 64 << 10;
 
 /// What the host may do with a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -70,9 +72,8 @@ pub struct ImageFile {
     access: Access,
     name: String,
     identity: FileIdentity,
-    /// What direct I/O asks of requests: the alignment of memory, and of offset and length. `None` if the file
-    /// goes through the page cache.
-    direct: Option<(usize, usize)>,
+    /// What direct I/O asks of transfers. `None` if the file goes through the page cache.
+    direct: Option<Direct>,
     /// Set when a write has finished (well or badly) that no sync has covered.
     unsynced: AtomicBool,
     /// Who watches the file, if anybody does.
@@ -120,12 +121,12 @@ impl ImageFile {
         }
 
         let descriptor = file.try_clone().map_err(|error| failed("cannot duplicate the descriptor", error))?;
-        // The rights of the grant, not those of the descriptor: imago's alignment probe writes to
-        // files that it takes for writable.
-        let options = StorageOpenOptions::new().write(access.is_writable()).direct(flags.contains(OFlags::DIRECT));
+        let direct = flags.contains(OFlags::DIRECT).then(|| Direct::ask(&file));
+        // Without direct I/O, as far as imago knows: it would try out alignments by writing, also to files that are
+        // too small for that, and write more again than a write needs.
+        let options = StorageOpenOptions::new().write(access.is_writable());
         let storage = imago::file::File::from_open_file(file, options)
             .map_err(|error| failed("cannot use the file as storage", error))?;
-        let direct = flags.contains(OFlags::DIRECT).then(|| (storage.mem_align(), storage.req_align()));
         let identity = FileIdentity { device: metadata.dev(), inode: metadata.ino() };
         Ok(Self {
             storage,
@@ -201,6 +202,14 @@ impl ImageFile {
     /// [`Storage`](ErrorKind::Storage) if the host could not read.
     pub fn read(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
         self.check_valid()?;
+        let end = self.end_of(buffers, offset)?;
+        match &self.direct {
+            Some(direct) if !direct.takes(offset, places(buffers)) => self.read_bounced(direct, buffers, offset..end),
+            _ => self.read_as_it_is(buffers, offset),
+        }
+    }
+
+    pub(crate) fn read_as_it_is(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
         self.for_each_batch(buffers, offset, |batch, position| {
             let (vector, _guard) = IoVectorMut::from_volatile_slice(batch);
             block_on(self.storage.readv(vector, position))
@@ -215,17 +224,30 @@ impl ImageFile {
     /// [`MAX_FILE_OFFSET`]; [`Storage`](ErrorKind::Storage) if the host could not write all of it.
     pub fn write(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
         self.refuse_read_only("a write")?;
-        let length: usize = buffers.iter().map(|buffer| buffer.len()).sum();
-        let _writing = (self.is_buffered() && length >= LONG_WRITE)
-            .then(|| self.writing.lock().unwrap_or_else(PoisonError::into_inner));
-        let result = self.for_each_batch(buffers, offset, |batch, position| {
-            let (vector, _guard) = IoVector::from_volatile_slice(batch);
-            block_on(self.storage.writev(vector, position))
-                .map_err(|error| self.failed(&format!("writing at {position} failed"), error))
-        });
+        let end = self.end_of(buffers, offset)?;
+        let result = match &self.direct {
+            None => {
+                let _writing = (end.saturating_sub(offset) >= LONG_WRITE)
+                    .then(|| self.writing.lock().unwrap_or_else(PoisonError::into_inner));
+                self.write_as_it_is(buffers, offset)
+            }
+            Some(direct) if direct.takes(offset, places(buffers)) => {
+                let _beside = direct.writes().shared(offset, end);
+                self.write_as_it_is(buffers, offset)
+            }
+            Some(direct) => self.write_bounced(direct, buffers, offset..end),
+        };
         // After the write: a sync that starts in between owes nothing to it and clears the mark.
         self.unsynced.store(true, Ordering::Release);
         result
+    }
+
+    pub(crate) fn write_as_it_is(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
+        self.for_each_batch(buffers, offset, |batch, position| {
+            let (vector, _guard) = IoVector::from_volatile_slice(batch);
+            block_on(self.storage.writev(vector, position))
+                .map_err(|error| self.failed(&format!("writing at {position} failed"), error))
+        })
     }
 
     /// An engine of its own has written to the file.
@@ -243,16 +265,30 @@ impl ImageFile {
 
     /// What offsets and lengths of direct I/O are multiples of, in bytes; `None` if the page cache is used. A write
     /// that is not aligned like that reads what is around it and writes it again.
-    pub fn direct_alignment(&self) -> Option<usize> {
-        self.direct.map(|(_, request)| request)
+    pub fn direct_alignment(&self) -> Option<u64> {
+        self.direct.as_ref().map(Direct::block)
     }
 
     /// Whether the kernel takes a transfer between `offset` and these buffers as it is.
     pub(crate) fn is_aligned(&self, offset: u64, iovecs: &[libc::iovec]) -> bool {
-        let Some((memory, request)) = self.direct else { return true };
-        let aligned = |value: usize, to: usize| value.is_multiple_of(to.max(1));
-        usize::try_from(offset).is_ok_and(|offset| aligned(offset, request))
-            && iovecs.iter().all(|iovec| aligned(iovec.iov_base.addr(), memory) && aligned(iovec.iov_len, request))
+        let places = iovecs.iter().map(|iovec| (iovec.iov_base.addr(), iovec.iov_len));
+        self.direct.as_ref().is_none_or(|direct| direct.takes(offset, places))
+    }
+
+    /// Says that an engine of its own is about to write `start..end`, which is aligned. `None` while somebody has
+    /// a part of its blocks alone; otherwise [`end_write`](Self::end_write) follows.
+    pub(crate) fn try_write(&self, start: u64, end: u64) -> Option<Kept> {
+        match &self.direct {
+            None => Some(Kept::nothing()),
+            Some(direct) => direct.try_write(start, end),
+        }
+    }
+
+    /// Ends what [`try_write`](Self::try_write) began.
+    pub(crate) fn end_write(&self, kept: Kept) {
+        if let Some(direct) = &self.direct {
+            direct.writes().end(kept);
+        }
     }
 
     /// Makes a range read as zero and gives its space back. The size stays as it is: what lies past the
@@ -284,6 +320,8 @@ impl ImageFile {
         if length == 0 {
             return Ok(true);
         }
+        // What is in the way of a block that is written again would come back.
+        let _beside = self.direct.as_ref().map(|direct| direct.writes().shared(offset, end));
         let result = rustix::io::retry_on_intr(|| {
             rustix::fs::fallocate(&self.descriptor, mode | FallocateFlags::KEEP_SIZE, offset, length)
         });
@@ -372,6 +410,15 @@ impl ImageFile {
         Ok(())
     }
 
+    /// Where a transfer ends.
+    fn end_of(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<u64> {
+        let end = buffers.iter().try_fold(offset, |end, buffer| end.checked_add(buffer.len() as u64));
+        end.filter(|end| *end <= MAX_FILE_OFFSET).ok_or_else(|| {
+            Error::new(ErrorKind::Invalid, format!("a range at {offset} ends past the largest file offset"))
+                .on_image(self.name.clone())
+        })
+    }
+
     /// Calls `io` with at most [`MAX_BUFFERS`] buffers at a time, none of them empty.
     fn for_each_batch<'b>(
         &self,
@@ -379,14 +426,6 @@ impl ImageFile {
         offset: u64,
         mut io: impl FnMut(&[VolatileSlice<'b>], u64) -> Result<()>,
     ) -> Result<()> {
-        let end = buffers.iter().try_fold(offset, |end, buffer| end.checked_add(buffer.len() as u64));
-        if end.is_none_or(|end| end > MAX_FILE_OFFSET) {
-            return Err(Error::new(
-                ErrorKind::Invalid,
-                format!("a range at {offset} ends past the largest file offset"),
-            )
-            .on_image(self.name.clone()));
-        }
         let mut position = offset;
         for chunk in buffers.chunks(MAX_BUFFERS) {
             let length: u64 = chunk.iter().map(|buffer| buffer.len() as u64).sum();
@@ -414,8 +453,13 @@ impl AsFd for ImageFile {
     }
 }
 
+/// The addresses and lengths of buffers.
+fn places(buffers: &[VolatileSlice<'_>]) -> impl Iterator<Item = (usize, usize)> {
+    buffers.iter().map(|buffer| (buffer.ptr_guard().as_ptr().addr(), buffer.len()))
+}
+
 /// Runs a future of imago to its end. Its file driver makes blocking system calls inside `poll`, so the
-/// first poll is the last, except for an unaligned write to a direct-I/O file that waits for another one.
+/// first poll is the last.
 #[maybe_async::async_impl]
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     use std::pin::pin;

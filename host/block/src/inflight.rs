@@ -150,6 +150,13 @@ pub(crate) struct Exclusive<'t> {
 #[must_use]
 pub(crate) struct Kept(Range<u64>);
 
+impl Kept {
+    /// A hold of nothing, where there is nobody to wait for.
+    pub(crate) fn nothing() -> Self {
+        Self(0..0)
+    }
+}
+
 impl Shared<'_> {
     pub(crate) fn keep(self) -> Kept {
         let range = self.range.clone();

@@ -31,6 +31,7 @@
 //! | `flat.rs`, `map.rs` | a flattened extent, and the bounded map of them |
 //! | `units.rs` | the cache of unpacked units |
 //! | `files.rs`, `file.rs` | the files of a disk by number; [`ImageFile`], a granted file with its rights |
+//! | `direct.rs` | direct I/O: alignment, and blocks of which a part is written |
 //! | `validity.rs` | [`Validity`]: files that may not be used any more |
 //! | `runs.rs` | [`Runs`]: the whole disk as a list, for `blockhouse map` |
 //! | `buffers.rs` | the buffers of a request as one run of bytes |
@@ -44,6 +45,7 @@ mod answer;
 mod backend;
 mod buffers;
 mod chain;
+mod direct;
 mod disk;
 mod error;
 mod file;

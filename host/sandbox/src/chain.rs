@@ -328,7 +328,7 @@ struct Chain {
 }
 
 /// Bytes of a page of the page cache, on x86_64.
-const PAGE: usize = 4096;
+const PAGE: u64 = 4096;
 
 /// Refuses direct I/O where a cluster shares a page with its neighbours. The component writes metadata through the page
 /// cache: a page of it that is dirty when the neighbour is written past the cache is what the kernel writes later, with
@@ -339,7 +339,7 @@ fn refuse_shared_pages(layer: &dyn Layer) -> Result<()> {
     let files = (0..).map_while(|index| layer.file(FileIndex(index)));
     let Some(block) = files.filter_map(|file| file.direct_alignment()).max() else { return Ok(()) };
     let smallest = block.max(PAGE);
-    let cluster = usize::try_from(info.cluster_size).unwrap_or(usize::MAX);
+    let cluster = u64::from(info.cluster_size);
     if cluster >= smallest {
         return Ok(());
     }

@@ -84,7 +84,7 @@ struct Slot {
 }
 
 /// The part of a request that is in one extent.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct Part {
     file: FileId,
     fixed: FixedFile,
@@ -93,6 +93,23 @@ struct Part {
     /// Where its iovecs begin and end.
     first: usize,
     end: usize,
+    /// What a write holds of the file.
+    held: Option<Kept>,
+}
+
+impl Slot {
+    /// Ends what the request holds.
+    fn let_go(&mut self, disk: &Disk) {
+        for part in &mut self.parts {
+            // The file is in the table, since it was looked up there.
+            if let (Some(held), Ok(file)) = (part.held.take(), disk.file(part.file)) {
+                file.end_write(held);
+            }
+        }
+        if let Some(kept) = self.kept.take() {
+            disk.inflight.end(kept);
+        }
+    }
 }
 
 // SAFETY: the addresses in it are those of buffers that stay valid wherever the lane is (see `Lane::start`).
@@ -169,9 +186,7 @@ impl DiskLane {
                 return true;
             }
         }
-        if let Some(kept) = slot.kept.take() {
-            disk.inflight.end(kept);
-        }
+        slot.let_go(disk);
         let done = copied == Copied::All || made && slot.parts.is_empty();
         if done {
             ended.push((request.token, Ok(())));
@@ -193,9 +208,7 @@ impl DiskLane {
         if slot.write {
             was_written(&self.disk, &slot.parts);
         }
-        if let Some(kept) = slot.kept.take() {
-            self.disk.inflight.end(kept);
-        }
+        slot.let_go(&self.disk);
         self.free.push(index);
         if slot.again {
             let operation = if slot.write { Operation::Write } else { Operation::Read };
@@ -326,7 +339,9 @@ impl Planner<'_> {
         if iovecs.len() > MAX_IOVECS || !file.is_aligned(offset, iovecs) {
             return None;
         }
-        slot.parts.push(Part { file: id, fixed, offset, length: u32::try_from(flat.length).ok()?, first, end });
+        let length = u32::try_from(flat.length).ok()?;
+        let held = if self.write { Some(file.try_write(offset, offset.checked_add(flat.length)?)?) } else { None };
+        slot.parts.push(Part { file: id, fixed, offset, length, first, end, held });
         Some(())
     }
 
