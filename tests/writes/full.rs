@@ -398,6 +398,71 @@ fn metadata_finds_no_space_in_a_close() {
     }
 }
 
+/// A disk that gets larger finds no space, in each of the steps that it takes over a longer base: it has the size
+/// that its image has, nothing is lost, and with space it gets larger.
+#[test]
+fn growth_finds_no_space() {
+    const BEFORE: usize = 2 << 20;
+    const AFTER: usize = 16 << 20;
+    let place = Place::new();
+    let Some(small) = Small::mount(&place, 8 << 20) else { return };
+    let base = noise(0, BASE_SIZE as usize);
+    std::fs::write(place.path("base.raw"), &base).unwrap();
+    let below = place.path("base.raw");
+    for (options, _) in LAYOUTS {
+        let (mut failed, mut between) = (0, 0);
+        loop {
+            place.qemu_img(&format!("create -q -f qcow2 -b {} -F raw -o {options} {IMAGE} 2M", below.display()));
+            let mut subject = Subject::new(&place, &small, base[..BEFORE].to_vec());
+            subject.log += &format!("{options}\n");
+            assert!(subject.write(0, &mut noise(1, 96 << 10)));
+            assert!(subject.flush());
+            assert!(subject.write(256 << 10, &mut noise(2, 64 << 10)));
+            subject.fill(failed * PAGE);
+            let grown = subject.disk.grow(AFTER as u64);
+            subject.log += &format!("grow: {grown:?}\n");
+            let size = subject.disk.capacity() as usize;
+            between += u64::from(size != BEFORE && size != AFTER);
+            subject.now.resize(size, 0);
+            subject.flushed.resize(size, 0);
+            subject.compare();
+            if let Err(error) = &grown {
+                assert_eq!(error.kind(), ErrorKind::Storage, "{}", subject.log);
+                // Still a disk: what has space is written, and the end is where it is said to be.
+                assert!(subject.write(4096, &mut noise(3, 8 << 10)), "{}", subject.log);
+                assert!(subject.disk.read(&[VolatileSlice::from(&mut [0; 512][..])], size as u64).is_err());
+                subject.flush();
+                subject.survives();
+                assert_eq!(virtual_size(&place, IMAGE), size, "{}", subject.log);
+                subject.empty();
+                subject.disk.grow(AFTER as u64).unwrap_or_else(|error| panic!("{error}\n{}", subject.log));
+            }
+            assert_eq!(subject.disk.capacity() as usize, AFTER, "{}", subject.log);
+            subject.now.resize(AFTER, 0);
+            subject.flushed.resize(AFTER, 0);
+            assert_eq!(virtual_size(&place, IMAGE), AFTER, "the size is not in the image\n{}", subject.log);
+            subject.survives();
+            subject.recovers(failed);
+            std::fs::remove_file(place.path(IMAGE)).unwrap();
+            if grown.is_ok() {
+                break;
+            }
+            failed += 1;
+        }
+        assert!(failed > 0, "{options}: there was always space");
+        eprintln!("{options}: {failed} times no space, {between} times in the middle");
+    }
+}
+
+/// The size of the disk as the file says it now.
+fn virtual_size(place: &Place, name: &str) -> usize {
+    let copy = place.path("size.qcow2");
+    std::fs::copy(place.path(name), &copy).unwrap();
+    let text = qemu_img(["info", "-f", "qcow2", "--output=json", copy.to_str().unwrap()]);
+    let info: serde_json::Value = serde_json::from_str(&text).unwrap();
+    info["virtual-size"].as_u64().unwrap() as usize
+}
+
 fn qemu_content(place: &Place, name: &str) -> Vec<u8> {
     place.qemu_img(&format!("convert -f qcow2 -O raw {name} out.raw"));
     std::fs::read(place.path("out.raw")).unwrap()

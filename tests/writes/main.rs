@@ -19,7 +19,7 @@ use std::sync::{Mutex, PoisonError};
 
 use blockhouse_sandbox::block::{Access, BlockBackend, Disk, DiskOptions, VolatileSlice};
 use blockhouse_sandbox::{Formats, Grants, Limits, OpenRequest, Opener, Sandbox};
-use blockhouse_tests::{Outcome, component, noise, scratch};
+use blockhouse_tests::{Outcome, component, noise, scratch, skip};
 
 /// Threads that write at the same time, each in its own part of the disk.
 const THREADS: u64 = 4;
@@ -246,6 +246,33 @@ fn direct_io_is_refused_where_clusters_share_pages() {
     if let Err(error) = open("large.qcow2") {
         assert!(error.message().contains("cannot be used with direct I/O"), "{error}");
     }
+}
+
+/// A write to the end of such an image would make it longer. In memory, where blocks of direct I/O are pages.
+#[test]
+fn direct_io_is_refused_where_a_raw_image_ends_inside_of_a_block() {
+    let place = Place::new();
+    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let image = directory.path().join("disk.raw");
+    let opener = place.opener.clone().direct(true);
+    let open = || opener.open(&OpenRequest { access: Access::ReadWrite, ..OpenRequest::new(image.clone(), "raw") });
+    std::fs::write(&image, noise(1, 9 << 9)).unwrap();
+    let error = open().map(|_| ()).unwrap_err();
+    if error.message().contains("cannot be used with direct I/O") {
+        return skip("the file system in memory has no direct I/O");
+    }
+    assert!(error.message().contains("a multiple of 4096"), "{error}");
+    assert!(opener.open(&OpenRequest::new(image.clone(), "raw")).is_ok(), "it is only read");
+    std::fs::write(&image, noise(1, 8192)).unwrap();
+    let disk = open().unwrap().disk;
+    let error = disk.grow(8192 + 512).unwrap_err();
+    assert!(error.message().contains("a multiple of 4096"), "{error}");
+    assert_eq!((disk.capacity(), std::fs::metadata(&image).unwrap().len()), (8192, 8192));
+    disk.grow(12288).unwrap();
+    write(&disk, 12288 - 512, &mut noise(2, 512));
+    disk.close().unwrap();
+    let expected = [noise(1, 8192), vec![0; 4096 - 512], noise(2, 512)].concat();
+    assert!(std::fs::read(&image).unwrap() == expected);
 }
 
 #[test]

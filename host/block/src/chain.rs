@@ -189,13 +189,15 @@ impl Chain {
         writer.and_then(call).map_err(|error| link.note(error))
     }
 
-    /// Makes the top layer larger, while nobody uses the disk.
-    pub(crate) fn grow(&self, size: u64) -> Result<()> {
+    /// Makes the top layer larger, while nobody uses the disk. Returns what became of that, and its size now.
+    pub(crate) fn grow(&self, size: u64) -> Result<(Result<()>, u64)> {
         let link = self.link(0)?;
         let below = self.virtual_size(1).unwrap_or(0);
-        link.layer.grow(size, below).map_err(|error| link.note(error))?;
-        link.size.store(size, Ordering::Release);
-        Ok(())
+        let before = link.size();
+        let grown = link.layer.grow(size, below).map_err(|error| link.note(error));
+        let now = if grown.is_ok() { size } else { link.layer.size().clamp(before, size) };
+        link.size.store(now, Ordering::Release);
+        Ok((grown, now))
     }
 
     /// Whether the top layer can write packed data.

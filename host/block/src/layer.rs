@@ -110,10 +110,16 @@ pub trait Layer: Send + Sync {
     ///
     /// # Errors
     /// [`Unsupported`](crate::ErrorKind::Unsupported) if the layer cannot: nothing changed. Else as
-    /// [`LayerWriter::commit`]; the image has one of the two sizes, or over a longer layer one in between.
+    /// [`LayerWriter::commit`]; the image has one of the two sizes, or over a longer layer one in between, which
+    /// [`size`](Self::size) says.
     fn grow(&self, size: u64, below: u64) -> Result<()> {
         let _ = (size, below);
         Err(Error::new(ErrorKind::Unsupported, "its size cannot be changed while it is in use"))
+    }
+
+    /// The size of the image in bytes, durably: what [`grow`](Self::grow) made of that in [`info`](Self::info).
+    fn size(&self) -> u64 {
+        self.info().virtual_size
     }
 
     /// The file registered as `index`, or `None` if there is no such file.

@@ -117,8 +117,8 @@ impl Disk {
     /// # Errors
     /// [`Invalid`](ErrorKind::Invalid) if the disk is read-only, would become smaller, or cannot have that size;
     /// [`Unsupported`](ErrorKind::Unsupported) if the layer on top cannot do it, or the disk ends inside of a
-    /// cluster; what the layer answers. After the last of these the disk has its old size; whether it can still
-    /// be used depends on the layer.
+    /// cluster; what the layer answers. After the last of these the disk has its old size, or over a longer layer
+    /// one in between, as its image; whether it can still be used depends on the layer.
     pub fn grow(&self, size: u64) -> Result<()> {
         self.refuse_read_only()?;
         if !size.is_multiple_of(SECTOR_SIZE) || size > MAX_FILE_OFFSET {
@@ -148,14 +148,13 @@ impl Disk {
         if self.allocates {
             self.publish(&space)?;
         }
-        let grown = self.chain.grow(size);
+        let (grown, now) = self.chain.grow(size)?;
         // Whatever was said: packed extents have other names now, and after an error nobody knows.
         self.map.invalidate(0, u64::MAX);
         self.units.clear();
-        grown?;
-        self.map.grow(size);
-        self.set_capacity(size);
-        Ok(())
+        self.map.grow(now);
+        self.set_capacity(now);
+        grown
     }
 
     pub(crate) fn refuse_read_only(&self) -> Result<()> {

@@ -14,9 +14,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use blockhouse_block::{
-    Access, Disk, DiskOptions, Error, ErrorKind, FileIdentity, FileIndex, Layer, LayerInfo, Result,
-};
+use blockhouse_block::{Access, Disk, DiskOptions, Error, ErrorKind, FileIdentity, Layer, LayerInfo, Result};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use wasmtime::component::Resource;
@@ -26,6 +24,7 @@ use crate::audit::{Audit, OpenEvent, Outcome};
 use crate::bindings::reader::blockhouse::format::types::Access as WitAccess;
 use crate::bindings::reader::exports::blockhouse::format::reader::ImageInfo;
 use crate::bindings::snapshots::SnapshotAbility;
+use crate::direct::{refuse_odd_end, refuse_shared_pages};
 use crate::grants::{GrantReport, Grants, Sha256Digest, absolute_name};
 use crate::host::{Identity, OpenFile, SharedFiles, State};
 use crate::instance::Instance;
@@ -327,29 +326,6 @@ struct Chain {
     seen: HashMap<(u64, u64), String>,
 }
 
-/// Bytes of a page of the page cache, on x86_64.
-const PAGE: u64 = 4096;
-
-/// Refuses direct I/O where a cluster shares a page with its neighbours. The component writes metadata through the page
-/// cache: a page of it that is dirty when the neighbour is written past the cache is what the kernel writes later, with
-/// the old neighbour in it. And a block of the file system that is larger than a cluster would have to be read and
-/// written again.
-fn refuse_shared_pages(layer: &dyn Layer) -> Result<()> {
-    let info = layer.info();
-    let files = (0..).map_while(|index| layer.file(FileIndex(index)));
-    let Some(block) = files.filter_map(|file| file.direct_alignment()).max() else { return Ok(()) };
-    let smallest = block.max(PAGE);
-    let cluster = u64::from(info.cluster_size);
-    if cluster >= smallest {
-        return Ok(());
-    }
-    let why = format!(
-        "has clusters of {cluster} bytes, and direct I/O needs {smallest} where an image is written: leave out direct \
-         I/O, or convert the image to larger clusters"
-    );
-    Err(Error::new(ErrorKind::Unsupported, why).on_image(info.name.clone()))
-}
-
 impl Opener {
     /// An opener without grants: images that refer to nothing open.
     pub fn new(sandbox: &Sandbox, formats: Formats) -> Self {
@@ -380,7 +356,8 @@ impl Opener {
     }
 
     /// Sets whether the bytes of disks are read and written past the page cache (`O_DIRECT`). Files that cannot
-    /// be used like that are refused, and so are images to be written whose clusters are smaller than a page. Components read and write metadata through the page cache all the same.
+    /// be used like that are refused, and so are images to be written whose clusters are smaller than a page, and
+    /// raw ones that end inside of a block. Components read and write metadata through the page cache all the same.
     #[must_use]
     pub fn direct(self, direct: bool) -> Self {
         Self { direct, ..self }
@@ -423,6 +400,10 @@ impl Opener {
                 refuse_shared_pages(&*layer)?;
             }
             layer.begin()?;
+        } else if request.access == Access::ReadWrite
+            && let Some(top) = chain.layers.first()
+        {
+            refuse_odd_end(&**top, top.info().virtual_size)?;
         }
         let options = DiskOptions { writable: request.access == Access::ReadWrite, ..request.disk.clone() };
         let disk = Disk::new(chain.layers, options)?;
@@ -677,9 +658,9 @@ struct Again {
 impl Again {
     /// Changes the size of the image with instances that do nothing else, and that get the image as the open file
     /// that it is: its locks stay.
-    fn grow(&self, size: u64, below: u64) -> Result<()> {
-        let sizes = self.described.lock().unwrap_or_else(PoisonError::into_inner).sizes;
-        each_size(sizes.0, size, below, |next, hide_backing| {
+    fn grow(&self, size: u64, below: u64) -> (Result<()>, u64) {
+        let size_now = || self.described.lock().unwrap_or_else(PoisonError::into_inner).sizes.0;
+        let grown = each_size(size_now(), size, below, |next, hide_backing| {
             let file = self.image.try_clone().map_err(|error| {
                 let why = format!("cannot look at the image: {error}");
                 Error::new(ErrorKind::Storage, why).with_source(error)
@@ -692,7 +673,8 @@ impl Again {
             resize(&started.instance, next, hide_backing)?;
             self.described.lock().unwrap_or_else(PoisonError::into_inner).sizes = (next, next);
             Ok(())
-        })
+        });
+        (grown, size_now())
     }
 
     /// A new instance with the files of the old one, which says of the image what the old one said. Otherwise

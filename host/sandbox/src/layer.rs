@@ -1,6 +1,7 @@
 //! A component instance as a layer of a disk.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blockhouse_block::{
@@ -15,6 +16,7 @@ use crate::bindings::reader::exports::blockhouse::format::reader as wit;
 use crate::bindings::writer::WriterAbility;
 use crate::bindings::writer::exports::blockhouse::format::writer as wit_writer;
 use crate::crew::{Crew, Member};
+use crate::direct::refuse_odd_end;
 use crate::host::{SharedFiles, State};
 use crate::instance::Instance;
 use crate::restart::{Backoff, Due, Held, Now, OFF};
@@ -25,6 +27,8 @@ const TOKENS: usize = 4096;
 /// One image, served by one component: by one instance, and by another one once that has broken down.
 pub(crate) struct ComponentLayer {
     info: LayerInfo,
+    /// The size of the image, in bytes.
+    size: AtomicU64,
     current: Mutex<Arc<Incarnation>>,
     /// More instances, if the image is only read.
     crew: Crew,
@@ -65,8 +69,9 @@ struct Ledger {
 /// Starts a new instance that describes the image as the one before it.
 pub(crate) type Start = Box<dyn Fn() -> Result<Incarnation> + Send + Sync>;
 
-/// Makes the image larger, with an instance that does nothing else. Of `size` bytes, over a layer of `below`.
-pub(crate) type Grow = Box<dyn Fn(u64, u64) -> Result<()> + Send + Sync>;
+/// Makes the image larger, with an instance that does nothing else: of `size` bytes, over a layer of `below`.
+/// Returns what became of that, and the size that the image has.
+pub(crate) type Grow = Box<dyn Fn(u64, u64) -> (Result<()>, u64) + Send + Sync>;
 
 /// How the layer comes back to life.
 pub(crate) struct Revival {
@@ -83,7 +88,9 @@ pub(crate) struct Revival {
 impl ComponentLayer {
     pub(crate) fn new(info: LayerInfo, first: Incarnation, shared: SharedFiles, revival: Revival) -> Self {
         let ledger = first.writer.is_some().then(Mutex::default);
-        Self { info, current: Mutex::new(Arc::new(first)), crew: Crew::default(), shared, ledger, revival }
+        let size = AtomicU64::new(info.virtual_size);
+        let current = Mutex::new(Arc::new(first));
+        Self { info, size, current, crew: Crew::default(), shared, ledger, revival }
     }
 
     /// Prepares the image for writing: once, before any other call of the writer.
@@ -378,12 +385,17 @@ impl Layer for ComponentLayer {
             let why = format!("the component for {} cannot change the size of a disk", self.info.format);
             return Err(Error::new(ErrorKind::Unsupported, why).on_image(&*self.info.name));
         };
+        if self.ledger.is_none() {
+            refuse_odd_end(self, size)?;
+        }
         let before = self.current()?;
         if let Some(writer) = &before.writer {
             before.instance.call("finish", |to| writer.blockhouse_format_writer().call_finish(to.store))?;
         }
         self.held().sealed = true;
-        let grown = grow(size, below);
+        let (grown, now) = grow(size, below);
+        self.size.store(now, Ordering::Release);
+        self.crew.dismiss();
         // Also if it failed: the one before was finished.
         let next = (self.revival.start)();
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
@@ -400,6 +412,10 @@ impl Layer for ComponentLayer {
                 Err(error)
             }
         }
+    }
+
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
     }
 
     fn file(&self, index: FileIndex) -> Option<Arc<ImageFile>> {

@@ -23,7 +23,7 @@
 //! | `compiler.rs`, `helper.rs` | who compiles a component, and a process that does nothing else |
 //! | `cache.rs`, `compiled.rs`, `code.rs`, `whole.rs` | compiled components, kept between starts or made by hand; when they may be run; files that are whole |
 //! | `layer.rs`, `crew.rs`, `restart.rs` | an instance as a layer of a disk; further ones that unpack beside it; when one that broke down is started again |
-//! | `chain.rs` | from an image to a disk |
+//! | `chain.rs`, `direct.rs` | from an image to a disk; what direct I/O asks of images that are written |
 //! | `maintenance.rs` | calls that change an image as a whole: create, check, resize, snapshots |
 //! | `inspect.rs`, `probe.rs` | looking at a component; guessing a format |
 //!
@@ -54,6 +54,7 @@ mod code;
 mod compiled;
 mod compiler;
 mod crew;
+mod direct;
 mod grant;
 mod grants;
 mod helper;

@@ -33,6 +33,9 @@ use crate::text::clean;
 /// How much of a backing file is hidden by one call.
 const HIDDEN_AT_ONCE: u64 = 64 << 30;
 
+/// A disk does not stay at a size inside of a cluster on its way: the largest cluster of qcow2.
+const LARGEST_CLUSTER: u64 = 2 << 20;
+
 /// What a component without the ability cannot do.
 const RESIZER: &str = "cannot change the size of a disk";
 
@@ -349,7 +352,8 @@ pub(crate) fn each_size(
 ) -> Result<()> {
     while now < size {
         let hide_backing = below > now;
-        let next = if hide_backing { size.min(below).min(now.saturating_add(HIDDEN_AT_ONCE)) } else { size };
+        let hidden = below.checked_next_multiple_of(LARGEST_CLUSTER).unwrap_or(size);
+        let next = if hide_backing { size.min(hidden).min(now.saturating_add(HIDDEN_AT_ONCE)) } else { size };
         step(next, hide_backing)?;
         now = next;
     }
