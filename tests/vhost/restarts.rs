@@ -1,10 +1,15 @@
 //! Back ends that are killed, and others that take over.
 
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use blockhouse_tests::serve::Serve;
 use blockhouse_tests::{noise, qemu_img, run, scratch};
+
+use vhost::VhostBackend;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
 use crate::frontend::{BUFFER, Guest, READ, SLOTS, WRITE};
 
@@ -121,6 +126,79 @@ fn chain(directory: &Path) -> std::path::PathBuf {
     let create = ["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", "base.qcow2"].map(AsRef::as_ref);
     qemu_img(create.into_iter().chain([overlay.as_os_str()]));
     overlay
+}
+
+/// `writeback` in config space: whether writes may stay volatile until the guest flushes.
+const WRITEBACK: u32 = 32;
+
+fn writeback(frontend: &mut Frontend) -> u8 {
+    frontend.get_config(WRITEBACK, 1, VhostUserConfigFlags::WRITABLE, &[0]).unwrap().1[0]
+}
+
+fn set_writeback(frontend: &mut Frontend, value: u8) {
+    frontend.set_config(WRITEBACK, VhostUserConfigFlags::WRITABLE, &[value]).unwrap();
+}
+
+/// A guest that wants its writes to be durable at once says that once, and its front end does not repeat it to
+/// the process that takes over.
+#[test]
+fn writes_through_the_cache_survive_kills() {
+    let directory = scratch();
+    let image = directory.path().join("disk.raw");
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let socket = directory.path().join("socket");
+    let fields = format!("file={},format=raw", image.display());
+    let mut guest = Guest::new();
+    // What is said in each round, and what holds after the kill that follows it.
+    for (round, (said, expected)) in [(None, 1), (Some(0), 0), (None, 0), (Some(1), 1), (None, 1)].iter().enumerate() {
+        let serve = Serve::disk(&socket, &fields);
+        let mut frontend = guest.connect(&socket);
+        if let Some(value) = said {
+            set_writeback(&mut frontend, *value);
+        }
+        assert_eq!(writeback(&mut frontend), *expected, "round {round}");
+        guest.submit(0, WRITE, 0, &[1; 512]);
+        assert_eq!(guest.wait(1), [(0, 0)]);
+        serve.kill();
+        let serve = Serve::disk(&socket, &fields);
+        let mut frontend = guest.connect(&socket);
+        assert_eq!(writeback(&mut frontend), *expected, "after round {round}");
+        // The guest starts again in this session; its front end goes on to show it what it knows.
+        frontend.reset_device().unwrap();
+        drop(frontend);
+        serve.kill();
+    }
+}
+
+/// In a session: before the features are set, and after a reset, and for the memory that comes next.
+#[test]
+fn writes_through_the_cache_stay_when_a_guest_starts_again() {
+    let directory = scratch();
+    let image = directory.path().join("disk.raw");
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let socket = directory.path().join("socket");
+    let serve = Serve::disk(&socket, &format!("file={},format=raw", image.display()));
+    let mut guest = Guest::new();
+    let mut frontend = guest.connect(&socket);
+    let features = frontend.get_features().unwrap() & !(1 << 29);
+    frontend.reset_device().unwrap();
+    set_writeback(&mut frontend, 0);
+    frontend.set_features(features).unwrap();
+    assert_eq!(writeback(&mut frontend), 0, "said before the features");
+    frontend.reset_device().unwrap();
+    frontend.set_features(features).unwrap();
+    assert_eq!(writeback(&mut frontend), 0, "the front end did not say anything else");
+    let asked = VhostUserInflight::new(0, 0, 1, 64);
+    let (told, file) = frontend.get_inflight_fd(&asked).unwrap();
+    drop(frontend);
+    // Another front end knows nothing of it, and has the default; the memory knows.
+    let mut other = crate::frontend::negotiate(&socket);
+    assert_eq!(writeback(&mut other), 1);
+    other.set_inflight_fd(&told, file.as_raw_fd()).unwrap();
+    assert_eq!(writeback(&mut other), 0);
+    set_writeback(&mut other, 1);
+    assert_eq!(writeback(&mut other), 1);
+    serve.terminate();
 }
 
 /// What another back end left in flight is executed, each once; and so is what it did not take yet.

@@ -33,7 +33,8 @@ impl Handler {
     pub(crate) fn new(device: Arc<BlockDevice>, name: String) -> Self {
         device.reset();
         let rings = (0..device.queues()).map(Ring::new).collect();
-        let common = Common { device, memory: MemoryMap::default(), inflight: None, features: None, name };
+        let memory = MemoryMap::default();
+        let common = Common { device, memory, inflight: None, features: None, writeback: None, name };
         Self { common, rings }
     }
 
@@ -71,6 +72,8 @@ impl Handler {
         ring.ok_or_else(|| Refusal::new(format!("there is no queue {index}: the disk has {count}")))
     }
 
+    /// What the front end said about `writeback` stays: QEMU sends this when its guest starts again, shows the
+    /// guest what it said before, and does not say it again.
     fn reset(&mut self) {
         for ring in &mut self.rings {
             ring.reset();
@@ -118,6 +121,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
             if common.features != Some(features) {
                 common.device.accept_features(features);
                 common.features = Some(features);
+                common.settle_writeback();
             }
             Ok(())
         })?;
@@ -218,7 +222,11 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_config(&mut self, offset: u32, config: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
-        self.common.device.write_config(offset.into(), config);
+        // Also before features are set, which QEMU does when the driver is ready.
+        if let Some(writeback) = BlockDevice::writeback_in(offset.into(), config) {
+            self.common.writeback = Some(writeback);
+            self.common.settle_writeback();
+        }
         Ok(())
     }
 
@@ -234,6 +242,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         let (memory, told, file) = InFlightMemory::create(asked)?;
         self.change_common(|common| {
             common.inflight = Some(memory);
+            common.settle_writeback();
             Ok(())
         })?;
         Ok((told, file))
@@ -241,7 +250,10 @@ impl VhostUserBackendReqHandlerMut for Handler {
 
     fn set_inflight_fd(&mut self, told: &VhostUserInflight, file: File) -> Result<()> {
         self.change_common(|common| {
-            common.inflight = Some(InFlightMemory::adopt(told, file)?);
+            let memory = InFlightMemory::adopt(told, file)?;
+            common.writeback = common.writeback.or(memory.writeback());
+            common.inflight = Some(memory);
+            common.settle_writeback();
             Ok(())
         })
     }

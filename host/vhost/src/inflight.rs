@@ -14,6 +14,17 @@
 //! ring and mark is what `last_batch_head`, `next` and `used_idx` are for: if the ring is ahead of
 //! `used_idx`, the requests of that list were answered.
 //!
+//! After the queues comes what the specification knows nothing about, and others leave alone: whether the guest
+//! has its writes stay volatile until it flushes. The front end says that once, and not again to whoever takes over.
+//!
+//! ```text
+//!  64-byte aligned
+//!  ┌───────┬───────────┐
+//!  │ magic │ writeback │ …
+//!  │ 8     │ 1         │
+//!  └───────┴───────────┘
+//! ```
+//!
 //! All of it is hostile, as guest memory is: what makes no sense can make requests of this guest be
 //! executed twice or never, and nothing else.
 
@@ -45,6 +56,14 @@ const INFLIGHT: usize = 0;
 const NEXT: usize = 6;
 const COUNTER: usize = 8;
 
+/// The first bytes of what comes after the queues.
+const MAGIC: u64 = u64::from_le_bytes(*b"blkhouse");
+
+/// Where `writeback` is after them, and what it can be besides what memory begins with: not said yet.
+const WRITEBACK: usize = 8;
+const THROUGH: u8 = 1;
+const BACK: u8 = 2;
+
 /// The version of the layout. Zero stands for memory that nobody used yet.
 const CURRENT: u16 = 1;
 
@@ -59,13 +78,14 @@ pub(crate) struct InFlightMemory {
 impl InFlightMemory {
     /// New memory, and what the front end is told about it. It cannot be shortened by anybody.
     pub(crate) fn create(asked: &VhostUserInflight) -> Result<(Self, VhostUserInflight, File)> {
-        let len = needed(asked)?;
+        let len = needed(asked)?.saturating_add(ALIGNMENT as u64);
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = File::from(memfd_create("blockhouse-inflight", flags).map_err(Refusal::because)?);
         file.set_len(len).map_err(Refusal::because)?;
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).map_err(Refusal::because)?;
         let told = VhostUserInflight::new(len, 0, asked.num_queues, asked.queue_size);
         let memory = Self::adopt(&told, file.try_clone().map_err(Refusal::because)?)?;
+        memory.store(0, MAGIC);
         Ok((memory, told, file))
     }
 
@@ -76,10 +96,46 @@ impl InFlightMemory {
             let size = told.mmap_size;
             return refuse!("the memory for requests in flight needs {len} bytes, and has {size}");
         }
-        // No more than is needed, whatever size was named.
+        // No more than is needed, whatever size was named. Of another back end it may have the queues only.
+        let end = file.metadata().map_err(Refusal::because)?.len().saturating_sub(told.mmap_offset);
+        let all = len.saturating_add(ALIGNMENT as u64);
+        let len = if all <= told.mmap_size.min(end) { all } else { len };
         let map = memory::map(file, told.mmap_offset, len)
             .map_err(|refusal| refusal.about(&"the memory for requests in flight"))?;
         Ok(Self { map: Arc::new(map), queues: told.num_queues, queue_size: told.queue_size })
+    }
+
+    /// Whether writes may stay volatile until the guest flushes, if a front end has said so. Who brings memory
+    /// of another back end may have said anything: then they may not.
+    pub(crate) fn writeback(&self) -> Option<bool> {
+        let known = self.load::<u64>(0) == Some(MAGIC);
+        match self.load::<u8>(WRITEBACK).filter(|_| known) {
+            Some(0) => None,
+            said => Some(said == Some(BACK)),
+        }
+    }
+
+    /// Keeps that for whoever takes over.
+    pub(crate) fn keep_writeback(&self, writeback: bool) {
+        // Not in the memory of another back end, which may have something else there.
+        if self.load::<u64>(0) == Some(MAGIC) {
+            self.store(WRITEBACK, if writeback { BACK } else { THROUGH });
+        }
+    }
+
+    /// Reads what comes after the queues, if the memory has that.
+    fn load<T: AtomicAccess>(&self, offset: usize) -> Option<T> {
+        self.map.as_volatile_slice().load(self.end().saturating_add(offset), Ordering::Acquire).ok()
+    }
+
+    fn store<T: AtomicAccess>(&self, offset: usize, value: T) {
+        let stored = self.map.as_volatile_slice().store(value, self.end().saturating_add(offset), Ordering::Release);
+        debug_assert!(stored.is_ok(), "there is nothing after the queues");
+    }
+
+    /// Where the queues end.
+    fn end(&self) -> usize {
+        stride(self.queue_size).saturating_mul(self.queues.into())
     }
 
     /// The record of queue `index`, which has `size` descriptors and whose used ring is at `used_idx`; and
@@ -220,7 +276,7 @@ mod tests {
     #[test]
     fn memory_is_laid_out_as_specified() {
         let (memory, told, file) = InFlightMemory::create(&inflight(2, 8)).unwrap();
-        assert_eq!((told.mmap_size, told.mmap_offset, told.num_queues, told.queue_size), (2 * 192, 0, 2, 8));
+        assert_eq!((told.mmap_size, told.mmap_offset, told.num_queues, told.queue_size), (2 * 192 + 64, 0, 2, 8));
         let (mut record, again) = memory.record(1, 8, 0xabc).unwrap();
         assert!(again.is_empty());
         for head in [3, 5] {
@@ -228,9 +284,11 @@ mod tests {
         }
         record.answering(5);
         record.answered(5, 0xabd);
-        let mut bytes = vec![0; 2 * 192];
+        memory.keep_writeback(true);
+        let mut bytes = vec![0; 2 * 192 + 64];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
-        let mut expected = vec![0; 2 * 192];
+        let mut expected = vec![0; 2 * 192 + 64];
+        expected[384..393].copy_from_slice(b"blkhouse\x02");
         let queue = &mut expected[192..];
         queue[8..16].copy_from_slice(&[1, 0, 8, 0, 5, 0, 0xbd, 0x0a]);
         queue[16 + 3 * 16] = 1;
@@ -312,6 +370,33 @@ mod tests {
     }
 
     #[test]
+    fn what_was_said_about_writes_is_kept_and_unknown_is_not_volatile() {
+        let (memory, told, file) = InFlightMemory::create(&inflight(2, 8)).unwrap();
+        let again = |size| {
+            let told = VhostUserInflight::new(size, 0, 2, 8);
+            InFlightMemory::adopt(&told, file.try_clone().unwrap()).unwrap()
+        };
+        let write = |bytes: &[u8]| std::os::unix::fs::FileExt::write_all_at(&file, bytes, 2 * 192).unwrap();
+        assert_eq!(again(told.mmap_size).writeback(), None);
+        for writeback in [false, true] {
+            memory.keep_writeback(writeback);
+            assert_eq!(again(told.mmap_size).writeback(), Some(writeback));
+        }
+        // Memory of another back end: as large as it has to be, or larger and with something else in it.
+        assert_eq!(again(2 * 192).writeback(), Some(false));
+        again(2 * 192).keep_writeback(true);
+        for other in [b"\0\0\0\0\0\0\0\0\x02", b"BLKHOUSE\x02", b"blkhouse\xff"] {
+            write(other);
+            assert_eq!(again(told.mmap_size).writeback(), Some(false), "{other:?}");
+        }
+        write(&[0; 9]);
+        again(told.mmap_size).keep_writeback(true);
+        let mut bytes = [1; 9];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 2 * 192).unwrap();
+        assert_eq!(bytes, [0; 9], "the other back end finds its own bytes");
+    }
+
+    #[test]
     fn memory_that_cannot_be_is_refused() {
         for (queues, size) in [(0, 8), (1, 0), (MAX_QUEUES + 1, 8), (1, MAX_SIZE + 1), (u16::MAX, u16::MAX)] {
             assert!(InFlightMemory::create(&inflight(queues, size)).is_err());
@@ -319,7 +404,7 @@ mod tests {
         let (memory, mut told, file) = InFlightMemory::create(&inflight(2, 8)).unwrap();
         assert!(memory.record(2, 8, 0).is_err());
         assert!(memory.record(0, 16, 0).is_err());
-        told.mmap_size -= 1;
+        told.mmap_size = 2 * 192 - 1;
         assert!(InFlightMemory::adopt(&told, file.try_clone().unwrap()).is_err());
         told.mmap_size = u64::MAX;
         InFlightMemory::adopt(&told, file.try_clone().unwrap()).unwrap();

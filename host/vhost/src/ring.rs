@@ -40,8 +40,22 @@ pub(crate) struct Common {
     pub(crate) inflight: Option<InFlightMemory>,
     /// What the driver accepted, once it did.
     pub(crate) features: Option<u64>,
+    /// What the front end said last about `writeback` in config space: in this session or, as the memory for
+    /// requests in flight says, in one before. It does not repeat it, and hears nothing of a new back end.
+    pub(crate) writeback: Option<bool>,
     /// Names threads and is in every line of the log.
     pub(crate) name: String,
+}
+
+impl Common {
+    /// Has the device and whoever takes over do what the front end said about `writeback`.
+    pub(crate) fn settle_writeback(&self) {
+        let Some(writeback) = self.writeback else { return };
+        self.device.set_writeback(writeback);
+        if let Some(inflight) = &self.inflight {
+            inflight.keep_writeback(writeback);
+        }
+    }
 }
 
 /// One virtqueue.

@@ -235,16 +235,22 @@ impl BlockDevice {
     /// The guest writes `data` to config space at `offset`. One byte can be written, `writeback`, by a
     /// driver that accepted `VIRTIO_BLK_F_CONFIG_WCE`, and only with 0 or 1; all else does nothing.
     pub fn write_config(&self, offset: u64, data: &[u8]) {
-        let value = WRITEBACK
-            .checked_sub(offset)
-            .and_then(|at| usize::try_from(at).ok())
-            .and_then(|at| data.get(at).copied())
-            .filter(|value| *value <= 1);
+        if let Some(writeback) = Self::writeback_in(offset, data) {
+            self.set_writeback(writeback);
+        }
+    }
+
+    /// What a write of `data` to config space at `offset` says about `writeback`, if it says anything.
+    pub fn writeback_in(offset: u64, data: &[u8]) -> Option<bool> {
+        let at = usize::try_from(WRITEBACK.checked_sub(offset)?).ok()?;
+        data.get(at).filter(|value| **value <= 1).map(|value| *value == 1)
+    }
+
+    /// Sets `writeback` in config space, for a driver that accepted `VIRTIO_BLK_F_CONFIG_WCE`.
+    pub fn set_writeback(&self, writeback: bool) {
         let accepted = self.accepted.load(Ordering::Acquire) & self.features();
-        if let Some(value) = value
-            && accepted & 1 << VIRTIO_BLK_F_CONFIG_WCE != 0
-        {
-            self.writeback.store(value == 1, Ordering::Release);
+        if accepted & 1 << VIRTIO_BLK_F_CONFIG_WCE != 0 {
+            self.writeback.store(writeback, Ordering::Release);
         }
     }
 
