@@ -17,58 +17,18 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use blockhouse_block::Error;
 use blockhouse_vhost::Listener;
 use blockhouse_walls::Walls;
-use serde::{Deserialize, Serialize};
 
-use crate::open_disk::{ControlledDisk, DiskRow};
+use crate::control_line::{MAX_LINE, Next, next};
+use crate::open_disk::ControlledDisk;
 use crate::outlet::{self, Running};
-use crate::output::ErrorReport;
-use crate::size::parse_size;
-
-/// The longest command.
-const MAX_LINE: usize = 4 << 10;
 
 /// How long a connection may be silent before it is ended, for others to be served.
 const SILENCE: Duration = Duration::from_secs(10);
 
 /// How long somebody may take to take an answer.
 const ANSWER_TIME: Duration = Duration::from_secs(5);
-
-/// What can be asked for.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
-pub(crate) enum Command {
-    /// What disks there are.
-    Status {},
-    /// What they did.
-    Metrics {},
-    /// A disk gets larger.
-    Resize {
-        /// `disk0` for the first.
-        disk: String,
-        /// Bytes; K, M, G, T multiply.
-        size: String,
-    },
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "lowercase")]
-enum Answer<T> {
-    Result(T),
-    Error(ErrorReport),
-}
-
-/// A disk that was given another size.
-#[derive(Serialize)]
-struct Resized {
-    disk: String,
-    virtual_size_bytes: u64,
-    virtual_size_bytes_before: u64,
-    /// Whether the guest, or its machine monitor, could be told.
-    told: bool,
-}
 
 /// Serves the interface.
 pub(crate) fn start(listener: Listener, walls: &Walls, disks: Arc<[ControlledDisk]>) -> anyhow::Result<Running> {
@@ -80,61 +40,13 @@ fn serve(mut stream: UnixStream, disks: &[ControlledDisk]) -> io::Result<()> {
     let mut received = Vec::new();
     loop {
         outlet::read_until(&mut stream, &mut received, SILENCE, MAX_LINE, |bytes| bytes.contains(&b'\n'))?;
-        let Some(end) = received.iter().position(|byte| *byte == b'\n') else {
-            if received.len() < MAX_LINE {
-                // It ended, or was silent.
-                return Ok(());
-            }
-            let why = format!("a command has {MAX_LINE} bytes at most");
-            return answer(&mut stream, &invalid::<()>(why));
-        };
-        let line: Vec<u8> = received.drain(..=end).collect();
-        match serde_json::from_slice(&line) {
-            Err(error) => answer(&mut stream, &invalid::<()>(format!("not a command: {error}")))?,
-            Ok(Command::Status {}) => {
-                let rows: Vec<_> = disks.iter().map(ControlledDisk::status).collect();
-                answer(&mut stream, &Answer::Result(rows))?;
-            }
-            Ok(Command::Metrics {}) => {
-                let rows: Vec<DiskRow> = disks.iter().map(ControlledDisk::row).collect();
-                answer(&mut stream, &Answer::Result(rows))?;
-            }
-            Ok(Command::Resize { disk, size }) => answer(&mut stream, &resize(disks, &disk, &size))?,
+        match next(&mut received, disks)? {
+            Next::Answer(line) => outlet::write_all(&mut stream, &line, ANSWER_TIME)?,
+            Next::Last(line) => return outlet::write_all(&mut stream, &line, ANSWER_TIME),
+            // It ended, or was silent.
+            Next::Incomplete => return Ok(()),
         }
     }
-}
-
-fn resize(disks: &[ControlledDisk], name: &str, size: &str) -> Answer<Resized> {
-    let Some(disk) = disks.iter().find(|disk| disk.name() == name) else {
-        let names: Vec<String> = disks.iter().map(ControlledDisk::name).collect();
-        return invalid(format!("there is no disk {name:?}; there is: {}", names.join(", ")));
-    };
-    let size = match parse_size(size) {
-        Ok(size) => size,
-        Err(why) => return invalid(why),
-    };
-    let before = disk.capacity();
-    match disk.grow(size) {
-        Ok(told) => {
-            tracing::info!(disk = name, before, size, "the disk was made larger");
-            let disk = name.to_owned();
-            Answer::Result(Resized { disk, virtual_size_bytes: size, virtual_size_bytes_before: before, told })
-        }
-        Err(error) => {
-            tracing::warn!(disk = name, size, "the disk could not be made larger: {error}");
-            Answer::Error(ErrorReport::from(&error))
-        }
-    }
-}
-
-fn invalid<T>(why: String) -> Answer<T> {
-    Answer::Error(ErrorReport::from(&Error::new(blockhouse_block::ErrorKind::Invalid, why)))
-}
-
-fn answer(stream: &mut UnixStream, answer: &impl Serialize) -> io::Result<()> {
-    let mut line = serde_json::to_vec(answer)?;
-    line.push(b'\n');
-    outlet::write_all(stream, &line, ANSWER_TIME)
 }
 
 #[cfg(test)]

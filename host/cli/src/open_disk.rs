@@ -10,6 +10,7 @@ use blockhouse_walls::{Plan, Role, Use, Walls};
 use serde::Serialize;
 
 use crate::args::HostArgs;
+use crate::control_line::Controlled;
 use crate::disk_arg::DiskArg;
 use crate::metrics::{self, Figures};
 use crate::outlet;
@@ -151,7 +152,7 @@ pub(crate) struct ControlledDisk {
 
 /// A disk that there is.
 #[derive(Serialize)]
-pub(crate) struct Status {
+struct Status {
     disk: String,
     image: String,
     format: String,
@@ -171,28 +172,8 @@ impl ControlledDisk {
         Self { open, figures, tell: Box::new(tell) }
     }
 
-    /// As the log names it: `disk0`.
-    pub(crate) fn name(&self) -> String {
-        format!("disk{}", self.open.number)
-    }
-
-    pub(crate) fn capacity(&self) -> u64 {
-        self.open.disk.capacity()
-    }
-
     pub(crate) fn figures(&self) -> Figures {
         (self.figures)()
-    }
-
-    pub(crate) fn status(&self) -> Status {
-        Status {
-            disk: self.name(),
-            image: self.open.name.clone(),
-            format: self.open.format.clone(),
-            serial: self.open.serial.clone(),
-            read_only: !self.open.disk.is_writable(),
-            virtual_size_bytes: self.capacity(),
-        }
     }
 
     /// What became of it.
@@ -209,9 +190,33 @@ impl ControlledDisk {
             figures: self.figures(),
         }
     }
+}
 
-    /// Makes it larger, and tells the guest: whether it could be told.
-    pub(crate) fn grow(&self, size: u64) -> blockhouse_block::Result<bool> {
+impl Controlled for ControlledDisk {
+    fn name(&self) -> String {
+        format!("disk{}", self.open.number)
+    }
+
+    fn capacity(&self) -> u64 {
+        self.open.disk.capacity()
+    }
+
+    fn status(&self) -> impl Serialize {
+        Status {
+            disk: self.name(),
+            image: self.open.name.clone(),
+            format: self.open.format.clone(),
+            serial: self.open.serial.clone(),
+            read_only: !self.open.disk.is_writable(),
+            virtual_size_bytes: self.capacity(),
+        }
+    }
+
+    fn metrics(&self) -> impl Serialize {
+        self.row()
+    }
+
+    fn grow(&self, size: u64) -> blockhouse_block::Result<bool> {
         if self.open.guard_header {
             // The guard knows where the last sector is.
             let why = "a disk with guard-header=on keeps its size: stop it, then change it with `resize`";

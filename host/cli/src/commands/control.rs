@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, bail};
 use serde_json::Value;
 
-use crate::control::Command;
+use crate::control_line::Command;
 use crate::output::{self, printable, size};
 
 /// Speak with a running `blockhouse run` or `serve`

@@ -9,7 +9,8 @@ use blockhouse_walls::Plan;
 use serde::Serialize;
 
 use crate::args::ImageArgs;
-use crate::output::{self, ErrorReport, exit_code, printable, size};
+use crate::error_report::ErrorReport;
+use crate::output::{self, exit_code, printable, size};
 use crate::requested;
 
 /// Show an image and its backing chain: sizes, features, what it refers to, what was refused
