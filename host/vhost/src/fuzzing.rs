@@ -1,11 +1,21 @@
-//! The memory for requests in flight, for its fuzz target. No part of the interface.
+//! The memory for requests in flight, and a session, for their fuzz targets. No part of the interface.
 
 use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
-use blockhouse_virtio::InFlightRecord;
+use blockhouse_virtio::{BlockDevice, InFlightRecord};
 use vhost::vhost_user::message::VhostUserInflight;
 
+use crate::handler::Handler;
 use crate::inflight::InFlightMemory;
+use crate::lines::NewsChannel;
+use crate::session;
+
+/// Serves one front end of `device` to its end.
+pub fn serve(stream: UnixStream, device: &Arc<BlockDevice>, name: &str) {
+    session::serve(stream, Handler::new(Arc::clone(device), name.to_owned()), &NewsChannel::default(), name);
+}
 
 /// See [`InFlightMemory`].
 pub struct InFlight(InFlightMemory);

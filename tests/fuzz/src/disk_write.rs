@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use arbitrary::{Result, Unstructured};
 use blockhouse_block::{
-    Access, Allocation, BlockBackend, Disk, DiskOptions, EXTENT_BYTES, Extent, FileIndex, Freed, ImageFile, Layer,
-    LayerInfo, LayerPacker, LayerWriter, Located, MAX_FILE_OFFSET, Placement, VolatileSlice,
+    Access, Allocation, BlockBackend, Disk, DiskOptions, EXTENT_BYTES, Engine, Extent, FileIndex, Freed, ImageFile,
+    Layer, LayerInfo, LayerPacker, LayerWriter, Located, MAX_FILE_OFFSET, Placement, VolatileSlice,
 };
 
 use crate::lies::{FILE, FILES, Liar, Place, Script, byte_of, content_of, error, places};
@@ -306,7 +306,40 @@ pub(crate) fn run(data: &[u8]) {
     let _input_ends = write(&mut Unstructured::new(data));
 }
 
-fn write(u: &mut Unstructured<'_>) -> Result<()> {
+/// A disk, its layers and its files.
+pub(crate) struct Bench {
+    pub(crate) disk: Arc<Disk>,
+    /// What it shows, as long as nobody lied.
+    pub(crate) model: Vec<u8>,
+    /// There is no writer: some things cannot be done.
+    in_place: bool,
+    top: Arc<Top>,
+    below: Option<Arc<Liar>>,
+    places: Vec<Place>,
+}
+
+impl Bench {
+    pub(crate) fn lied(&self) -> bool {
+        self.top.state().script.lied || self.below.as_ref().is_some_and(|base| base.script().lied)
+    }
+
+    fn is_closed(&self) -> bool {
+        self.top.state().finished
+    }
+
+    /// Whether a request may end with an error.
+    pub(crate) fn may_fail(&self) -> bool {
+        self.lied() || self.is_closed() || self.in_place
+    }
+
+    /// Ends the use of the disk, and looks at the files.
+    pub(crate) fn end(self) {
+        drop(self.disk);
+        check_files(&self.places, &self.top.state());
+    }
+}
+
+pub(crate) fn bench(u: &mut Unstructured<'_>, engine: Engine) -> Result<Bench> {
     let places = places();
     let cluster: u64 = *u.choose(&[512, 1024, 4096, 8192])?;
     let virtual_size: u64 = 512 * u.int_in_range(1..=64)?;
@@ -372,12 +405,18 @@ fn write(u: &mut Unstructured<'_>) -> Result<()> {
     }
     let options = DiskOptions {
         writable: true,
+        engine,
         extent_map_bytes: u.int_in_range(0..=16)? * EXTENT_BYTES,
         allocate_ahead_bytes: *u.choose(&[0, 4096, 32 << 10])?,
         ..DiskOptions::default()
     };
-    let lied = || top.state().script.lied || below.as_ref().is_some_and(|base| base.script().lied);
-    let disk = Disk::new(layers, options).expect("possible sizes");
+    let disk = Arc::new(Disk::new(layers, options).expect("possible sizes"));
+    Ok(Bench { disk, model, in_place, top, below, places })
+}
+
+fn write(u: &mut Unstructured<'_>) -> Result<()> {
+    let mut bench = bench(u, Engine::default())?;
+    let virtual_size = bench.disk.capacity();
     for _ in 0..24 {
         if u.is_empty() {
             break;
@@ -392,53 +431,54 @@ fn write(u: &mut Unstructured<'_>) -> Result<()> {
                 let mut bytes = vec![value; length as usize];
                 let pieces = u.int_in_range(1..=5000)?;
                 let buffers: Vec<_> = bytes.chunks_mut(pieces).map(VolatileSlice::from).collect();
-                model[range.clone()].fill(value);
-                disk.write(&buffers, start)
+                bench.model[range.clone()].fill(value);
+                bench.disk.write(&buffers, start)
             }
             5 => {
                 let mut bytes = vec![0xee; length as usize];
-                let result = disk.read(&[VolatileSlice::from(&mut bytes[..])], start);
-                if result.is_ok() && !lied() {
-                    assert!(bytes == model[range.clone()], "{length} bytes at {start} differ");
+                let result = bench.disk.read(&[VolatileSlice::from(&mut bytes[..])], start);
+                if result.is_ok() && !bench.lied() {
+                    assert!(bytes == bench.model[range.clone()], "{length} bytes at {start} differ");
                 }
                 result
             }
             6 => {
-                model[range.clone()].fill(0);
-                disk.write_zeroes(start, length, u.arbitrary()?)
+                bench.model[range.clone()].fill(0);
+                bench.disk.write_zeroes(start, length, u.arbitrary()?)
             }
             7 => {
-                let result = disk.discard(start, length);
+                let result = bench.disk.discard(start, length);
                 let mut bytes = vec![0xee; length as usize];
-                if result.is_ok() && disk.read(&[VolatileSlice::from(&mut bytes[..])], start).is_ok() && !lied() {
-                    for (byte, before) in bytes.iter().zip(&mut model[range.clone()]) {
+                if result.is_ok()
+                    && bench.disk.read(&[VolatileSlice::from(&mut bytes[..])], start).is_ok()
+                    && !bench.lied()
+                {
+                    for (byte, before) in bytes.iter().zip(&mut bench.model[range.clone()]) {
                         assert!(*byte == 0 || byte == before, "discarded, and now it reads as something else");
                         *before = *byte;
                     }
                 }
                 result
             }
-            8 => disk.flush(),
+            8 => bench.disk.flush(),
             _ if u.ratio(1, 4)? => {
-                let result = disk.close();
-                assert!(disk.close().is_err(), "closed twice");
+                let result = bench.disk.close();
+                assert!(bench.disk.close().is_err(), "closed twice");
                 result
             }
             _ => Ok(()),
         };
         say!("{what}: {length} bytes at {start}: {result:?}");
         if let Err(error) = result {
-            let closed = top.state().finished;
-            assert!(lied() || closed || in_place, "an honest layer, and: {error}");
-            if closed || in_place {
+            assert!(bench.may_fail(), "an honest layer, and: {error}");
+            if bench.is_closed() || bench.in_place {
                 break;
             }
         }
-        let stats = disk.map_stats();
+        let stats = bench.disk.map_stats();
         assert!(stats.extents <= stats.max_extents, "{stats:?}");
     }
-    drop(disk);
-    check_files(&places, &top.state());
+    bench.end();
     Ok(())
 }
 

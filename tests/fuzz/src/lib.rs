@@ -24,6 +24,8 @@
 #![allow(clippy::cast_possible_truncation)]
 
 mod code_file;
+mod control;
+mod disk_lane;
 mod disk_read;
 mod disk_string;
 mod disk_write;
@@ -35,7 +37,9 @@ mod policy_file;
 mod qcow2;
 mod qcow2_write;
 mod queue;
+mod rates;
 mod small_formats;
+mod vhost;
 mod vmdk;
 
 // For the parts of the product that name that crate, and use of it what is here.
@@ -65,14 +69,18 @@ pub type Target = (&'static str, fn(&[u8]));
 /// All targets.
 pub const TARGETS: &[Target] = &[
     ("code_file", code_file::run),
+    ("control", control::run),
+    ("disk_lane", disk_lane::run),
     ("disk_read", disk_read::run),
     ("disk_string", disk_string::run),
     ("disk_write", disk_write::run),
     ("in_flight", inflight::run),
+    ("limits", rates::run),
     ("policy_file", policy_file::run),
     ("qcow2_read", qcow2::read),
     ("qcow2_repair", qcow2::repair),
     ("qcow2_write", qcow2_write::run),
+    ("vhost_message", vhost::run),
     ("virtio_queue", queue::run),
     ("vmdk", vmdk::run),
     ("small_formats", small_formats::run),

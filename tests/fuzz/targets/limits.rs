@@ -1,0 +1,4 @@
+//! See `blockhouse_fuzz`.
+#![cfg_attr(fuzzing, no_main)]
+
+blockhouse_fuzz::program!("limits");
