@@ -44,11 +44,9 @@ impl Role {
         [Self::Program, Self::Control, Self::FrontEnd, Self::Operator, Self::Vcpu, Self::DataPath, Self::Compiler];
 
     /// What it may do without a condition, beside what the other functions say.
-    pub(crate) const fn base(self) -> &'static [libc::c_long] {
-        match self {
-            Self::Compiler => COMPUTING,
-            _ => EVERYBODY,
-        }
+    pub(crate) fn base(self) -> impl Iterator<Item = libc::c_long> {
+        let more = if matches!(self, Self::Compiler) { &[] } else { SERVING };
+        COMPUTING.iter().chain(more).copied()
     }
 
     /// Is the first role of a process.
@@ -119,12 +117,14 @@ const KVM_IOEVENTFD: u64 = 0x4040_ae79;
 /// begins with.
 pub(crate) const PRCTLS: &[i32] = &[libc::PR_SET_NAME, libc::PR_SET_VMA, libc::PR_SET_NO_NEW_PRIVS];
 
-/// What a process does that computes: it has memory, reads and writes what is open, and ends.
+/// What every thread may do, and all that one does which computes: have memory, read and write what is open, and end.
 pub(crate) const COMPUTING: &[libc::c_long] = &[
+    // Memory. `mmap` and `mprotect` have conditions of their own.
     libc::SYS_brk,
     libc::SYS_madvise,
     libc::SYS_mremap,
     libc::SYS_munmap,
+    // Threads. `tgkill` and `prctl` have conditions of their own.
     libc::SYS_exit,
     libc::SYS_exit_group,
     libc::SYS_futex,
@@ -136,10 +136,13 @@ pub(crate) const COMPUTING: &[libc::c_long] = &[
     libc::SYS_rt_sigreturn,
     libc::SYS_sched_getaffinity,
     libc::SYS_sched_yield,
+    // A further filter only takes away.
     libc::SYS_seccomp,
     libc::SYS_sigaltstack,
+    // Time and chance.
     libc::SYS_clock_gettime,
     libc::SYS_getrandom,
+    // Open files. `fstat` is here, `statx` has a condition of its own.
     libc::SYS_close,
     libc::SYS_fstat,
     libc::SYS_read,
@@ -148,47 +151,24 @@ pub(crate) const COMPUTING: &[libc::c_long] = &[
     libc::SYS_writev,
 ];
 
-/// What every thread may do: live, sleep, have memory, and use files that are open.
-pub(crate) const EVERYBODY: &[libc::c_long] = &[
-    // Memory. `mmap` and `mprotect` have conditions of their own.
-    libc::SYS_brk,
-    libc::SYS_madvise,
+/// What every thread of a program may do beside [`COMPUTING`]: start others, sleep, and use open files in every way.
+pub(crate) const SERVING: &[libc::c_long] = &[
+    // Threads. `clone` has conditions of its own.
     libc::SYS_membarrier,
-    libc::SYS_mremap,
-    libc::SYS_munmap,
-    // Threads. `clone`, `tgkill` and `prctl` have conditions of their own.
-    libc::SYS_exit,
-    libc::SYS_exit_group,
-    libc::SYS_futex,
-    libc::SYS_getpid,
-    libc::SYS_gettid,
-    libc::SYS_restart_syscall,
     libc::SYS_rseq,
-    libc::SYS_rt_sigaction,
-    libc::SYS_rt_sigprocmask,
-    libc::SYS_rt_sigreturn,
-    libc::SYS_sched_getaffinity,
-    libc::SYS_sched_yield,
-    // A further filter only takes away.
-    libc::SYS_seccomp,
     libc::SYS_set_robust_list,
-    libc::SYS_sigaltstack,
-    // Time and chance.
+    // Time.
     libc::SYS_clock_getres,
-    libc::SYS_clock_gettime,
     libc::SYS_clock_nanosleep,
-    libc::SYS_getrandom,
     libc::SYS_gettimeofday,
     libc::SYS_nanosleep,
-    // Open files. `fstat` is here, `statx` has a condition of its own.
-    libc::SYS_close,
+    // Open files.
     libc::SYS_copy_file_range,
     libc::SYS_dup,
     libc::SYS_dup3,
     libc::SYS_fallocate,
     libc::SYS_fcntl,
     libc::SYS_fdatasync,
-    libc::SYS_fstat,
     libc::SYS_fstatfs,
     libc::SYS_fsync,
     libc::SYS_ftruncate,
@@ -199,11 +179,7 @@ pub(crate) const EVERYBODY: &[libc::c_long] = &[
     libc::SYS_pwrite64,
     libc::SYS_pwritev,
     libc::SYS_pwritev2,
-    libc::SYS_read,
-    libc::SYS_readv,
     libc::SYS_sync_file_range,
-    libc::SYS_write,
-    libc::SYS_writev,
     // Waiting for them.
     libc::SYS_epoll_create1,
     libc::SYS_epoll_ctl,

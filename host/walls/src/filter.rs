@@ -80,7 +80,7 @@ fn refused(role: Role) -> impl Iterator<Item = libc::c_long> {
 
 /// The calls that are made, and when.
 fn allowed(role: Role) -> Result<Rules, BackendError> {
-    let mut rules = unconditional(role.base().iter().copied());
+    let mut rules = unconditional(role.base());
     let tables: [(bool, &[libc::c_long]); 5] = [
         (role.names(), NAMES),
         (role.names(), STARTING),
