@@ -1,7 +1,9 @@
 //! The built-in guest on this machine's own KVM: what a guest sees of its disks.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
-use std::io::{self, Write};
+mod common;
+
+use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, mpsc};
@@ -12,6 +14,8 @@ use blockhouse_block::{BlockBackend, Error, ErrorKind, Lane, Pool, PoolLane, Res
 use blockhouse_vmm::{DiskConfig, DiskReport, DiskResult, Exit, ExitReason, Machine, MachineConfig, Payload};
 use sha2::{Digest, Sha256};
 use vm_memory::VolatileSlice;
+
+use common::{Console, skip};
 
 const SECTOR: u64 = 512;
 
@@ -96,36 +100,9 @@ impl BlockBackend for TestDisk {
     }
 }
 
-/// A console that the test can look at.
-#[derive(Clone, Default)]
-struct Console(Arc<Mutex<Vec<u8>>>);
-
-impl Console {
-    fn text(&self) -> String {
-        String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
-    }
-}
-
-impl Write for Console {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Says that the calling test cannot run here: to people, and to `cargo xtask test`, which counts the
-/// lines of the file that it names.
-fn skip(reason: &dyn std::fmt::Display) {
-    let line = format!("skipped: {}: {reason}\n", thread::current().name().unwrap_or("builtin_guest"));
-    eprint!("{line}");
-    if let Some(file) = std::env::var_os("BLOCKHOUSE_SKIPS") {
-        let mut file = std::fs::File::options().append(true).create(true).open(file).unwrap();
-        file.write_all(line.as_bytes()).unwrap();
-    }
+/// What the guest printed.
+fn text(console: &Console) -> String {
+    String::from_utf8(console.bytes()).unwrap()
 }
 
 /// A machine with the built-in guest, or `None`, with the reason printed, where there is no KVM.
@@ -150,7 +127,7 @@ fn machine(disks: Vec<DiskConfig>, vcpus: u8, console: &Console) -> Option<Machi
 fn run(disks: Vec<DiskConfig>) -> Option<(Exit, String)> {
     let console = Console::default();
     let exit = machine(disks, 1, &console)?.run().expect("the guest must end by itself");
-    Some((exit, console.text()))
+    Some((exit, text(&console)))
 }
 
 fn config(disk: &Arc<TestDisk>, serial: &str) -> DiskConfig {

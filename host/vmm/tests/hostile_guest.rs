@@ -11,14 +11,17 @@
 //! next reset brings it back, and the machine goes on.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
-use std::io::{self, Write};
+mod common;
+
+use std::io::Write;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
-use std::thread;
 
 use blockhouse_block::{BlockBackend, Lane, Pool, PoolLane, Result, Topology};
 use blockhouse_vmm::{DiskConfig, ExitReason, Machine, MachineConfig, Payload};
 use vm_memory::VolatileSlice;
+
+use common::{Console, skip};
 
 /// A program that plays a script: steps of three 64-bit words, operation, address, value.
 ///
@@ -395,32 +398,6 @@ impl BlockBackend for CountedDisk {
     }
 }
 
-/// What the guest reported.
-#[derive(Clone, Default)]
-struct Reports(Arc<Mutex<Vec<u8>>>);
-
-impl Write for Reports {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.lock().unwrap().extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Says that the test cannot run here: to people, and to `cargo xtask test`, which counts the lines of the file that
-/// it names.
-fn skip(reason: &dyn std::fmt::Display) {
-    let line = format!("skipped: {}: {reason}\n", thread::current().name().unwrap_or("hostile_guest"));
-    eprint!("{line}");
-    if let Some(file) = std::env::var_os("BLOCKHOUSE_SKIPS") {
-        let mut file = std::fs::File::options().append(true).create(true).open(file).unwrap();
-        file.write_all(line.as_bytes()).unwrap();
-    }
-}
-
 /// One row of the table that `cargo xtask hostile` prints.
 fn row(name: &str) {
     if let Some(file) = std::env::var_os("BLOCKHOUSE_CATALOGUE") {
@@ -448,7 +425,7 @@ fn no_attack_of_a_guest_takes_the_machine_down() {
     let kernel = directory.path().join("guest.elf");
     std::fs::write(&kernel, script.elf()).unwrap();
     let disk = Arc::new(CountedDisk { changes: AtomicUsize::new(0) });
-    let reports = Reports::default();
+    let reports = Console::default();
     let config = MachineConfig {
         memory_bytes: MEMORY,
         vcpus: 1,
@@ -463,7 +440,7 @@ fn no_attack_of_a_guest_takes_the_machine_down() {
     };
     let exit = machine.run().unwrap();
     assert_eq!(exit.reason, ExitReason::Reset);
-    let reports = reports.0.lock().unwrap();
+    let reports = reports.bytes();
     // Two reports for each attack, and four bytes of data.
     assert_eq!(reports.len(), ATTACKS.len() * 28, "the guest did not come to its end");
     let discards = ATTACKS.iter().filter(|(name, ..)| name.contains("good discard")).count();
