@@ -24,11 +24,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use blockhouse_tests::guest::fio;
+use blockhouse_tests::guest::pieces::{self, INIT, Linux};
+use blockhouse_tests::guest::qemu::KERNEL_OPTIONS;
 use blockhouse_tests::{blockhouse, noise, qemu_img, run, scratch, sha256, skip};
 
-use crate::fio;
-use crate::machine::{Job, KERNEL_OPTIONS, Log, Machine};
-use crate::pieces::{self, INIT, Linux};
+use crate::machine::{Job, Log, Machine};
 
 /// How many machines are killed; one more reads everything and ends by itself. 0, which is what it is without
 /// `CRASH_KILLS`, leaves the test out.

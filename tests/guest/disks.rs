@@ -4,9 +4,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use blockhouse_tests::guest::pieces::installed;
 use blockhouse_tests::{noise, qemu_img, run, sha256};
-
-use crate::pieces::installed;
 
 /// Size of the file system.
 const SIZE: &str = "48M";

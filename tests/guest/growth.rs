@@ -1,9 +1,10 @@
 //! A disk of `blockhouse run` that gets larger under Linux.
 
+use blockhouse_tests::guest::pieces::{self, INIT, Linux};
+use blockhouse_tests::guest::qemu::KERNEL_OPTIONS;
 use blockhouse_tests::{scratch, skip};
 
-use crate::machine::{Job, KERNEL_OPTIONS, LIMIT, Machine};
-use crate::pieces::{self, INIT, Linux};
+use crate::machine::{Job, LIMIT, Machine};
 
 /// The kernel hears of it by interrupt, while it runs, and writes to what the disk gained.
 #[test]

@@ -19,10 +19,10 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use blockhouse_tests::guest::pieces::{self, INIT, Linux};
+use blockhouse_tests::guest::qemu::{KERNEL_OPTIONS, find_qemu, qemu};
 use blockhouse_tests::{on_path, program, run, run_within, scratch, target_directory};
 use tempfile::TempDir;
-
-use crate::pieces::{self, INIT, Linux};
 
 /// From start to power-off, for a job that starts one guest; some 15 seconds are usual.
 pub(crate) const LIMIT: Duration = Duration::from_secs(240);
@@ -219,35 +219,6 @@ pub(crate) fn turn() -> MutexGuard<'static, ()> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
-
-/// Where QEMU was unpacked, `None` when it is installed, or why there is none.
-pub(crate) fn find_qemu() -> Result<Option<PathBuf>, String> {
-    match pieces::cache("qemu") {
-        Ok(directory) => Ok(Some(directory)),
-        Err(_) if on_path("qemu-system-x86_64") => Ok(None),
-        Err(reason) => Err(reason),
-    }
-}
-
-/// QEMU, without arguments but for where its files are.
-pub(crate) fn qemu(unpacked: Option<&Path>) -> Command {
-    let Some(package) = unpacked else {
-        return Command::new("qemu-system-x86_64");
-    };
-    let mut qemu = Command::new(package.join("usr/bin/qemu-system-x86_64"));
-    let libraries = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|below| package.join(below));
-    qemu.env("QEMU_MODULE_DIR", libraries[0].join("qemu"))
-        .env("LD_LIBRARY_PATH", std::env::join_paths(&libraries).unwrap())
-        .arg("-L")
-        .arg(package.join("usr/share/qemu"))
-        .arg("-L")
-        .arg(package.join("usr/share/seabios"));
-    qemu
-}
-
-/// What makes a kernel start fast and end for sure in an emulated machine.
-pub(crate) const KERNEL_OPTIONS: &str =
-    "panic=-1 reboot=t nokaslr mitigations=off tsc=reliable no_timer_check random.trust_cpu=on";
 
 /// A program without symbols, if there is a `strip`: less to unpack inside.
 fn strip(program: &Path) -> Vec<u8> {

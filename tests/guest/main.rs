@@ -4,20 +4,18 @@
 
 mod crashes;
 mod disks;
-mod fio;
 mod growth;
-mod initramfs;
 mod machine;
-mod pieces;
 mod vhost_user;
 
 use std::fmt::Write as _;
 
+use blockhouse_tests::guest::pieces::{self, INIT, Linux};
+use blockhouse_tests::guest::qemu::KERNEL_OPTIONS;
 use blockhouse_tests::{scratch, skip};
 
 use crate::disks::Chain;
-use crate::machine::{Job, KERNEL_OPTIONS, LIMIT, Machine};
-use crate::pieces::{INIT, Linux};
+use crate::machine::{Job, LIMIT, Machine};
 
 /// Debian's kernel finds the disk through ACPI, mounts the ext4 on it and reads every file right.
 #[test]

@@ -14,13 +14,14 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use blockhouse_tests::guest::fio;
+use blockhouse_tests::guest::pieces::{self, INIT, Linux};
+use blockhouse_tests::guest::qemu::{KERNEL_OPTIONS, find_qemu, qemu};
 use blockhouse_tests::serve::Serve;
 use blockhouse_tests::{noise, qemu_img, run, scratch, skip, target_directory};
 use rustix::process::Signal;
 
-use crate::fio;
-use crate::machine::{KERNEL_OPTIONS, find_qemu, qemu, turn};
-use crate::pieces::{self, INIT, Linux};
+use crate::machine::turn;
 
 /// How often the server is killed.
 const KILLS: usize = 3;

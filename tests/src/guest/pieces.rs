@@ -6,21 +6,20 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use blockhouse_tests::{run, target_directory};
-
-use crate::initramfs::Initramfs;
+use super::initramfs::Initramfs;
+use crate::{run, target_directory};
 
 /// A stock kernel, as its package has it.
-pub(crate) struct Linux {
+pub struct Linux {
     /// The bzImage.
-    pub(crate) kernel: PathBuf,
+    pub kernel: PathBuf,
     /// Module files by name, with `_` for `-`.
     modules: BTreeMap<String, PathBuf>,
 }
 
 impl Linux {
     /// The unpacked package, or why there is none.
-    pub(crate) fn find() -> Result<Self, String> {
+    pub fn find() -> Result<Self, String> {
         let package = cache("linux")?;
         let kernel = files(&package.join("boot"))
             .into_iter()
@@ -39,7 +38,7 @@ impl Linux {
 
     /// Adds modules to an initramfs, and lines to load them in an order in which each finds
     /// what it needs. A name that the package has no file for is built into the kernel.
-    pub(crate) fn add_modules(&self, names: &[&str], archive: &mut Initramfs) -> String {
+    pub fn add_modules(&self, names: &[&str], archive: &mut Initramfs) -> String {
         let mut script = String::new();
         let mut loaded = Vec::new();
         for name in names {
@@ -90,7 +89,7 @@ fn depends(module: &[u8]) -> Vec<String> {
 }
 
 /// An initramfs with busybox, and its commands under their names.
-pub(crate) fn busybox() -> Result<Initramfs, String> {
+pub fn busybox() -> Result<Initramfs, String> {
     let mut archive = Initramfs::default();
     archive.copy("/bin/busybox", cache("busybox")?.join("bin/busybox"));
     for directory in ["/proc", "/sys", "/dev", "/tmp", "/mnt"] {
@@ -100,7 +99,7 @@ pub(crate) fn busybox() -> Result<Initramfs, String> {
 }
 
 /// How every `/init` begins.
-pub(crate) const INIT: &str = "#!/bin/busybox sh
+pub const INIT: &str = "#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin
 mount -t proc proc /proc
@@ -110,7 +109,7 @@ mount -t tmpfs tmp /tmp
 ";
 
 /// Adds the shared libraries that a program of this machine loads, and the loader itself.
-pub(crate) fn add_libraries(program: &Path, archive: &mut Initramfs) {
+pub fn add_libraries(program: &Path, archive: &mut Initramfs) {
     for (path, library) in libraries(program, None) {
         archive.copy(path, library);
     }
@@ -118,7 +117,7 @@ pub(crate) fn add_libraries(program: &Path, archive: &mut Initramfs) {
 
 /// The shared libraries that a program loads, and the loader itself: where each belongs, and
 /// where it is. Those of an unpacked package belong where installing it would put them.
-pub(crate) fn libraries(program: &Path, package: Option<&Path>) -> Vec<(PathBuf, PathBuf)> {
+pub fn libraries(program: &Path, package: Option<&Path>) -> Vec<(PathBuf, PathBuf)> {
     let mut ldd = Command::new("ldd");
     ldd.arg(program);
     if let Some(package) = package {
@@ -138,7 +137,7 @@ fn library_directories(package: &Path) -> BTreeSet<PathBuf> {
 }
 
 /// A program of this machine, which need not be root's to be found, or what would bring it.
-pub(crate) fn installed(name: &str, package: &str) -> Result<PathBuf, String> {
+pub fn installed(name: &str, package: &str) -> Result<PathBuf, String> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         .chain(["/usr/sbin".into(), "/sbin".into()])
@@ -148,7 +147,7 @@ pub(crate) fn installed(name: &str, package: &str) -> Result<PathBuf, String> {
 }
 
 /// A directory that `cargo xtask prerequisites` makes, or why there is none.
-pub(crate) fn cache(name: &str) -> Result<PathBuf, String> {
+pub fn cache(name: &str) -> Result<PathBuf, String> {
     let directory = target_directory().join("cache").join(name);
     if directory.is_dir() {
         return Ok(directory);

@@ -9,17 +9,16 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use blockhouse_tests::{on_path, run, scratch};
-
-use crate::initramfs::Initramfs;
-use crate::pieces;
+use super::initramfs::Initramfs;
+use super::pieces;
+use crate::{on_path, run, scratch};
 
 /// The libraries that a guest gets as they are, and the versions that their symbols have.
 const LIBRARIES: [&str; 5] = ["libc.so.", "libm.so.", "libz.so.", "libaio.so.", "libnuma.so."];
 const VERSIONS: [&str; 3] = ["GLIBC_", "LIBAIO_", "libnuma_"];
 
 /// Adds `/usr/bin/fio`, or says what is missing for it.
-pub(crate) fn add(archive: &mut Initramfs) -> Result<(), String> {
+pub fn add(archive: &mut Initramfs) -> Result<(), String> {
     let package = pieces::cache("fio")?;
     if let Some(missing) = ["cc", "nm", "readelf"].into_iter().find(|program| !on_path(program)) {
         return Err(format!("no {missing}; it comes with the package gcc"));

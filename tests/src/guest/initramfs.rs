@@ -13,7 +13,7 @@ const PROGRAM: u32 = 0o100_755;
 
 /// An archive in the making. Parent directories are added by themselves.
 #[derive(Default)]
-pub(crate) struct Initramfs {
+pub struct Initramfs {
     bytes: Vec<u8>,
     directories: BTreeSet<PathBuf>,
     inode: u32,
@@ -21,7 +21,7 @@ pub(crate) struct Initramfs {
 
 impl Initramfs {
     /// Adds a directory, absolute as in the finished system.
-    pub(crate) fn directory(&mut self, path: impl AsRef<Path>) -> &mut Self {
+    pub fn directory(&mut self, path: impl AsRef<Path>) -> &mut Self {
         let path = path.as_ref().strip_prefix("/").expect("an absolute path").to_owned();
         for parent in path.ancestors().collect::<Vec<_>>().into_iter().rev() {
             if parent != Path::new("") && self.directories.insert(parent.to_owned()) {
@@ -32,7 +32,7 @@ impl Initramfs {
     }
 
     /// Adds a file that may be run.
-    pub(crate) fn file(&mut self, path: impl AsRef<Path>, content: &[u8]) -> &mut Self {
+    pub fn file(&mut self, path: impl AsRef<Path>, content: &[u8]) -> &mut Self {
         let path = path.as_ref();
         self.directory(path.parent().expect("a file lies in a directory"));
         self.entry(path.strip_prefix("/").expect("an absolute path"), PROGRAM, content);
@@ -40,14 +40,14 @@ impl Initramfs {
     }
 
     /// Adds a copy of a file of this machine.
-    pub(crate) fn copy(&mut self, path: impl AsRef<Path>, from: impl AsRef<Path>) -> &mut Self {
+    pub fn copy(&mut self, path: impl AsRef<Path>, from: impl AsRef<Path>) -> &mut Self {
         let from = from.as_ref();
         let content = std::fs::read(from).unwrap_or_else(|error| panic!("{}: {error}", from.display()));
         self.file(path, &content)
     }
 
     /// The finished archive.
-    pub(crate) fn finish(mut self) -> Vec<u8> {
+    pub fn finish(mut self) -> Vec<u8> {
         self.entry(Path::new("TRAILER!!!"), 0, b"");
         self.bytes
     }
