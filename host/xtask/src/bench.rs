@@ -34,7 +34,7 @@ pub(crate) struct Arguments {
     markdown: Option<PathBuf>,
 
     /// Only groups whose name contains TEXT: inside, instructions, served, queues, chains, fragmented, compressed,
-    /// allocate, sizes, cold, memory, neighbours.
+    /// allocate, sizes, cold, memory, neighbours, vm.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
 
@@ -48,7 +48,8 @@ pub(crate) struct Arguments {
 }
 
 pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
-    prerequisites::ensure(workspace, Purpose::QuickTest)?;
+    // A Linux guest takes part, unless it has to be quick.
+    prerequisites::ensure(workspace, if arguments.quick { Purpose::QuickTest } else { Purpose::Test })?;
     build_plugins::build_all(workspace)?;
     let build = ["build", "--release", "--locked", "--workspace", "--bin", "blockhouse", "--bin", "blockhouse-bench"];
     tools::run(tools::cargo().current_dir(&workspace.root).args(build))?;

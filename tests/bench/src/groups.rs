@@ -13,6 +13,7 @@ use crate::instructions::instructions;
 use crate::neighbours::neighbours;
 use crate::report::{Row, Samples};
 use crate::servers::{self, Served};
+use crate::vm::vm;
 use crate::workload::{Kind, System, Workload};
 
 /// Where, with what, and how long.
@@ -20,6 +21,8 @@ pub(crate) struct Place<'a> {
     pub(crate) directory: &'a Path,
     pub(crate) blockhouse: &'a Path,
     pub(crate) pace: Pace,
+    /// What takes long is left out.
+    pub(crate) quick: bool,
     /// What the name of a workload must contain.
     pub(crate) workload: &'a str,
 }
@@ -40,6 +43,7 @@ pub(crate) const ALL: &[(&str, Group)] = &[
     ("cold", cold),
     ("memory", memory),
     ("neighbours", neighbours),
+    ("vm", vm),
 ];
 
 /// Bytes of a request of a pass over everything.

@@ -13,6 +13,7 @@
 //! |---|---|
 //! | `groups.rs` | what is compared with what |
 //! | `neighbours.rs` | a hostile disk beside others |
+//! | `vm.rs` | the same in a virtual machine |
 //! | `workload.rs` | requests: pattern, size, depth, and where they go |
 //! | `client.rs` | a vhost-user client over the crate `virtio-driver`, the same for all servers |
 //! | `instructions.rs` | what a request costs, counted |
@@ -31,6 +32,7 @@ mod instructions;
 mod neighbours;
 mod report;
 mod servers;
+mod vm;
 mod workload;
 
 use std::path::PathBuf;
@@ -118,6 +120,7 @@ fn main() -> Result<()> {
             directory: directory.path(),
             blockhouse: &arguments.blockhouse,
             pace,
+            quick: arguments.quick,
             workload: &arguments.workload,
         };
         match group(&place) {

@@ -36,7 +36,7 @@ const SITUATIONS: &[(&str, Hostile)] = &[
 ];
 
 #[derive(Clone, Copy)]
-enum Hostile {
+pub(crate) enum Hostile {
     /// Nobody asks it anything.
     No,
     /// The hostile component of the tests, with this first line of its image (`tests/hostile/component`).
@@ -45,10 +45,10 @@ enum Hostile {
     Damaged,
 }
 
-/// A server, killed in the end.
-struct Server(Child);
+/// A process, killed in the end.
+pub(crate) struct Killed(pub(crate) Child);
 
-impl Drop for Server {
+impl Drop for Killed {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();
@@ -58,13 +58,7 @@ impl Drop for Server {
 /// The 99th percentile of the others' latency.
 pub(crate) fn neighbours(place: &Place<'_>) -> Result<Vec<Row>> {
     let directory = place.directory.join("neighbours");
-    std::fs::create_dir_all(&directory)?;
-    let raw = images::raw(&directory, "good.raw", SIZE)?;
-    let qcow2 = images::qcow2(&directory, "good.qcow2", &raw, &[])?;
-    let vmdk = directory.join("good.vmdk");
-    let text = |path: &Path| path.to_str().map(str::to_owned).context("a path is not UTF-8");
-    images::qemu_img(&["convert", "-f", "raw", "-O", "vmdk", &text(&raw)?, &text(&vmdk)?])?;
-    let good = [(raw, "raw"), (qcow2, "qcow2"), (vmdk, "vmdk")];
+    let good = good(&directory)?;
     let names = SITUATIONS.iter().map(|(name, _)| *name);
     let mut samples = [
         Samples::new("read-4k-d1-p50".into(), "µs", names.clone()),
@@ -86,6 +80,45 @@ pub(crate) fn neighbours(place: &Place<'_>) -> Result<Vec<Row>> {
     Ok(samples.iter().flat_map(|samples| samples.rows("neighbours", &["quiet"])).collect())
 }
 
+/// The three disks that keep to the rules.
+pub(crate) fn good(directory: &Path) -> Result<[(PathBuf, &'static str); 3]> {
+    std::fs::create_dir_all(directory)?;
+    let raw = images::raw(directory, "good.raw", SIZE)?;
+    let qcow2 = images::qcow2(directory, "good.qcow2", &raw, &[])?;
+    let vmdk = directory.join("good.vmdk");
+    let text = |path: &Path| path.to_str().map(str::to_owned).context("a path is not UTF-8");
+    images::qemu_img(&["convert", "-f", "raw", "-O", "vmdk", &text(&raw)?, &text(&vmdk)?])?;
+    Ok([(raw, "raw"), (qcow2, "qcow2"), (vmdk, "vmdk")])
+}
+
+/// The socket of a disk.
+pub(crate) fn socket(directory: &Path, number: usize) -> PathBuf {
+    directory.join(format!("{number}.sock"))
+}
+
+/// Serves the good disks, and a fourth one.
+pub(crate) fn serve(place: &Place<'_>, directory: &Path, good: &[(PathBuf, &str)], hostile: Hostile) -> Result<Killed> {
+    let component = std::env::var_os("BLOCKHOUSE_HOSTILE").context("BLOCKHOUSE_HOSTILE names no component")?;
+    let (fourth, format) = match hostile {
+        Hostile::Damaged => (damaged(directory)?, "qcow2"),
+        Hostile::No => (told(directory, "ok")?, "hostile"),
+        Hostile::Told(line) => (told(directory, line)?, "hostile"),
+    };
+    let mut command = Command::new(place.blockhouse);
+    command.arg("serve").arg("--code-cache").arg(directory.join("code"));
+    command.arg("--plugin").arg(format!("hostile={}", Path::new(&component).display()));
+    let disks = good.iter().map(|(image, format)| (image.as_path(), *format)).chain([(fourth.as_path(), format)]);
+    for (number, (image, format)) in disks.enumerate() {
+        let socket = socket(directory, number);
+        let _ = std::fs::remove_file(&socket);
+        let (image, socket) = (image.display(), socket.display());
+        command.arg("--disk").arg(format!("file={image},format={format},readonly=on,socket={socket}"));
+    }
+    let log = std::fs::File::create(directory.join("log"))?;
+    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().context("cannot start")?;
+    Ok(Killed(child))
+}
+
 /// One situation in one round: the 50th and the 99th percentile in microseconds.
 fn measure(
     place: &Place<'_>,
@@ -94,28 +127,8 @@ fn measure(
     hostile: Hostile,
     round: usize,
 ) -> Result<[f64; 2]> {
-    let component = std::env::var_os("BLOCKHOUSE_HOSTILE").context("BLOCKHOUSE_HOSTILE names no component")?;
-    let (fourth, format) = match hostile {
-        Hostile::Damaged => (damaged(directory)?, "qcow2"),
-        Hostile::No => (told(directory, "ok")?, "hostile"),
-        Hostile::Told(line) => (told(directory, line)?, "hostile"),
-    };
-    let socket = |number: usize| directory.join(format!("{number}.sock"));
-    let mut command = Command::new(place.blockhouse);
-    command.arg("serve").arg("--code-cache").arg(directory.join("code"));
-    command.arg("--plugin").arg(format!("hostile={}", Path::new(&component).display()));
-    let disks = good.iter().map(|(image, format)| (image.as_path(), *format)).chain([(fourth.as_path(), format)]);
-    for (number, (image, format)) in disks.enumerate() {
-        let _ = std::fs::remove_file(socket(number));
-        command.arg("--disk").arg(format!(
-            "file={},format={format},readonly=on,socket={}",
-            image.display(),
-            socket(number).display()
-        ));
-    }
-    let log = std::fs::File::create(directory.join("log"))?;
-    let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().context("cannot start")?;
-    let _server = Server(child);
+    let _server = serve(place, directory, good, hostile)?;
+    let socket = |number| socket(directory, number);
     let mut clients = (0..good.len()).map(|number| Client::connect(&socket(number), 1)).collect::<Result<Vec<_>>>()?;
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
