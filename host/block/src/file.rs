@@ -194,6 +194,11 @@ impl ImageFile {
         }
     }
 
+    /// Whether the file may still be used.
+    pub(crate) fn is_valid(&self) -> bool {
+        self.validity.as_ref().is_none_or(|validity| validity.revoked().is_none())
+    }
+
     /// Fills `buffers`, in order, with the bytes from `offset` on. Bytes past the end of the file, as
     /// it is at this moment, read as zero.
     ///

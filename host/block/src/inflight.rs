@@ -194,6 +194,10 @@ impl InFlight {
     /// As [`shared`](Self::shared), or `None` where that would have to wait.
     pub(crate) fn try_shared(&self, start: u64, end: u64) -> Option<Shared<'_>> {
         let range = start..end;
+        // The usual request is in one granule.
+        if let Some(slot) = self.only(&range) {
+            return slot.try_share().then(|| Shared { table: self, range });
+        }
         let shared = self.slots(&range).take_while(|slot| slot.try_share()).count();
         if shared < self.slots(&range).count() {
             self.slots(&range).take(shared).for_each(Slot::let_go);
@@ -204,7 +208,10 @@ impl InFlight {
 
     /// Ends a hold that was kept.
     pub(crate) fn end(&self, kept: Kept) {
-        drop(Shared { table: self, range: kept.0 });
+        match self.only(&kept.0) {
+            Some(slot) => slot.let_go(),
+            None => drop(Shared { table: self, range: kept.0 }),
+        }
     }
 
     /// Waits until nobody has any of the clusters that `start..end` touches.
@@ -217,6 +224,13 @@ impl InFlight {
     /// Waits until no request is in flight.
     pub(crate) fn all(&self) -> Exclusive<'_> {
         self.exclusive(0, u64::MAX)
+    }
+
+    /// The slot of a range that is in one granule.
+    fn only(&self, range: &Range<u64>) -> Option<&Slot> {
+        let granule = range.start >> self.shift;
+        let inside = range.start < range.end && range.end.wrapping_sub(1) >> self.shift == granule;
+        if inside { self.slots.get(usize::try_from(granule % SLOTS as u64).ok()?) } else { None }
     }
 
     /// The slots of a range, each once, in ascending order.

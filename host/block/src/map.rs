@@ -223,23 +223,39 @@ impl ExtentMap {
 
     /// What is known from `offset` on: an extent that starts there.
     pub(crate) fn lookup(&self, offset: u64) -> Option<Flat> {
-        let index = self.stripe_of(offset);
-        let stripe = self.stripe(index)?;
-        let table = stripe.table.load();
-        let found = table.as_ref().and_then(|table| {
-            let base = self.stripe_start(index);
-            let flat = table.find(base, offset)?;
-            // A load first: a store would take the cache line from the other readers every time.
-            if !table.used.load(Ordering::Relaxed) {
-                table.used.store(true, Ordering::Relaxed);
-            }
-            Some(flat)
-        });
-        if let Some(counter) = self.counters.get(counter_of_thread()) {
-            let counter = if found.is_some() { &counter.hits } else { &counter.misses };
-            counter.fetch_add(1, Ordering::Relaxed);
+        let found = self.find(offset);
+        match found {
+            Some(_) => self.count_hits(1),
+            None => self.count(|counter| &counter.misses, 1),
         }
         found
+    }
+
+    /// As [`lookup`](Self::lookup), and counts nothing.
+    pub(crate) fn find(&self, offset: u64) -> Option<Flat> {
+        let index = self.stripe_of(offset);
+        let table = self.stripe(index)?.table.load();
+        let table = table.as_ref()?;
+        let flat = table.find(self.stripe_start(index), offset)?;
+        // A load first: a store would take the cache line from the other readers every time.
+        if !table.used.load(Ordering::Relaxed) {
+            table.used.store(true, Ordering::Relaxed);
+        }
+        Some(flat)
+    }
+
+    /// Counts look-ups by [`find`](Self::find) that found an extent. Who counts many at a time spares each of them
+    /// a change of memory that other threads read.
+    pub(crate) fn count_hits(&self, count: u64) {
+        if count > 0 {
+            self.count(|counter| &counter.hits, count);
+        }
+    }
+
+    fn count(&self, of: fn(&Counter) -> &AtomicU64, count: u64) {
+        if let Some(counter) = self.counters.get(counter_of_thread()) {
+            of(counter).fetch_add(count, Ordering::Relaxed);
+        }
     }
 
     /// To be taken *before* layers are asked for what is inserted afterwards.

@@ -161,6 +161,22 @@ fn one_request_over_many_extents_zeroes_and_the_end_of_a_file() {
     }
 }
 
+/// Whoever looks an extent up, it is counted once.
+#[test]
+fn look_ups_are_counted() {
+    for engine in ENGINES {
+        let (disk, _outside) = raw(&pattern(8192, 1), engine);
+        let mut client = Client::new(&disk);
+        client.once(Operation::Read, 0, vec![0; 512]).unwrap();
+        let before = disk.map_stats();
+        for _ in 0..3 {
+            client.once(Operation::Read, 512, vec![0; 512]).unwrap();
+        }
+        let now = disk.map_stats();
+        assert_eq!((now.hits - before.hits, now.misses), (3, before.misses), "{engine:?}");
+    }
+}
+
 #[test]
 fn refusals_are_those_of_the_disk() {
     for engine in ENGINES {

@@ -32,7 +32,7 @@ use crate::disk::{Disk, Engine};
 use crate::error::Result;
 use crate::file::{ImageFile, MAX_FILE_OFFSET};
 use crate::files::{FileId, MAX_FILES};
-use crate::flat::{Flat, Target};
+use crate::flat::Target;
 use crate::inflight::Kept;
 
 /// The most bytes of a part, below the kernel's limit for one transfer (`MAX_RW_COUNT` of linux/fs.h).
@@ -61,6 +61,8 @@ pub(crate) struct DiskLane {
     free: Vec<usize>,
     /// Parts in the kernel.
     parts: usize,
+    /// Look-ups that found an extent and were not counted yet.
+    hits: u64,
     /// Requests that ended without anybody's help.
     ended: Vec<(u64, Result<()>)>,
     /// Until then no write is made by this thread: one took long.
@@ -73,10 +75,9 @@ struct Slot {
     token: u64,
     write: bool,
     offset: u64,
-    /// All of it, to do it again.
-    buffers: Vec<RawBuffer>,
-    parts: Vec<Part>,
+    /// All of its memory, in order, cut where extents end.
     iovecs: Vec<libc::iovec>,
+    parts: Vec<Part>,
     /// Parts that have not ended.
     left: usize,
     again: bool,
@@ -110,6 +111,17 @@ impl Slot {
             disk.inflight.end(kept);
         }
     }
+
+    /// Takes the next `length` bytes of the buffers.
+    fn take(&mut self, buffers: &mut Buffers<'_, '_>, length: u64) -> Option<()> {
+        let mut left = usize::try_from(length).ok()?;
+        while left > 0 {
+            let piece = buffers.next_part(left)?;
+            left = left.checked_sub(piece.len())?;
+            self.iovecs.push(RawBuffer::new(&piece).into());
+        }
+        Some(())
+    }
 }
 
 // SAFETY: the addresses in it are those of buffers that stay valid wherever the lane is (see `Lane::start`).
@@ -134,6 +146,7 @@ impl DiskLane {
             slots,
             free: (0..LANE_REQUESTS).rev().collect(),
             parts: 0,
+            hits: 0,
             ended: Vec::new(),
             no_copies_until: None,
         })
@@ -144,54 +157,41 @@ impl DiskLane {
     /// # Safety
     /// As [`Lane::start`].
     unsafe fn start_fast(&mut self, request: &LaneRequest<'_>, write: bool) -> bool {
-        let Self { disk, ring: Some(ring), fixed, slots, free, parts, ended, no_copies_until, .. } = self else {
+        let Self { disk, ring: Some(ring), fixed, slots, free, parts, hits, ended, no_copies_until, .. } = self else {
             return false;
         };
         let Some(index) = free.last().copied() else { return false };
         let Some(slot) = slots.get_mut(index) else { return false };
-        slot.parts.clear();
         slot.iovecs.clear();
-        let made = Planner { disk, ring, fixed, write }.plan(slot, request).is_some()
-            && parts.saturating_add(slot.parts.len()) <= MAX_PARTS;
-        let copied = if made && write {
+        slot.parts.clear();
+        let planned = Planner { disk, ring, fixed, hits, write }.plan(slot, request).is_some();
+        let way = if !planned || parts.saturating_add(slot.parts.len()) > MAX_PARTS {
+            Way::Pool
+        } else if slot.parts.is_empty() {
+            Way::Ended
+        } else if write {
             // SAFETY: the iovecs name memory that stays valid until the request has ended, as the caller says.
             unsafe { copy(disk, slot, no_copies_until) }
         } else {
-            Copied::Not
+            Way::Kernel
         };
-        if made && !slot.parts.is_empty() && copied == Copied::Not {
+        if way == Way::Kernel {
             slot.token = request.token;
             slot.write = write;
             slot.offset = request.offset;
-            slot.again = false;
-            slot.left = 0;
-            slot.buffers.clear();
-            slot.buffers.extend(request.buffers.iter().map(RawBuffer::new));
-            for (number, part) in slot.parts.iter().enumerate() {
-                let direction = if write { Direction::ToFile } else { Direction::FromFile };
-                let iovecs = slot.iovecs.get(part.first..part.end).unwrap_or_default();
-                // SAFETY: the iovecs are on the heap and stay as they are until `part_ended` has seen all parts;
-                // the memory that they name stays valid as long as that, as the caller says.
-                match unsafe { ring.push(direction, part.fixed, part.offset, iovecs, user_data(index, number)) } {
-                    Ok(()) => slot.left += 1,
-                    Err(error) => {
-                        tracing::warn!(%error, "the kernel takes no more requests");
-                        slot.again = true;
-                    }
-                }
-            }
-            *parts += slot.left;
+            // SAFETY: as above, and nobody touches the slot until `part_ended` has seen all of its parts.
+            unsafe { push(ring, slot, index) };
             if slot.left > 0 {
+                *parts += slot.left;
                 free.pop();
                 return true;
             }
         }
         slot.let_go(disk);
-        let done = copied == Copied::All || made && slot.parts.is_empty();
-        if done {
+        if way == Way::Ended {
             ended.push((request.token, Ok(())));
         }
-        done
+        way == Way::Ended
     }
 
     /// A part has ended.
@@ -212,7 +212,8 @@ impl DiskLane {
         self.free.push(index);
         if slot.again {
             let operation = if slot.write { Operation::Write } else { Operation::Read };
-            self.slow.start_raw(slot.token, operation, slot.offset, slot.buffers.clone());
+            let buffers = slot.iovecs.iter().map(RawBuffer::from).collect();
+            self.slow.start_raw(slot.token, operation, slot.offset, buffers);
         } else {
             each(slot.token, Ok(()));
         }
@@ -225,31 +226,53 @@ impl DiskLane {
     }
 }
 
-/// What became of a write that this thread could make itself.
+/// Who does a request that was planned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Copied {
-    All,
-    /// The pool has to do it, and see what is the matter.
-    Failed,
-    Not,
+enum Way {
+    /// Nobody: it has ended.
+    Ended,
+    Kernel,
+    Pool,
+}
+
+/// Queues the parts of a request that is in the slot `index`. As many as there are `left` in it are under way.
+///
+/// # Safety
+/// The memory that the iovecs name stays valid, and the slot as it is, until all of these parts have ended.
+unsafe fn push(ring: &mut Ring, slot: &mut Slot, index: usize) {
+    slot.again = false;
+    slot.left = 0;
+    let direction = if slot.write { Direction::ToFile } else { Direction::FromFile };
+    for (number, part) in slot.parts.iter().enumerate() {
+        let iovecs = slot.iovecs.get(part.first..part.end).unwrap_or_default();
+        // SAFETY: the caller's promise; the iovecs are on the heap.
+        match unsafe { ring.push(direction, part.fixed, part.offset, iovecs, user_data(index, number)) } {
+            Ok(()) => slot.left += 1,
+            Err(error) => {
+                tracing::warn!(%error, "the kernel takes no more requests");
+                slot.again = true;
+            }
+        }
+    }
 }
 
 /// Makes a write at once, if it is small, goes to the page cache, and nothing says that this would take long.
+/// If it fails, the pool has to do it, and see what is the matter.
 ///
 /// # Safety
 /// The iovecs of the slot name valid memory.
-unsafe fn copy(disk: &Disk, slot: &Slot, no_copies_until: &mut Option<Instant>) -> Copied {
+unsafe fn copy(disk: &Disk, slot: &Slot, no_copies_until: &mut Option<Instant>) -> Way {
     let length: u64 = slot.parts.iter().map(|part| u64::from(part.length)).sum();
-    if length > MAX_COPY || slot.parts.is_empty() {
-        return Copied::Not;
+    if length > MAX_COPY {
+        return Way::Kernel;
     }
     let begun = Instant::now();
     if no_copies_until.is_some_and(|until| begun < until) {
-        return Copied::Not;
+        return Way::Kernel;
     }
     let files = || slot.parts.iter().map(|part| (part, disk.file(part.file)));
     if !files().all(|(_, file)| file.is_ok_and(|file| file.is_buffered())) {
-        return Copied::Not;
+        return Way::Kernel;
     }
     let all = files().all(|(part, file)| {
         let (Ok(file), Some(iovecs)) = (file, slot.iovecs.get(part.first..part.end)) else { return false };
@@ -263,7 +286,7 @@ unsafe fn copy(disk: &Disk, slot: &Slot, no_copies_until: &mut Option<Instant>) 
     was_written(disk, &slot.parts);
     let ended = Instant::now();
     *no_copies_until = (ended.duration_since(begun) > LONG_COPY).then(|| ended.checked_add(NO_COPIES)).flatten();
-    if all { Copied::All } else { Copied::Failed }
+    if all { Way::Ended } else { Way::Pool }
 }
 
 fn was_written(disk: &Disk, parts: &[Part]) {
@@ -280,12 +303,13 @@ struct Planner<'l> {
     disk: &'l Disk,
     ring: &'l mut Ring,
     fixed: &'l mut Vec<Option<Option<FixedFile>>>,
+    hits: &'l mut u64,
     write: bool,
 }
 
 impl Planner<'_> {
     /// Puts a read or write into a slot, with its bytes looked up; `None` if only the pool can do it. With no
-    /// parts in the slot it is done.
+    /// parts in the slot it has ended.
     fn plan(&mut self, slot: &mut Slot, request: &LaneRequest<'_>) -> Option<()> {
         let disk = self.disk;
         let end = disk.request_end(request.buffers, request.offset).ok()?;
@@ -298,12 +322,19 @@ impl Planner<'_> {
         let mut buffers = Buffers::new(request.buffers);
         let mut position = request.offset;
         while position < end {
-            let flat = disk.map.lookup(position)?.head(end);
+            let flat = disk.map.find(position)?.head(end);
+            *self.hits += 1;
+            let first = slot.iovecs.len();
             match flat.target {
                 Target::Data { file, offset, overwrite } if overwrite || !self.write => {
-                    self.add_part(slot, (file, disk.file(file).ok()?), offset, &flat, &mut buffers)?;
+                    slot.take(&mut buffers, flat.length)?;
+                    self.add_part(slot, file, (offset, flat.length), first)?;
                 }
-                Target::Zero | Target::Unallocated if !self.write => buffers.zero(flat.length),
+                Target::Zero | Target::Unallocated if !self.write => {
+                    let mut zeroed = buffers;
+                    zeroed.zero(flat.length);
+                    slot.take(&mut buffers, flat.length)?;
+                }
                 _ => return None,
             }
             position = flat.end();
@@ -311,36 +342,22 @@ impl Planner<'_> {
         Some(())
     }
 
-    fn add_part(
-        &mut self,
-        slot: &mut Slot,
-        (id, file): (FileId, &ImageFile),
-        offset: u64,
-        flat: &Flat,
-        buffers: &mut Buffers<'_, '_>,
-    ) -> Option<()> {
-        if self.write && !file.access().is_writable() || flat.length > MAX_PART {
+    /// Adds the part of an extent. Its memory is named by the iovecs of the slot from `first` on.
+    fn add_part(&mut self, slot: &mut Slot, id: FileId, (offset, length): (u64, u64), first: usize) -> Option<()> {
+        let file = self.disk.chain.files.get(id)?;
+        // Of a file that is not valid any more the pool says why.
+        if !file.is_valid() || self.write && !file.access().is_writable() || length > MAX_PART {
             return None;
         }
-        offset.checked_add(flat.length).filter(|end| *end <= MAX_FILE_OFFSET)?;
-        // The pool says why.
-        file.check_valid().ok()?;
+        let file_end = offset.checked_add(length).filter(|end| *end <= MAX_FILE_OFFSET)?;
         let fixed = self.fixed(id, file)?;
-        let first = slot.iovecs.len();
-        let mut left = usize::try_from(flat.length).ok()?;
-        while left > 0 {
-            let part = buffers.next_part(left)?;
-            left = left.checked_sub(part.len())?;
-            let RawBuffer { base, length } = RawBuffer::new(&part);
-            slot.iovecs.push(libc::iovec { iov_base: base.cast(), iov_len: length });
-        }
         let end = slot.iovecs.len();
         let iovecs = slot.iovecs.get(first..end)?;
         if iovecs.len() > MAX_IOVECS || !file.is_aligned(offset, iovecs) {
             return None;
         }
-        let length = u32::try_from(flat.length).ok()?;
-        let held = if self.write { Some(file.try_write(offset, offset.checked_add(flat.length)?)?) } else { None };
+        let length = u32::try_from(length).ok()?;
+        let held = if self.write { Some(file.try_write(offset, file_end)?) } else { None };
         slot.parts.push(Part { file: id, fixed, offset, length, first, end, held });
         Some(())
     }
@@ -371,13 +388,13 @@ fn slot_and_part(user_data: u64) -> (usize, usize) {
 
 impl Lane for DiskLane {
     unsafe fn start(&mut self, request: &LaneRequest<'_>) {
-        let started = match request.operation {
-            // SAFETY: the caller's promise.
-            Operation::Read => unsafe { self.start_fast(request, false) },
-            // SAFETY: as above.
-            Operation::Write => unsafe { self.start_fast(request, true) },
-            Operation::WriteZeroes { .. } | Operation::Discard { .. } | Operation::Flush => false,
+        let write = match request.operation {
+            Operation::Read => Some(false),
+            Operation::Write => Some(true),
+            Operation::WriteZeroes { .. } | Operation::Discard { .. } | Operation::Flush => None,
         };
+        // SAFETY: the caller's promise.
+        let started = write.is_some_and(|write| unsafe { self.start_fast(request, write) });
         if !started {
             // SAFETY: as above.
             unsafe { self.slow.start(request) };
@@ -385,6 +402,7 @@ impl Lane for DiskLane {
     }
 
     fn submit(&mut self) {
+        self.disk.map.count_hits(std::mem::take(&mut self.hits));
         if let Some(ring) = &mut self.ring
             && let Err(error) = ring.submit()
         {

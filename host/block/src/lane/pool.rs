@@ -82,6 +82,18 @@ impl RawBuffer {
     }
 }
 
+impl From<RawBuffer> for libc::iovec {
+    fn from(RawBuffer { base, length }: RawBuffer) -> Self {
+        Self { iov_base: base.cast(), iov_len: length }
+    }
+}
+
+impl From<&libc::iovec> for RawBuffer {
+    fn from(iovec: &libc::iovec) -> Self {
+        Self { base: iovec.iov_base.cast(), length: iovec.iov_len }
+    }
+}
+
 /// Where requests of one lane end.
 struct Outcomes {
     ready: OwnedFd,
