@@ -14,8 +14,10 @@ use blockhouse_plugin::{Error, File, Result};
 
 /// A table is read in pieces of this size, in bytes, or less where it is smaller.
 pub(crate) const PIECE: u64 = 64 << 10;
-/// So many unchanged pieces are kept: 2 MiB at most.
+/// So many unchanged pieces are kept, and so many bytes of them at most. The host remembers what it was told, so
+/// that few tables are asked for again.
 const KEPT_PIECES: usize = 32;
+const KEPT_BYTES: usize = 512 << 10;
 /// Changed bytes are written in whole sectors, in bytes.
 const SECTOR: usize = 512;
 
@@ -59,16 +61,22 @@ impl Cache {
         if let Some(found) = self.pieces.iter().rposition(is_it) {
             return Ok(self.pieces.remove(found));
         }
+        self.make_room(usize::try_from(length).unwrap_or(usize::MAX));
         let mut bytes = vec![0; usize::try_from(length).unwrap_or_default()];
         let read = image.read_at(offset, &mut bytes)?;
         if read < bytes.len() {
             let end = offset.saturating_add(read as u64);
             return Err(Error::ends_early(&format_what(what), offset, length, end));
         }
-        if self.pieces.len() >= KEPT_PIECES {
+        Ok(Piece { offset, bytes })
+    }
+
+    /// Forgets the pieces that were used longest ago, until another one of `length` bytes may be kept.
+    fn make_room(&mut self, length: usize) {
+        let bytes = |pieces: &[Piece]| pieces.iter().fold(length, |sum, piece| sum.saturating_add(piece.bytes.len()));
+        while !self.pieces.is_empty() && (self.pieces.len() >= KEPT_PIECES || bytes(&self.pieces) > KEPT_BYTES) {
             self.pieces.remove(0);
         }
-        Ok(Piece { offset, bytes })
     }
 
     /// Puts `new` into the piece of `length` bytes at `offset`, at byte `at` of it.
@@ -142,9 +150,7 @@ impl Cache {
         for offset in written {
             if let Some(Changed { bytes, .. }) = self.changed.remove(&offset) {
                 self.changed_bytes = self.changed_bytes.saturating_sub(bytes.len());
-                if self.pieces.len() >= KEPT_PIECES {
-                    self.pieces.remove(0);
-                }
+                self.make_room(bytes.len());
                 self.pieces.push(Piece { offset, bytes });
             }
         }

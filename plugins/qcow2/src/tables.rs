@@ -256,11 +256,14 @@ impl Map {
             return Err(Error::Other(format!("offset {offset} is past the end of the disk, {}", self.virtual_size)));
         }
         let goal = offset.saturating_add(length.max(1)).min(self.virtual_size);
-        let floor = |unit: u64| offset - offset % unit;
+        let shape = self.shape;
+        // As many clusters as the budget is sure to hold, if none is divided.
+        let group = shape.cluster_size().saturating_mul(1 << max_extents.max(1).ilog2()).min(shape.piece_span());
         let mut failed = None;
-        // From the start of the piece, if the budget allows; else from the cluster or subcluster itself.
-        for start in [floor(self.shape.piece_span()), floor(self.shape.cluster_size()), floor(self.shape.unit())] {
-            let mut list = ExtentList::new(start, max_extents);
+        // From the start of the piece, if the budget allows; else from that of the group, so that answers about a
+        // divided table meet and never overlap; else from the cluster or subcluster itself.
+        for unit in [shape.piece_span(), group, shape.cluster_size(), shape.unit()] {
+            let mut list = ExtentList::new(offset - offset % unit, max_extents);
             let outcome = self.walk(image, data, goal, &mut list, owners.as_deref_mut());
             if list.end() > offset {
                 return Ok(list.finish());

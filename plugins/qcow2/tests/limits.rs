@@ -105,6 +105,38 @@ fn a_full_l1_table_costs_bounded_work_per_call() {
 }
 
 #[test]
+fn of_tables_that_were_read_a_few_pieces_are_kept() {
+    // One table of 2 MiB, in 32 pieces, each of which is about 16 GiB.
+    let image = largest_l1(4 << 21);
+    let storage = Storage::new();
+    storage.insert("/a.qcow2", image.bytes);
+    let mut disk = storage.disk::<Qcow2>("/a.qcow2").unwrap();
+    let ((), most) = peak(|| {
+        for piece in 0..32 {
+            disk.format.locate(piece * (16 << 30), 1, 1).unwrap();
+        }
+    });
+    assert!(most < 1 << 20, "{most} bytes");
+}
+
+/// Where no two clusters continue each other, the host asks once for each group of clusters, wherever it begins.
+#[test]
+fn answers_about_a_divided_table_meet() {
+    const CLUSTER: u64 = 1 << 16;
+    let mut image = Handmade::new(3, 16, 64);
+    for number in 0..64 {
+        let entry = if number % 2 == 0 { image.cluster(5) | 1 << 63 } else { 1 };
+        image.l2(number, entry);
+    }
+    let mut disk = image.open().unwrap();
+    for number in 0..64 {
+        let located = disk.format.locate(number * CLUSTER + 512, 64 * CLUSTER, 8).unwrap();
+        assert_eq!(located.start, number / 8 * 8 * CLUSTER, "cluster {number}");
+        assert!(located.extents.len() == 8 && located.extents.iter().all(|extent| extent.length == CLUSTER));
+    }
+}
+
+#[test]
 fn the_longest_list_of_snapshots_is_bounded() {
     let list = |count: u32, id: u16, name: u16| {
         let mut image = Handmade::v3();
