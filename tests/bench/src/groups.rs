@@ -333,10 +333,21 @@ fn cold(place: &Place<'_>) -> Result<Vec<Row>> {
     Ok(samples.rows("cold", &["qemu-io"]))
 }
 
-/// Memory of a server: idle, and after reads all over an image that is larger than its map.
+/// Disks beside the first one, in the server that says what one more costs.
+const MORE_DISKS: usize = 8;
+
+/// Memory of a server: idle, for each disk more, and after reads all over an image that is larger than its map.
 fn memory(place: &Place<'_>) -> Result<Vec<Row>> {
     let small = images::empty(place.directory, "idle.qcow2", "1G")?;
+    // The first one may have to compile the component.
+    drop(servers::blockhouse(place.blockhouse, (&small, "qcow2"), 1, false)?);
     let idle = servers::blockhouse(place.blockhouse, (&small, "qcow2"), 1, false)?;
+    let disks = (0..=MORE_DISKS)
+        .map(|number| images::empty(place.directory, &format!("idle-{number}.qcow2"), "1G"))
+        .collect::<Result<Vec<_>>>()?;
+    let one = servers::blockhouse_disks(place.blockhouse, disks.get(..1).context("no disk")?)?.resident()?;
+    let all = servers::blockhouse_disks(place.blockhouse, &disks)?.resident()?;
+    let each = all.saturating_sub(one) / MORE_DISKS as u64;
     let large = images::reversed(place.directory, "large.qcow2", 1 << 40)?;
     let mut busy = servers::blockhouse(place.blockhouse, (&large, "qcow2"), 1, false)?;
     let before = busy.resident()?;
@@ -350,6 +361,7 @@ fn memory(place: &Place<'_>) -> Result<Vec<Row>> {
     let resident = |served: &Served| served.resident();
     Ok(vec![
         row("blockhouse idle", resident(&idle)?),
+        row("blockhouse, each idle disk more", each),
         row("blockhouse 1 TiB fragmented, before", before),
         row("blockhouse 1 TiB fragmented, after 100,000 reads", busy.resident()?),
         row("storage-daemon idle", theirs.resident()?),

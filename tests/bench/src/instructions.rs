@@ -13,7 +13,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use blockhouse_virtio::{Rate, RateLimits};
 
+use crate::device::Device;
 use crate::groups::Place;
 use crate::images::{self, SIZE};
 use crate::inside::{Bare, Native, Sandboxed};
@@ -24,7 +26,21 @@ use crate::workload::{Kind, System, Workload};
 const REQUESTS: u64 = 2_000;
 const PASSES: [u64; 2] = [1, 9];
 
-const SYSTEMS: [&str; 4] = ["io_uring raw", "imago qcow2", "blockhouse disk raw", "blockhouse disk qcow2"];
+/// Each system, and what it is compared with.
+const SYSTEMS: [(&str, &[&str]); 6] = [
+    ("io_uring raw", &[]),
+    ("imago qcow2", &["io_uring raw"]),
+    ("blockhouse disk raw", &["io_uring raw", "imago qcow2"]),
+    ("blockhouse disk qcow2", &["io_uring raw", "imago qcow2", "blockhouse disk raw"]),
+    ("blockhouse device raw", &["blockhouse disk raw"]),
+    ("blockhouse device raw, limited", &["blockhouse device raw"]),
+];
+
+/// More than the client asks for.
+const LIMITS: RateLimits = RateLimits {
+    requests: Some(Rate { per_second: 1 << 30, burst: 1 << 30 }),
+    bytes: Some(Rate { per_second: 1 << 40, burst: 1 << 40 }),
+};
 
 const PASS: Workload = Workload { once: true, length: REQUESTS * 4096, ..Workload::new(Kind::Read, true, 4096, 32) };
 
@@ -34,6 +50,8 @@ pub(crate) fn passes(system: &str, image: &Path, passes: u64) -> Result<()> {
         "io_uring raw" => Box::new(Bare::new(image)?),
         "imago qcow2" => Box::new(Native::new(image)?),
         "blockhouse disk raw" => Box::new(Sandboxed::new(image, "raw")?),
+        "blockhouse device raw" => Box::new(Device::new(image, "raw", RateLimits::default())?),
+        "blockhouse device raw, limited" => Box::new(Device::new(image, "raw", LIMITS)?),
         _ => Box::new(Sandboxed::new(image, "qcow2")?),
     };
     for round in 0..=passes {
@@ -49,17 +67,17 @@ pub(crate) fn instructions(place: &Place<'_>) -> Result<Vec<Row>> {
     let raw = images::raw(place.directory, "full.raw", SIZE)?;
     let qcow2 = images::qcow2(place.directory, "full.qcow2", &raw, &[])?;
     let mut costs = Vec::new();
-    for system in SYSTEMS {
-        let image = if system.ends_with("raw") { &raw } else { &qcow2 };
+    for (system, others) in SYSTEMS {
+        let image = if system.contains(" raw") { &raw } else { &qcow2 };
         let [few, many] = PASSES;
         let difference = count(place, system, image, many)?.saturating_sub(count(place, system, image, few)?);
         let cost = difference as f64 / (REQUESTS * (many - few)) as f64;
         eprintln!("   {system} {cost:.0}");
-        costs.push((system, cost));
+        costs.push((system, others, cost));
     }
-    let row = |(system, cost): &(&str, f64)| {
+    let row = |(system, others, cost): &(&str, &[&str], f64)| {
         let mut row = Row::single("instructions", &PASS.name(), system, "instructions", *cost);
-        for (base, other) in costs.iter().filter(|(base, _)| base != system && !base.starts_with("blockhouse disk q")) {
+        for (base, _, other) in costs.iter().filter(|(base, ..)| others.contains(base)) {
             row.compare(base, cost / other);
         }
         row

@@ -17,6 +17,7 @@
 //! | `workload.rs` | requests: pattern, size, depth, and where they go |
 //! | `client.rs` | a vhost-user client over the crate `virtio-driver`, the same for all servers |
 //! | `instructions.rs` | what a request costs, counted |
+//! | `device.rs` | the virtio-blk device, without a transport |
 //! | `inside.rs` | systems without a transport: bare io_uring, native imago, Blockhouse's disk |
 //! | `servers.rs` | `blockhouse serve` and `qemu-storage-daemon` |
 //! | `images.rs` | the images |
@@ -25,6 +26,7 @@
 #![allow(clippy::expect_used, clippy::cast_precision_loss)]
 
 mod client;
+mod device;
 mod groups;
 mod images;
 mod inside;

@@ -11,9 +11,10 @@ use crate::workload::{System, Workload};
 
 /// A server and a connection to it. Ends with its process.
 pub(crate) struct Served {
-    client: Option<Client>,
+    /// The first is that of the first disk.
+    clients: Vec<Client>,
     child: Child,
-    socket: PathBuf,
+    sockets: Vec<PathBuf>,
 }
 
 /// `blockhouse serve` of an image, with the file system below `allow` granted.
@@ -33,7 +34,19 @@ pub(crate) fn blockhouse(
     );
     let mut command = Command::new(program);
     command.args(["serve", "--socket"]).arg(&socket).args(["--disk", &disk]);
-    start(command, socket, queues)
+    start(command, vec![socket], queues)
+}
+
+/// `blockhouse serve` of several qcow2 images, read-only, each with a client.
+pub(crate) fn blockhouse_disks(program: &Path, images: &[PathBuf]) -> Result<Served> {
+    let mut command = Command::new(program);
+    command.arg("serve");
+    let sockets: Vec<_> = images.iter().map(|image| socket(image, "bh")).collect();
+    for (image, socket) in images.iter().zip(&sockets) {
+        let disk = format!("file={},format=qcow2,readonly=on,socket={}", image.display(), socket.display());
+        command.args(["--disk", &disk]);
+    }
+    start(command, sockets, 1)
 }
 
 /// `qemu-storage-daemon` in its best configuration: io_uring, and a thread of its own for the export.
@@ -61,22 +74,26 @@ pub(crate) fn storage_daemon((image, format): (&Path, &str), queues: usize, writ
             socket.display()
         ),
     ]);
-    start(command, socket, queues)
+    start(command, vec![socket], queues)
 }
 
 fn socket(image: &Path, who: &str) -> PathBuf {
     image.with_extension(format!("{who}.sock"))
 }
 
-fn start(mut command: Command, socket: PathBuf, queues: usize) -> Result<Served> {
-    let _ = std::fs::remove_file(&socket);
+fn start(mut command: Command, sockets: Vec<PathBuf>, queues: usize) -> Result<Served> {
+    for socket in &sockets {
+        let _ = std::fs::remove_file(socket);
+    }
     let child = command
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .spawn()
         .with_context(|| format!("cannot start {}", command.get_program().to_string_lossy()))?;
-    let mut served = Served { client: None, child, socket };
-    served.client = Some(Client::connect(&served.socket, queues)?);
+    let mut served = Served { clients: Vec::new(), child, sockets };
+    for socket in &served.sockets {
+        served.clients.push(Client::connect(socket, queues)?);
+    }
     Ok(served)
 }
 
@@ -92,13 +109,13 @@ impl Served {
 
 impl System for Served {
     fn run(&mut self, workload: &Workload, round: usize, limit: Duration) -> Result<(u64, Duration)> {
-        self.client.as_mut().context("there is no connection")?.run(workload, round, limit)
+        self.clients.first_mut().context("there is no connection")?.run(workload, round, limit)
     }
 }
 
 impl Drop for Served {
     fn drop(&mut self) {
-        drop(self.client.take());
+        self.clients.clear();
         // In order: the next one who opens the image finds it closed, and its locks gone.
         let asked = rustix::process::Pid::from_raw(i32::try_from(self.child.id()).unwrap_or(0))
             .and_then(|id| rustix::process::kill_process(id, rustix::process::Signal::TERM).ok());
@@ -106,6 +123,8 @@ impl Drop for Served {
             let _ = self.child.kill();
         }
         let _ = self.child.wait();
-        let _ = std::fs::remove_file(&self.socket);
+        for socket in &self.sockets {
+            let _ = std::fs::remove_file(socket);
+        }
     }
 }
