@@ -2,13 +2,13 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use blockhouse_tests::serve::Serve;
-use blockhouse_tests::{Outcome, blockhouse, noise, qemu_img, run, scratch};
+use blockhouse_tests::{Outcome, blockhouse, noise, qemu_img, run, scratch, skip};
 use serde_json::{Value, json};
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -59,12 +59,34 @@ fn images(directory: &Path) -> Vec<(PathBuf, String)> {
     ]
 }
 
+/// Whether files of a directory can be used past the page cache.
+fn has_direct_io(directory: &Path) -> bool {
+    let path = directory.join("probe");
+    std::fs::write(&path, []).unwrap();
+    let opened = std::fs::File::options().read(true).custom_flags(libc::O_DIRECT).open(&path);
+    std::fs::remove_file(&path).unwrap();
+    opened.is_ok()
+}
+
 #[test]
 fn a_disk_gets_larger_under_its_guest() {
+    gets_larger(scratch().path(), "");
+}
+
+#[test]
+fn a_disk_gets_larger_past_the_page_cache() {
     let directory = scratch();
+    if !has_direct_io(directory.path()) {
+        return skip("the file system has no direct I/O");
+    }
+    gets_larger(directory.path(), ",direct=on");
+}
+
+fn gets_larger(directory: &Path, more: &str) {
     let content = noise(1, 4 << 20);
-    for (image, fields) in images(directory.path()) {
-        let (serve, socket, control_socket) = serve(directory.path(), &fields);
+    for (image, fields) in images(directory) {
+        let fields = fields + more;
+        let (serve, socket, control_socket) = serve(directory, &fields);
         let mut guest = Guest::new();
         let mut frontend = guest.connect(&socket);
         let (mut news, theirs) = UnixStream::pair().unwrap();
@@ -109,7 +131,6 @@ fn a_disk_gets_larger_under_its_guest() {
         let size =
             qemu_img(["info".as_ref(), "--output=json".as_ref(), "-f".as_ref(), format.as_ref(), image.as_os_str()]);
         assert_eq!(serde_json::from_str::<Value>(&size).unwrap()["virtual-size"], 40_u64 << 30);
-        let allow = directory.path().join("base.raw");
         for (offset, expected) in [
             (0, &content[..65536]),
             (2 * MIB, &first),
@@ -119,10 +140,38 @@ fn a_disk_gets_larger_under_its_guest() {
         ] {
             let mut read = blockhouse();
             read.args(["read", "--length", "64K", "--format", format, "--offset", &offset.to_string(), "--allow"]);
-            let there = run(read.arg(&allow).arg(&image)).succeeded().stdout;
+            let there = run(read.arg(directory).arg(&image)).succeeded().stdout;
             assert!(there == expected, "{} at {offset}", image.display());
         }
         std::fs::remove_file(&image).unwrap();
+    }
+}
+
+/// The component does not change the size of such an image. The disk goes on as it was.
+#[test]
+fn an_image_with_an_external_data_file_keeps_its_size() {
+    let directory = scratch();
+    let (image, data) = (directory.path().join("disk.qcow2"), directory.path().join("data.raw"));
+    let create = ["create", "-q", "-f", "qcow2", "-o"].map(AsRef::as_ref);
+    let option = std::ffi::OsString::from(format!("data_file={}", data.display()));
+    qemu_img(create.into_iter().chain([option.as_os_str(), image.as_os_str(), "4M".as_ref()]));
+    let direct = if has_direct_io(directory.path()) { ",direct=on" } else { "" };
+    let fields = format!("file={},format=qcow2,allow-write={}", image.display(), data.display());
+    for (round, more) in ["", direct].into_iter().enumerate() {
+        let (serve, socket, control_socket) = serve(directory.path(), &format!("{fields}{more}"));
+        let mut guest = Guest::new();
+        let mut frontend = guest.connect(&socket);
+        let (before, after) = (noise(round as u64, 65536), noise(10 + round as u64, 65536));
+        assert_eq!(request(&mut guest, WRITE, MIB, &before).0, 0);
+        let refused = control(&control_socket, &["resize", "disk0", "20M"]).refused();
+        assert!(refused.stderr.contains("an image with an external data file"), "{}", refused.stderr);
+        assert_eq!(capacity(&mut frontend), 4 * MIB);
+        assert_eq!(request(&mut guest, WRITE, 2 * MIB + (round as u64) * MIB, &after).0, 0);
+        assert_eq!(request(&mut guest, READ, MIB, &[0; 65536]).1, before);
+        assert_eq!(request(&mut guest, READ, 2 * MIB + (round as u64) * MIB, &[0; 65536]).1, after);
+        drop(frontend);
+        serve.terminate();
+        run(Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(&image)).succeeded();
     }
 }
 

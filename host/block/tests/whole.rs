@@ -11,10 +11,14 @@ mod support;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use blockhouse_block::{Access, BlockBackend, Disk, DiskOptions, ErrorKind, Layer, Preallocation, RunKind};
+use blockhouse_block::{
+    Access, BlockBackend, Disk, DiskOptions, Error, ErrorKind, FileIndex, ImageFile, Layer, LayerInfo, LayerPacker,
+    LayerWriter, Located, Preallocation, Result, RunKind,
+};
 use support::growing::{CLUSTER, Growing};
-use support::{Script, data, file, pattern, read, write};
+use support::{Script, data, file, pattern, read, writable, write};
 
 /// The part of the last cluster that belongs to the disk, in bytes.
 const TAIL: u64 = 1024;
@@ -43,6 +47,62 @@ fn leave_rubbish(disk: &Disk) {
     write(disk, 0, &pattern(SIZE as usize, 1)).unwrap();
     disk.discard(0, SIZE).unwrap();
     disk.flush().unwrap();
+}
+
+/// A raw image that gets as large as it can, and then fails.
+struct Growable {
+    image: Script,
+    size: AtomicU64,
+    most: u64,
+}
+
+impl Layer for Growable {
+    fn info(&self) -> &LayerInfo {
+        self.image.info()
+    }
+    fn locate(&self, _offset: u64, _length: u64, _max_extents: u32) -> Result<Located> {
+        Ok(Located { start: 0, extents: vec![writable(self.size(), 0)] })
+    }
+    fn unpack(&self, token: u64, length: u64) -> Result<Vec<u8>> {
+        self.image.unpack(token, length)
+    }
+    fn grow(&self, size: u64, _below: u64) -> Result<()> {
+        self.size.store(size.min(self.most), Ordering::SeqCst);
+        if size > self.most { Err(Error::new(ErrorKind::Storage, "no space left")) } else { Ok(()) }
+    }
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::SeqCst)
+    }
+    fn file(&self, index: FileIndex) -> Option<Arc<ImageFile>> {
+        Layer::file(&self.image, index)
+    }
+    fn writer(&self) -> Option<&dyn LayerWriter> {
+        None
+    }
+    fn packer(&self) -> Option<&dyn LayerPacker> {
+        None
+    }
+}
+
+/// Otherwise the layer would be asked about less than it has, and what it says beyond that be a lie.
+#[test]
+fn a_disk_has_the_size_that_its_image_reached() {
+    let (bytes, _outside) = file(&pattern(4096, 1), Access::ReadWrite);
+    let image = Script::honest(vec![writable(4096, 0)], 1).file(bytes).overwritable();
+    let layer = Growable { image, size: AtomicU64::new(4096), most: 10240 };
+    let options = DiskOptions { writable: true, ..DiskOptions::default() };
+    let disk = Disk::new(vec![Arc::new(layer)], options).unwrap();
+    read(&disk, 0, 4096).unwrap();
+    for (asked, succeeds, size) in
+        [(8192, true, 8192), (65536, false, 10240), (65536, false, 10240), (10240, true, 10240)]
+    {
+        assert_eq!(disk.grow(asked).is_ok(), succeeds, "{asked}");
+        assert_eq!(disk.capacity(), size, "{asked}");
+        assert!(read(&disk, 0, 4096).unwrap() == pattern(4096, 1), "{asked}");
+        write(&disk, size - 512, &pattern(512, asked)).unwrap();
+        assert!(read(&disk, size - 512, 512).unwrap() == pattern(512, asked), "{asked}");
+        assert_eq!(write(&disk, size, &[1; 512]).unwrap_err().kind(), ErrorKind::Invalid);
+    }
 }
 
 #[test]

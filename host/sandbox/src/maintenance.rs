@@ -367,3 +367,31 @@ fn lower_backing(backing: &BackingReference) -> WitBacking {
 fn storage(what: &str, error: std::io::Error) -> Error {
     Error::new(ErrorKind::Storage, format!("{what}: {error}")).with_source(error)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn steps(now: u64, size: u64, below: u64) -> Vec<(u64, bool)> {
+        let mut steps = Vec::new();
+        let done = each_size(now, size, below, |next, hides| {
+            steps.push((next, hides));
+            Ok(())
+        });
+        assert!(done.is_ok());
+        steps
+    }
+
+    #[test]
+    fn a_disk_grows_past_what_lies_below_in_steps_that_end_between_clusters() {
+        const MIB: u64 = 1 << 20;
+        assert_eq!(steps(4 * MIB, 20 * MIB, 0), [(20 * MIB, false)]);
+        assert_eq!(steps(4 * MIB, 20 * MIB, 64 * MIB), [(20 * MIB, true)]);
+        // Whoever fails after the first of these goes on from there.
+        assert_eq!(steps(4 * MIB, 20 * MIB, 9 * MIB + 512), [(10 * MIB, true), (20 * MIB, false)]);
+        let (far, at_once) = (1 << 40, HIDDEN_AT_ONCE);
+        let far_steps = steps(4 * MIB, far, 100 << 30);
+        assert_eq!(far_steps, [(4 * MIB + at_once, true), (100 << 30, true), (far, false)]);
+        assert_eq!(steps(4 * MIB, 20 * MIB, u64::MAX), [(20 * MIB, true)]);
+    }
+}
