@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use blockhouse_sandbox::block::{Access, BlockBackend, Disk, ErrorKind, VolatileSlice};
-use blockhouse_sandbox::{Audit, AuditList, OpenRequest, Opener, Restart};
+use blockhouse_sandbox::{Audit, AuditList, OpenRequest, Opener, Restart, Tally};
 
 use crate::library::{read, shared};
 use crate::place::Place;
@@ -20,6 +20,7 @@ struct Subject {
     disk: Disk,
     now: Arc<AtomicU64>,
     audit: Arc<AuditList>,
+    tally: Arc<Tally>,
 }
 
 impl Subject {
@@ -27,12 +28,14 @@ impl Subject {
         let now = Arc::new(AtomicU64::new(0));
         let clock = Arc::clone(&now);
         let audit = Arc::new(AuditList::default());
+        let tally = Arc::new(Tally::default());
         let opener = Opener::new(&shared().sandbox, shared().formats.clone())
+            .tally(Arc::clone(&tally))
             .audit(Audit::new().with(Arc::clone(&audit) as Arc<_>))
             .restart(Restart { attempts, ..Restart::default() })
             .restart_clock(Arc::new(move || Duration::from_millis(clock.load(Ordering::Relaxed))));
         let opened = opener.open(&OpenRequest { access, ..OpenRequest::new(image, "hostile") }).unwrap();
-        Self { disk: opened.disk, now, audit }
+        Self { disk: opened.disk, now, audit, tally }
     }
 
     fn wait(&self, millis: u64) {
@@ -90,6 +93,9 @@ fn a_component_that_trapped_serves_again_after_a_while() {
         subject.wait(3_600_000);
         subject.fails(2 * PART, "it is not started again: it broke down again after 2 restarts");
         subject.reads(PART, &content);
+        // What the operator is told.
+        assert_eq!((subject.tally.failures(), subject.tally.restarts()), (3, 2), "{line}");
+        assert_eq!((beside.tally.failures(), beside.tally.restarts()), (0, 0));
         tally::component_stopped();
     }
 }

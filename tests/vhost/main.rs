@@ -4,6 +4,7 @@
 mod control;
 mod disks;
 mod frontend;
+mod frozen;
 mod hostile;
 mod limits;
 mod metrics;
