@@ -731,7 +731,9 @@ pub(crate) fn run(data: &[u8]) {
         }
     }
     session(&device, |front| play_well(front, &disk));
-    assert_eq!(descriptors(), before, "a descriptor stays");
+    // Others of this process may have let some go.
+    let after = descriptors();
+    assert!(after <= before, "{after} descriptors, and {before} before");
     let maps = std::fs::read_to_string("/proc/self/maps").expect("/proc is mounted");
     assert!(!maps.contains(MEMORY) && !maps.contains("blockhouse-inflight"), "memory stays");
     let wrong = disk.wrong.lock().unwrap().take();
