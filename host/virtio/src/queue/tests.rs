@@ -2,6 +2,7 @@
 
 mod figures;
 mod hostile;
+mod limited;
 
 use std::sync::Mutex;
 use std::sync::atomic::Ordering;
@@ -20,7 +21,6 @@ use crate::driver::{
     Call, DATA, Desc, Driver, END, HEADER, INDIRECT, MemoryDisk, NEXT, REGION_2, SIZE, STATUS, TABLE, USED, WRITE,
     readable, writable,
 };
-use crate::limit::{Rate, RateLimits};
 use crate::request::{MAX_DESCRIPTORS, Malformed};
 
 const OK: u8 = 0;
@@ -910,37 +910,4 @@ fn what_was_answered_is_counted() {
     let (read, write, one, none) = ((2, 1, 1024), (1, 0, 512), (1, 0, 0), (0, 0, 0));
     assert_eq!(counted, [read, write, one, none, (1, 0, 2048), one, (2, 2, 0)]);
     assert_eq!(stats.in_flight, 0);
-}
-
-/// Over a limit, requests stay in the queue, and the queue waits for no longer than it has to.
-#[test]
-fn a_limited_queue_leaves_requests_where_they_are() {
-    let clock = Arc::new(std::sync::atomic::AtomicU64::new(0));
-    let now = Arc::clone(&clock);
-    let limits = RateLimits { requests: Some(Rate { per_second: 1000, burst: 2 }), bytes: None };
-    let limiter = Limiter::with_clock(&limits, move || Duration::from_millis(now.load(Ordering::Relaxed)));
-    let disk = Arc::new(MemoryDisk::new(64 * 512));
-    let device = BlockDevice::new(disk, &BlockDeviceOptions::default()).with_limiter(limiter);
-    let device = Arc::new(device);
-    let mut driver = Driver::new();
-    let mut queue = BlockQueue::new(device.clone(), 0, driver.queue(), FLUSH);
-    driver.header(VIRTIO_BLK_T_IN, 0);
-    driver.chain_in(TABLE, 0, &[readable(HEADER, 16), writable(DATA, 512), writable(STATUS, 1)]);
-    for _ in 0..5 {
-        driver.offer(0);
-    }
-    let mut interrupts = 0;
-    let mut serve = |driver: &mut Driver| {
-        let mut host = Until { drained: false, interrupts: &mut interrupts, waits: 0, longest: None };
-        queue.serve(driver.memory.as_ref(), &mut host).unwrap();
-        let answered = std::iter::from_fn(|| driver.used()).count();
-        (answered, host.longest.is_some(), queue.position().next_avail)
-    };
-    assert_eq!(serve(&mut driver), (2, true, 2), "the burst");
-    assert_eq!(serve(&mut driver), (0, true, 2));
-    clock.store(1, Ordering::Relaxed);
-    assert_eq!(serve(&mut driver), (1, true, 3));
-    clock.store(10, Ordering::Relaxed);
-    assert_eq!(serve(&mut driver), (2, false, 5), "nothing is left to wait for");
-    assert_eq!(device.stats().limit_waits, 3);
 }
