@@ -2,12 +2,15 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use crate::client::Client;
 use crate::workload::{System, Workload};
+
+/// How long a server may take to end before it is killed: what it wrote may have to reach the disk.
+const END_TIME: Duration = Duration::from_secs(30);
 
 /// A server and a connection to it. Ends with its process.
 pub(crate) struct Served {
@@ -119,9 +122,12 @@ impl Drop for Served {
         // In order: the next one who opens the image finds it closed, and its locks gone.
         let asked = rustix::process::Pid::from_raw(i32::try_from(self.child.id()).unwrap_or(0))
             .and_then(|id| rustix::process::kill_process(id, rustix::process::Signal::TERM).ok());
-        if asked.is_none() {
-            let _ = self.child.kill();
+        let until = Instant::now() + END_TIME;
+        while asked.is_some() && Instant::now() < until && matches!(self.child.try_wait(), Ok(None)) {
+            std::thread::sleep(Duration::from_millis(5));
         }
+        // Nothing to those that have ended.
+        let _ = self.child.kill();
         let _ = self.child.wait();
         for socket in &self.sockets {
             let _ = std::fs::remove_file(socket);
