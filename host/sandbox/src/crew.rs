@@ -54,7 +54,10 @@ impl Crew {
                 tracing::warn!("no further instance of a component, to unpack beside the first: {error}");
                 let mut state = self.lock();
                 state.complete = true;
-                state.members = state.members.saturating_sub(1);
+                // Those that were dismissed meanwhile are not counted any more.
+                if state.dismissals == dismissals {
+                    state.members = state.members.saturating_sub(1);
+                }
                 return None;
             }
         };

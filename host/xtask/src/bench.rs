@@ -17,7 +17,7 @@ use crate::tools::{self, Workspace};
 ///   cargo xtask bench --only served --json rows.json --svg chart.svg
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
-    /// Short rounds, and without `instructions` and `vm`: less than five minutes once all is built.
+    /// Short rounds, and without `instructions` and `vm`: a few minutes once all is built.
     #[arg(long)]
     quick: bool,
 

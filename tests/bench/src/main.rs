@@ -51,7 +51,7 @@ struct Arguments {
     #[arg(long, value_name = "FILE")]
     blockhouse: PathBuf,
 
-    /// Short rounds, and without `instructions` and `vm`: less than five minutes.
+    /// Short rounds, and without `instructions` and `vm`: a few minutes.
     #[arg(long)]
     quick: bool,
 
