@@ -19,6 +19,7 @@
 //! sectors, which no image of a known format has, is remembered as far as it does.
 
 use std::mem;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -87,8 +88,8 @@ struct Stripe {
     changing: Mutex<()>,
 }
 
-/// The extents of a stripe.
-#[derive(Debug)]
+/// The extents of a stripe. No two continue each other.
+#[derive(Debug, Default)]
 struct Table {
     /// Where each begins, in sectors from the start of the stripe.
     starts: Box<[u32]>,
@@ -316,8 +317,8 @@ impl ExtentMap {
                 stripe.invalidated.store(generation, Ordering::SeqCst);
                 let table = stripe.table.load_full();
                 if let Some(table) = table {
-                    let base = self.stripe_start(index);
-                    self.replace(stripe, Some(&table), table.without(base, position, cut).build(base, table.is_used()));
+                    let rest = table.replaced(self.stripe_start(index), position, cut, &[]);
+                    self.replace(stripe, Some(&table), rest);
                 }
             }
             position = cut;
@@ -357,16 +358,19 @@ impl ExtentMap {
         }
         let old = stripe.table.load_full();
         let most = MAX_TABLE_EXTENTS.min(self.max_extents);
-        let mut draft = match &old {
-            // Too much for one table: what was asked for last stays.
-            Some(old) if old.entries.len().saturating_add(run.len()) <= most => {
-                old.merged(base, first.start, last.end(), run)
+        let new = match &old {
+            Some(old) if old.len().saturating_add(run.len()) <= most => {
+                old.replaced(base, first.start, last.end(), run)
             }
-            _ => Draft(run.iter().take(most).copied().collect()),
+            // Too much for one table: what was asked for last stays.
+            _ => {
+                let run = run.get(..run.len().min(most)).unwrap_or_default();
+                let nothing =
+                    Table { used: AtomicBool::new(old.as_ref().is_some_and(|old| old.is_used())), ..Table::default() };
+                nothing.replaced(base, first.start, last.end(), run)
+            }
         };
-        draft.join();
-        let used = old.as_ref().is_some_and(|old| old.is_used());
-        self.replace(stripe, old.as_deref(), draft.build(base, used));
+        self.replace(stripe, old.as_deref(), new);
     }
 
     fn replace(&self, stripe: &Stripe, old: Option<&Table>, new: Option<Table>) {
@@ -478,74 +482,93 @@ impl Table {
             }
         };
         Some(Flat {
-            start: base.saturating_add(u64::from(start) * SECTOR_SIZE),
+            start: position(base, start),
             length: u64::from(length) * SECTOR_SIZE,
             depth: u16::try_from(what & DEPTH_MASK).ok()?,
             target,
         })
     }
 
-    fn flats(&self, base: u64) -> impl Iterator<Item = Flat> {
-        (0..self.len()).filter_map(move |index| self.flat(base, index))
+    fn flats(&self, base: u64, indices: Range<usize>) -> impl Iterator<Item = Flat> {
+        indices.filter_map(move |index| self.flat(base, index))
     }
 
-    /// All of it but `start..end`.
-    fn without(&self, base: u64, start: u64, end: u64) -> Draft {
-        self.merged(base, start, end, &[])
-    }
+    /// The table with `run` in the place of `start..end`, or `None` if it is empty then. What is around that is
+    /// copied as it lies: a change costs little more than a copy, however many extents there are.
+    fn replaced(&self, base: u64, start: u64, end: u64, run: &[Flat]) -> Option<Self> {
+        let begin_before = |bytes: u64| self.starts.partition_point(|at| position(base, *at) < bytes);
+        let (before, after) = (begin_before(start), begin_before(end));
+        // The last one before and the first one after may be cut, or continued by what is new.
+        let first = before.saturating_sub(1);
+        let mut changed = Vec::with_capacity(run.len().saturating_add(3));
+        changed.extend(self.flats(base, first..before).map(|flat| flat.head(start)));
+        changed.extend(run);
+        let cut = self.flats(base, after.saturating_sub(1)..after).filter(|flat| flat.end() > end);
+        changed.extend(cut.map(|flat| flat.tail(end)));
+        let rest = after.saturating_add(1);
+        changed.extend(self.flats(base, after..rest));
+        changed.dedup_by(|next, left| left.merge(next));
 
-    /// All of it, with `run` in the place of `start..end`.
-    fn merged(&self, base: u64, start: u64, end: u64, run: &[Flat]) -> Draft {
-        let mut draft = Vec::with_capacity(self.len().saturating_add(run.len()).saturating_add(1));
-        let before = self.flats(base).take_while(|flat| flat.start < start).map(|flat| flat.head(start));
-        draft.extend(before);
-        draft.extend(run);
-        let after = self.flats(base).skip_while(|flat| flat.end() <= end);
-        draft.extend(after.map(|flat| if flat.start < end { flat.tail(end) } else { flat }));
-        Draft(draft)
+        let room = first.saturating_add(changed.len()).saturating_add(self.len().saturating_sub(rest));
+        let (mut starts, mut entries) = (Vec::with_capacity(room), Vec::with_capacity(room));
+        let mut units = self.units.to_vec();
+        starts.extend_from_slice(self.starts.get(..first).unwrap_or_default());
+        entries.extend_from_slice(self.entries.get(..first).unwrap_or_default());
+        for flat in changed.iter().filter_map(whole_sectors) {
+            if let Some((start, entry)) = Entry::of(base, &flat, &mut units) {
+                starts.push(start);
+                entries.push(entry);
+            }
+        }
+        starts.extend_from_slice(self.starts.get(rest..).unwrap_or_default());
+        entries.extend_from_slice(self.entries.get(rest..).unwrap_or_default());
+        if entries.is_empty() {
+            return None;
+        }
+        let units = units_in_use(&mut entries, &units);
+        Some(Self { starts: starts.into(), entries: entries.into(), units, used: AtomicBool::new(self.is_used()) })
     }
 }
 
-/// The extents of a table that is being made, sorted.
-struct Draft(Vec<Flat>);
+/// The byte offset of a place in a stripe that starts at `base`.
+fn position(base: u64, sector: u32) -> u64 {
+    base.saturating_add(u64::from(sector) * SECTOR_SIZE)
+}
 
-impl Draft {
-    /// Makes one of neighbours that continue each other.
-    fn join(&mut self) {
-        self.0.dedup_by(|next, left| left.merge(next));
+impl Entry {
+    /// An extent in a stripe that starts at `base`, and where it begins. `None` if it is too long. A packed unit is
+    /// added to `units`.
+    fn of(base: u64, flat: &Flat, units: &mut Vec<Unit>) -> Option<(u32, Self)> {
+        let sectors = |bytes: u64| u32::try_from(bytes / SECTOR_SIZE).ok();
+        let (start, length) = (sectors(flat.start.checked_sub(base)?)?, sectors(flat.length)?);
+        let (value, what) = match flat.target {
+            Target::Data { file, offset, overwrite } => {
+                let overwrite = if overwrite { OVERWRITE } else { 0 };
+                (offset, DATA << KIND_SHIFT | overwrite | u32::from(file.bits()) << FILE_SHIFT)
+            }
+            Target::Zero => (0, ZERO << KIND_SHIFT),
+            Target::Unallocated => (0, UNALLOCATED << KIND_SHIFT),
+            Target::Packed { token, skip, unit } => {
+                units.push(Unit { token, skip, unit });
+                (units.len() as u64 - 1, PACKED << KIND_SHIFT)
+            }
+        };
+        Some((start, Self { value, length, what: what | u32::from(flat.depth) }))
     }
+}
 
-    fn build(self, base: u64, used: bool) -> Option<Table> {
-        if self.0.is_empty() {
-            return None;
-        }
-        let mut starts = Vec::with_capacity(self.0.len());
-        let mut entries = Vec::with_capacity(self.0.len());
-        let mut units = Vec::new();
-        for flat in &self.0 {
-            let sectors = |bytes: u64| u32::try_from(bytes / SECTOR_SIZE).ok();
-            let (Some(start), Some(length)) = (sectors(flat.start.saturating_sub(base)), sectors(flat.length)) else {
-                continue;
-            };
-            let depth = u32::from(flat.depth);
-            let (value, what) = match flat.target {
-                Target::Data { file, offset, overwrite } => {
-                    let overwrite = if overwrite { OVERWRITE } else { 0 };
-                    (offset, DATA << KIND_SHIFT | overwrite | u32::from(file.bits()) << FILE_SHIFT)
-                }
-                Target::Zero => (0, ZERO << KIND_SHIFT),
-                Target::Unallocated => (0, UNALLOCATED << KIND_SHIFT),
-                Target::Packed { token, skip, unit } => {
-                    units.push(Unit { token, skip, unit });
-                    (u64::try_from(units.len() - 1).unwrap_or(u64::MAX), PACKED << KIND_SHIFT)
-                }
-            };
-            starts.push(start);
-            entries.push(Entry { value, length, what: what | depth });
-        }
-        let (starts, entries, units) = (starts.into(), entries.into(), units.into());
-        Some(Table { starts, entries, units, used: AtomicBool::new(used) })
+/// The units that entries point to, which point to their new places then.
+fn units_in_use(entries: &mut [Entry], units: &[Unit]) -> Box<[Unit]> {
+    let mut in_use = Vec::new();
+    // Without units no entry is packed: most tables have none.
+    let packed = entries.iter_mut().filter(|entry| !units.is_empty() && entry.what >> KIND_SHIFT == PACKED);
+    for entry in packed {
+        let value = entry.value;
+        let unit = usize::try_from(value).ok().and_then(|index| units.get(index));
+        in_use.extend(unit);
+        entry.value = (in_use.len() as u64).saturating_sub(1);
     }
+    in_use.into()
 }
 
 #[cfg(test)]
@@ -718,28 +741,49 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
-        /// With room for everything the map equals an array; three stripes of 64 MiB, 1 MiB a cell.
+        /// With room for everything the map equals an array, and has as few extents as possible; three stripes of
+        /// 64 MiB, 1 MiB a cell. Cells of one kind continue each other, but for packed ones of another unit.
         #[test]
-        fn equals_an_array(steps in prop::collection::vec((0u64..160, 1u64..60, 0u16..6), 1..80)) {
+        fn equals_an_array(steps in prop::collection::vec((0u64..160, 1u64..60, 0u16..6, 0u64..1024), 1..80)) {
             const CELLS: u64 = 160;
+            let cell = |index: u64, kind: u16| {
+                let start = index << 20;
+                let target = match kind {
+                    1 => Target::Zero,
+                    2 => Target::Unallocated,
+                    3 => Target::Packed { token: start >> 22, skip: (start & 0x3f_ffff) as u32, unit: 4 << 20 },
+                    _ => Target::Data { file: FileId::from_bits(kind), offset: start, overwrite: kind == 4 },
+                };
+                Flat { start, length: 1 << 20, depth: kind, target }
+            };
             let map = map(CELLS << 20, 10_000);
             let mut model = vec![0u16; CELLS as usize];
-            for (start, length, depth) in steps {
-                let length = length.min(CELLS - start);
-                if depth == 0 {
-                    map.invalidate(start << 20, length << 20);
-                } else {
-                    map.insert(&[flat(start << 20, length << 20, depth)], map.generation());
+            for (start, length, kind, odd) in steps {
+                let end = (start + length).min(CELLS);
+                let cells: Vec<Flat> = (start..end).map(|index| cell(index, kind)).collect();
+                match (kind, cells.as_slice()) {
+                    // What is forgotten of a sector is forgotten of all of it.
+                    (0, _) => map.invalidate((start << 20) + odd % 512, ((end - start) << 20) - odd % 512 - odd / 512),
+                    (_, [one]) => map.publish(one),
+                    _ => map.insert(&cells, map.generation()),
                 }
-                model[start as usize..(start + length) as usize].fill(depth);
-                for cell in 0..CELLS {
-                    let found = map.lookup((cell << 20) + 1);
-                    prop_assert_eq!(found.map_or(0, |flat| flat.depth), model[cell as usize]);
+                model[start as usize..end as usize].fill(kind);
+                for (index, kind) in (0..).zip(&model) {
+                    let expected = (*kind != 0).then(|| cell(index, *kind).tail((index << 20) + 512).target);
+                    let found = map.lookup((index << 20) + 512);
+                    prop_assert_eq!(found.map(|flat| flat.target), expected, "cell {}", index);
                     if let Some(flat) = found {
                         let reach = (flat.end() >> 20) as usize;
-                        prop_assert!(model[cell as usize..reach].iter().all(|depth| *depth == flat.depth));
+                        prop_assert!(model[index as usize..reach].iter().all(|other| other == kind));
                     }
                 }
+                let begins = |index: usize| model[index] != 0 && (index % 64 == 0
+                    || model[index - 1] != model[index] || model[index] == 3 && index % 4 == 0);
+                let fewest = (0..CELLS as usize).filter(|index| begins(*index)).count() as u64;
+                prop_assert_eq!(map.stats().extents, fewest);
+                let units = |stripe: &Stripe| stripe.table.load().as_ref().map_or(0, |table| table.units.len());
+                let packed = (0..CELLS as usize).filter(|index| begins(*index) && model[*index] == 3).count();
+                prop_assert_eq!(map.stripes.iter().map(units).sum::<usize>(), packed, "units that nothing points to");
             }
         }
     }

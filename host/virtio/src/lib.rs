@@ -36,6 +36,7 @@ mod counters;
 mod device;
 mod execute;
 mod limit;
+mod memory;
 mod queue;
 mod ranges;
 mod report;
