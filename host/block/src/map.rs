@@ -777,8 +777,8 @@ mod tests {
                         prop_assert!(model[index as usize..reach].iter().all(|other| other == kind));
                     }
                 }
-                let begins = |index: usize| model[index] != 0 && (index % 64 == 0
-                    || model[index - 1] != model[index] || model[index] == 3 && index % 4 == 0);
+                let begins = |index: usize| model[index] != 0 && (index.is_multiple_of(64)
+                    || model[index - 1] != model[index] || model[index] == 3 && index.is_multiple_of(4));
                 let fewest = (0..CELLS as usize).filter(|index| begins(*index)).count() as u64;
                 prop_assert_eq!(map.stats().extents, fewest);
                 let units = |stripe: &Stripe| stripe.table.load().as_ref().map_or(0, |table| table.units.len());

@@ -312,10 +312,13 @@ impl Run {
     }
 
     fn read(&mut self, start: u64, end: u64) {
-        let size = self.model.size();
         let base = std::mem::take(&mut self.base);
         let mut bytes = vec![0xa5; (end - start) as usize];
-        let result = self.open().map(|disk| disk.read_over(size, start, &mut bytes, &mut below(&base)));
+        // A damaged image may have a disk that is larger than the model gets.
+        let result = self.open().map(|disk| {
+            let size = disk.info.virtual_size;
+            disk.read_over(size, start, &mut bytes, &mut below(&base))
+        });
         self.base = base;
         match result {
             Some(Ok(())) => self.model.check("read", start, &bytes),
