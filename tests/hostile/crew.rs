@@ -56,9 +56,14 @@ impl Subject {
         }
     }
 
+    /// Changes the image, as those see it that are started from now on.
+    fn change(&self, offset: u64, bytes: &[u8]) {
+        std::fs::File::options().write(true).open(&self.image).unwrap().write_all_at(bytes, offset).unwrap();
+    }
+
     /// Lets the first instance go on.
     fn release(&self) {
-        std::fs::File::options().write(true).open(&self.image).unwrap().write_all_at(b"!", BYTE).unwrap();
+        self.change(BYTE, b"!");
     }
 
     #[track_caller]
@@ -141,6 +146,43 @@ fn a_member_that_fails_ends_all_of_them() {
             _ => assert!(read(&subject.disk, 2 * PART, 512).is_err()),
         }
         assert_eq!(subject.tally.restarts(), failures);
+        tally::component_stopped();
+    }
+}
+
+/// It unpacks nothing, and costs nobody anything.
+#[test]
+fn a_member_that_does_not_start_is_left_out() {
+    let place = Place::new();
+    let (cluster_size, size) = ("lie-cluster-size 4096\n", "lie-size 131072\n");
+    for (behaviour, offset, failures) in [
+        // It describes another image.
+        (cluster_size, 0, 0),
+        (size, 0, 0),
+        ("x", 300 << 10, 0),
+        ("lie-backing-returned\n", 0, 0),
+        // It cannot be right.
+        ("lie-size 513\n", 0, 0),
+        ("lie-facts\n", 0, 0),
+        ("fail-at-connect\n", 0, 0),
+        ("trap-at-open\n", 0, 1),
+        ("panic-at-connect\n", 0, 1),
+    ] {
+        let subject = Subject::open(shared(), &image(&place, ""));
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| subject.reads(0));
+            subject.until(|subject| subject.calls("unpack") == 1);
+            subject.change(offset, behaviour.as_bytes());
+            let beside = scope.spawn(|| subject.reads(PART));
+            subject.until(|subject| subject.calls("open") == 2);
+            subject.release();
+            waits.join().unwrap();
+            beside.join().unwrap();
+        });
+        subject.reads(2 * PART);
+        subject.reads(3 * PART);
+        assert_eq!((subject.calls("open"), subject.calls("unpack")), (2, 4), "{behaviour}");
+        assert_eq!((subject.tally.restarts(), subject.tally.failures()), (0, failures), "{behaviour}");
         tally::component_stopped();
     }
 }

@@ -111,7 +111,7 @@ pub trait Layer: Send + Sync {
     /// # Errors
     /// [`Unsupported`](crate::ErrorKind::Unsupported) if the layer cannot: nothing changed. Else as
     /// [`LayerWriter::commit`]; the image has one of the two sizes, or over a longer layer one in between, which
-    /// [`size`](Self::size) says.
+    /// [`size`](Self::size) says as far as it is durable. If it may be larger than that, further calls fail.
     fn grow(&self, size: u64, below: u64) -> Result<()> {
         let _ = (size, below);
         Err(Error::new(ErrorKind::Unsupported, "its size cannot be changed while it is in use"))

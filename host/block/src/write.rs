@@ -118,7 +118,8 @@ impl Disk {
     /// [`Invalid`](ErrorKind::Invalid) if the disk is read-only, would become smaller, or cannot have that size;
     /// [`Unsupported`](ErrorKind::Unsupported) if the layer on top cannot do it, or the disk ends inside of a
     /// cluster; what the layer answers. After the last of these the disk has its old size, or over a longer layer
-    /// one in between, as its image; whether it can still be used depends on the layer.
+    /// one in between, as its image; whether it can still be used depends on the layer. If nobody knows which size
+    /// the image has durably, the layer is not asked any more.
     pub fn grow(&self, size: u64) -> Result<()> {
         self.refuse_read_only()?;
         if !size.is_multiple_of(SECTOR_SIZE) || size > MAX_FILE_OFFSET {

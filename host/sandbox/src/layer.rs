@@ -31,7 +31,7 @@ pub(crate) struct ComponentLayer {
     size: AtomicU64,
     current: Mutex<Arc<Incarnation>>,
     /// More instances, if the image is only read.
-    crew: Crew,
+    crew: Crew<Incarnation>,
     shared: SharedFiles,
     /// What a writer has promised and not kept yet; `None` if the image is not written by its component.
     ledger: Option<Mutex<Ledger>>,
@@ -206,7 +206,7 @@ impl ComponentLayer {
     }
 
     /// Another instance than the first, if that is busy and there may be one.
-    fn member(&self) -> Option<Member<'_>> {
+    fn member(&self) -> Option<Member<'_, Incarnation>> {
         let busy = self.current.lock().unwrap_or_else(PoisonError::into_inner).instance.is_busy();
         // Without restarts nothing is kept that another instance could be started with.
         if !busy || self.backoff().is_off() || self.held().incomplete {
@@ -408,8 +408,13 @@ impl Layer for ComponentLayer {
             Err(error) => {
                 let why = format!("it could not be started again after its size was changed: {}", error.message());
                 current.instance.retire(&why);
-                self.backoff().give_up(why);
-                Err(error)
+                self.backoff().give_up(why.clone());
+                // If something failed before, that says more.
+                let (why, first) = match grown {
+                    Err(first) => (format!("{}; {why}", first.message()), first),
+                    Ok(()) => (why, error),
+                };
+                Err(Error::new(first.kind(), why).on_image(&*self.info.name).with_source(first))
             }
         }
     }
