@@ -231,7 +231,7 @@ impl<'p> Subject<'p> {
 }
 
 /// Corruptions and leaks, as `qemu-img check` counts them.
-fn damage(place: &Place, name: &str) -> (u64, u64) {
+pub(crate) fn damage(place: &Place, name: &str) -> (u64, u64) {
     // It ends badly for leaks too.
     let mut check = Command::new("qemu-img");
     let outcome = run(check.args(["check", "-f", "qcow2", "--output=json"]).arg(place.path(name)));
@@ -455,7 +455,7 @@ fn growth_finds_no_space() {
 }
 
 /// The size of the disk as the file says it now.
-fn virtual_size(place: &Place, name: &str) -> usize {
+pub(crate) fn virtual_size(place: &Place, name: &str) -> usize {
     let copy = place.path("size.qcow2");
     std::fs::copy(place.path(name), &copy).unwrap();
     let text = qemu_img(["info", "-f", "qcow2", "--output=json", copy.to_str().unwrap()]);

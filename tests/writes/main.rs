@@ -9,6 +9,7 @@
 
 mod amplification;
 mod full;
+mod growth;
 mod queues;
 
 use std::io::Read;
