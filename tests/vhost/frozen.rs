@@ -3,11 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockhouse_tests::client::{Client, Request};
 use blockhouse_tests::serve::Serve;
-use blockhouse_tests::{blockhouse, noise, on_path, run, scratch, skip};
+use blockhouse_tests::{COMMAND_LIMIT, blockhouse, noise, on_path, run, scratch, skip};
 
 /// A file system in a file, which only this thread and its children see. It stands still while it is frozen.
 struct FileSystem {
@@ -38,24 +38,53 @@ impl FileSystem {
         Some(Self { at })
     }
 
-    fn freeze(&self) {
+    /// Until what this gives is dropped.
+    fn freeze(&self) -> Frozen<'_> {
         run(Command::new("fsfreeze").arg("--freeze").arg(&self.at)).succeeded();
+        Frozen(self)
     }
+}
 
-    fn thaw(&self) {
-        run(Command::new("fsfreeze").arg("--unfreeze").arg(&self.at)).succeeded();
+/// Who waits for a frozen file system cannot even be killed: dropped before a server is.
+struct Frozen<'a>(&'a FileSystem);
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("fsfreeze").arg("--unfreeze").arg(&self.0.at).output();
     }
 }
 
 impl Drop for FileSystem {
     fn drop(&mut self) {
-        // Whoever waits for it could not even be killed. Not everybody has frozen it, or left it by now.
-        let _ = Command::new("fsfreeze").arg("--unfreeze").arg(&self.at).output();
+        // Not everybody has left it by now.
         let _ = Command::new("umount").arg("--lazy").arg(&self.at).output();
     }
 }
 
-/// A small write into the page cache is made by the thread of its queue, which may have to wait for that.
+/// Requests that a pool has to make: more than it has threads.
+const ZEROES: u64 = 14;
+
+/// What one of them is about, in bytes: what requests have for themselves at a time.
+const PART: u64 = 64 << 10;
+
+/// Waits until so many threads of the server stand still in the kernel.
+#[track_caller]
+fn until_stuck(serve: &Serve, count: usize) {
+    let started = Instant::now();
+    let stuck = || {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", serve.id())).unwrap();
+        let states = threads.filter_map(|thread| std::fs::read_to_string(thread.unwrap().path().join("stat")).ok());
+        // A name in brackets, which may have any character in it, and the state.
+        states.filter(|stat| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('D'))).count()
+    };
+    while stuck() < count {
+        assert!(started.elapsed() < COMMAND_LIMIT, "{} of {count} threads stand still", stuck());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A small write into the page cache is made by the thread of its queue, which may have to wait for that. What
+/// else the disk was asked for has all the threads of its pool wait.
 #[test]
 fn a_file_system_that_stands_still_holds_up_its_own_disk_only() {
     let directory = scratch();
@@ -65,37 +94,47 @@ fn a_file_system_that_stands_still_holds_up_its_own_disk_only() {
     let mut command = blockhouse();
     command.args(["-v", "serve"]);
     for (socket, image) in sockets.iter().zip(&images) {
-        std::fs::write(image, noise(1, 1 << 20)).unwrap();
+        std::fs::write(image, noise(1, 2 << 20)).unwrap();
         let fields = format!("file={},format=raw,socket={}", image.display(), socket.display());
         command.arg("--disk").arg(fields);
     }
     let serve = Serve::start(&mut command, &directory.path().join("log"));
     let mut slow = Client::connect(&sockets[0], 1);
     let mut fast = Client::connect(&sockets[1], 1);
-    let data = noise(2, 4096);
+    let small = noise(2, 4096);
+    let mut content = noise(1, 2 << 20);
     // Everything is known, so that the write needs nobody else.
-    assert!(slow.read_all() == noise(1, 1 << 20));
-    still.freeze();
+    assert!(slow.read_all() == content);
+    content[8192..][..small.len()].copy_from_slice(&small);
+    content[1 << 20..][..usize::try_from(ZEROES * PART).unwrap()].fill(0);
+    let frozen = still.freeze();
     let (sender, finished) = mpsc::channel();
-    let bytes = data.clone();
     let writer = std::thread::spawn(move || {
-        let written = slow.run(0, &[Request::Write { offset: 8192, data: &bytes }]);
+        let zeroes = (0..ZEROES).map(|part| Request::Zero { offset: (1 << 20) + part * PART, len: PART, unmap: false });
+        let mut requests: Vec<_> = zeroes.collect();
+        // The last one: the queue goes no further then.
+        requests.push(Request::Write { offset: 8192, data: &small });
+        let done = slow.run(0, &requests);
         sender.send(()).unwrap();
-        (slow, written)
+        (slow, done)
     });
+    // Eight of the pool, and the queue's, unless the pool has to make that write as well.
+    until_stuck(&serve, if serve.log().contains("no io_uring here") { 8 } else { 9 });
     for round in 0..50_u64 {
         let bytes = noise(round, 4096);
         fast.write(round * 4096, &bytes).unwrap();
         assert!(fast.read(round * 4096, 4096).unwrap() == bytes);
     }
-    fast.flush().unwrap();
+    let zero = Request::Zero { offset: 1 << 20, len: PART, unmap: false };
+    assert!(fast.run(0, &[zero, Request::Flush]).iter().all(Result::is_ok));
+    fast.write(256 << 10, &noise(4, 128 << 10)).unwrap();
     assert!(finished.try_recv().is_err(), "a write to a file system that stands still ended");
-    still.thaw();
+    drop(frozen);
     finished.recv_timeout(Duration::from_secs(60)).unwrap();
-    let (mut slow, written) = writer.join().unwrap();
-    assert!(written.iter().all(Result::is_ok));
+    let (mut slow, done) = writer.join().unwrap();
+    assert!(done.iter().all(Result::is_ok), "{done:?}");
     slow.flush().unwrap();
-    assert!(slow.read(8192, 4096).unwrap() == data);
+    assert!(slow.read_all() == content);
     drop((slow, fast));
     serve.terminate();
 }
