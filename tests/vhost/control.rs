@@ -292,3 +292,35 @@ fn a_hostile_client_of_the_control_interface_gets_errors() {
     assert_eq!(std::fs::metadata(&raw).unwrap().len(), 4096);
     serve.terminate();
 }
+
+/// Who comes second is served when the first one has gone.
+#[test]
+fn connections_are_served_one_after_the_other() {
+    let directory = scratch();
+    let raw = directory.path().join("disk.raw");
+    std::fs::write(&raw, noise(1, 4096)).unwrap();
+    let (serve, _, socket) = serve(directory.path(), &format!("file={},format=raw", raw.display()));
+    let connect = || BufReader::new(UnixStream::connect(&socket).unwrap());
+    let ask = |stream: &mut BufReader<UnixStream>| stream.get_mut().write_all(b"{\"command\":\"status\"}\n").unwrap();
+    let answer = |stream: &mut BufReader<UnixStream>| {
+        let mut line = String::new();
+        stream.read_line(&mut line).unwrap();
+        assert!(line.contains("\"virtual_size_bytes\":4096"), "{line}");
+    };
+    let (mut first, mut second) = (connect(), connect());
+    ask(&mut first);
+    answer(&mut first);
+    ask(&mut second);
+    for _ in 0..100 {
+        ask(&mut first);
+        answer(&mut first);
+    }
+    second.get_mut().set_nonblocking(true).unwrap();
+    let nothing = second.read(&mut [0]).unwrap_err();
+    assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock, "two connections are served at a time");
+    second.get_mut().set_nonblocking(false).unwrap();
+    drop(first);
+    answer(&mut second);
+    drop(second);
+    serve.terminate();
+}

@@ -24,25 +24,30 @@ use crate::control_line::{MAX_LINE, Next, next};
 use crate::open_disk::ControlledDisk;
 use crate::outlet::{self, Running};
 
-/// How long a connection may be silent before it is ended, for others to be served.
-const SILENCE: Duration = Duration::from_secs(10);
+/// What somebody is waited for.
+#[derive(Clone, Copy)]
+struct Patience {
+    /// How long a connection may be silent before it is ended, for others to be served.
+    silence: Duration,
+    /// How long somebody may take to take an answer.
+    answer: Duration,
+}
 
-/// How long somebody may take to take an answer.
-const ANSWER_TIME: Duration = Duration::from_secs(5);
+const PATIENCE: Patience = Patience { silence: Duration::from_secs(10), answer: Duration::from_secs(5) };
 
 /// Serves the interface.
 pub(crate) fn start(listener: Listener, walls: &Walls, disks: Arc<[ControlledDisk]>) -> anyhow::Result<Running> {
-    Running::socket("control", listener, walls, move |stream| serve(stream, &disks))
+    Running::socket("control", listener, walls, move |stream| serve(stream, &disks, PATIENCE))
 }
 
 /// Answers the commands of one connection.
-fn serve(mut stream: UnixStream, disks: &[ControlledDisk]) -> io::Result<()> {
+fn serve(mut stream: UnixStream, disks: &[ControlledDisk], patience: Patience) -> io::Result<()> {
     let mut received = Vec::new();
     loop {
-        outlet::read_until(&mut stream, &mut received, SILENCE, MAX_LINE, |bytes| bytes.contains(&b'\n'))?;
+        outlet::read_until(&mut stream, &mut received, patience.silence, MAX_LINE, |bytes| bytes.contains(&b'\n'))?;
         match next(&mut received, disks)? {
-            Next::Answer(line) => outlet::write_all(&mut stream, &line, ANSWER_TIME)?,
-            Next::Last(line) => return outlet::write_all(&mut stream, &line, ANSWER_TIME),
+            Next::Answer(line) => outlet::write_all(&mut stream, &line, patience.answer)?,
+            Next::Last(line) => return outlet::write_all(&mut stream, &line, patience.answer),
             // It ended, or was silent.
             Next::Incomplete => return Ok(()),
         }
@@ -53,6 +58,7 @@ fn serve(mut stream: UnixStream, disks: &[ControlledDisk]) -> io::Result<()> {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
     use std::io::{Read, Write};
+    use std::sync::mpsc;
 
     use super::*;
 
@@ -62,7 +68,7 @@ mod tests {
         ours.set_nonblocking(true).unwrap();
         theirs.write_all(sent).unwrap();
         theirs.shutdown(std::net::Shutdown::Write).unwrap();
-        serve(ours, &[]).unwrap();
+        serve(ours, &[], PATIENCE).unwrap();
         let mut text = String::new();
         // What was not read of it is an error at the end.
         let _ = theirs.read_to_string(&mut text);
@@ -104,5 +110,34 @@ mod tests {
         assert!(error["error"]["message"].as_str().unwrap().contains("4096 bytes at most"));
         // What ends early is no command.
         assert!(answers(b"{\"command\":\"status\"}").is_empty());
+    }
+
+    /// What becomes of a connection whose other side stays, waited for as long as this.
+    fn ended(sent: &[u8], patience: Patience) -> (io::Result<()>, UnixStream) {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        theirs.write_all(sent).unwrap();
+        let (sender, receiver) = mpsc::channel();
+        std::thread::spawn(move || sender.send(serve(ours, &[], patience)));
+        // Far longer than it takes.
+        (receiver.recv_timeout(Duration::from_secs(60)).unwrap(), theirs)
+    }
+
+    #[test]
+    fn who_says_no_more_is_left() {
+        let patience = Patience { silence: Duration::from_millis(1), ..PATIENCE };
+        let (ended, mut theirs) = ended(b"{\"command\":\"status\"}\n{\"command\":", patience);
+        ended.unwrap();
+        let mut text = String::new();
+        theirs.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "{\"result\":[]}\n");
+    }
+
+    #[test]
+    fn who_takes_no_answer_is_left() {
+        let patience = Patience { answer: Duration::from_millis(1), ..PATIENCE };
+        // More answers than a socket holds.
+        let (ended, _theirs) = ended(&b"{}\n".repeat(20_000), patience);
+        assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::TimedOut);
     }
 }

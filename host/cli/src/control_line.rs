@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use super::error_report::ErrorReport;
 use super::size::parse_size;
 
-/// The longest command.
+/// The longest command, with the end of its line.
 pub(crate) const MAX_LINE: usize = 4 << 10;
 
 /// What can be asked for.
@@ -76,7 +76,7 @@ struct Resized {
 /// # Errors
 /// If an answer cannot be written as JSON.
 pub(crate) fn next(received: &mut Vec<u8>, disks: &[impl Controlled]) -> serde_json::Result<Next> {
-    let Some(end) = received.iter().position(|byte| *byte == b'\n') else {
+    let Some(end) = received.iter().take(MAX_LINE).position(|byte| *byte == b'\n') else {
         if received.len() < MAX_LINE {
             return Ok(Next::Incomplete);
         }
@@ -124,4 +124,137 @@ fn line(answer: &impl Serialize) -> serde_json::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(answer)?;
     line.push(b'\n');
     Ok(line)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)]
+    use std::sync::Mutex;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// A disk of 8 KiB, which becomes no larger than 1 MiB.
+    struct Fake {
+        name: &'static str,
+        size: Mutex<u64>,
+        told: bool,
+    }
+
+    impl Controlled for Fake {
+        fn name(&self) -> String {
+            self.name.to_owned()
+        }
+
+        fn capacity(&self) -> u64 {
+            *self.size.lock().unwrap()
+        }
+
+        fn status(&self) -> impl Serialize {
+            json!({ "status of": self.name })
+        }
+
+        fn metrics(&self) -> impl Serialize {
+            json!({ "metrics of": self.name })
+        }
+
+        fn grow(&self, size: u64) -> Result<bool> {
+            if size > 1 << 20 {
+                return Err(Error::new(ErrorKind::Storage, "no space left").on_image("/images/disk"));
+            }
+            *self.size.lock().unwrap() = size;
+            Ok(self.told)
+        }
+    }
+
+    fn disks() -> [Fake; 2] {
+        [("disk0", false), ("disk1", true)].map(|(name, told)| Fake { name, size: Mutex::new(8192), told })
+    }
+
+    fn sizes(disks: &[Fake]) -> Vec<u64> {
+        disks.iter().map(Controlled::capacity).collect()
+    }
+
+    /// The answer to a line, which is one line.
+    fn answer(disks: &[Fake], line: &str) -> Value {
+        let mut received = format!("{line}\nmore").into_bytes();
+        let Next::Answer(answer) = next(&mut received, disks).unwrap() else { panic!("no answer to {line}") };
+        assert_eq!(received, b"more", "the next line was touched");
+        let answer = String::from_utf8(answer).unwrap();
+        assert_eq!(answer.find('\n'), Some(answer.len() - 1), "{answer:?}");
+        serde_json::from_str(&answer).unwrap()
+    }
+
+    fn resize(disks: &[Fake], disk: &str, size: &str) -> Value {
+        answer(disks, &json!({ "command": "resize", "disk": disk, "size": size }).to_string())
+    }
+
+    #[test]
+    fn each_command_is_answered_with_what_it_asks_for() {
+        let disks = disks();
+        let status = answer(&disks, r#"{"command":"status"}"#);
+        assert_eq!(status, json!({ "result": [{ "status of": "disk0" }, { "status of": "disk1" }] }));
+        let metrics = answer(&disks, r#"{"command":"metrics"}"#);
+        assert_eq!(metrics, json!({ "result": [{ "metrics of": "disk0" }, { "metrics of": "disk1" }] }));
+    }
+
+    #[test]
+    fn the_disk_that_is_named_gets_larger_and_no_other() {
+        let disks = disks();
+        for (disk, told, before, size, sizes_after) in
+            [("disk1", true, 8192, "16K", [8192, 16384]), ("disk0", false, 8192, "12288", [12288, 16384])]
+        {
+            let expected = json!({ "result": {
+                "disk": disk,
+                "virtual_size_bytes": parse_size(size).unwrap(),
+                "virtual_size_bytes_before": before,
+                "told": told,
+            } });
+            assert_eq!(resize(&disks, disk, size), expected);
+            assert_eq!(sizes(&disks), sizes_after);
+        }
+    }
+
+    #[test]
+    fn an_error_is_of_the_kind_that_it_is_and_changes_nothing() {
+        let disks = disks();
+        for (answer, kind, why) in [
+            (answer(&disks, "{}"), "invalid", "not a command"),
+            (resize(&disks, "disk2", "16K"), "invalid", "there is no disk \"disk2\"; there is: disk0, disk1"),
+            (resize(&disks, "disk", "16K"), "invalid", "there is no disk \"disk\""),
+            (resize(&disks, "disk0", "16Q"), "invalid", "is not a size"),
+            (resize(&disks, "disk0", "1G"), "storage", "no space left"),
+        ] {
+            let error = &answer["error"];
+            assert_eq!(error["kind"], kind, "{answer}");
+            assert!(error["message"].as_str().unwrap().contains(why), "{answer}");
+            assert!(answer.get("result").is_none(), "{answer}");
+            assert_eq!(error["image"], if kind == "storage" { json!("/images/disk") } else { Value::Null });
+        }
+        assert_eq!(sizes(&disks), [8192, 8192]);
+    }
+
+    /// However it arrives: in parts, with more behind it, or as one piece.
+    #[test]
+    fn a_line_is_understood_up_to_its_bound() {
+        let disks = disks();
+        let line = |length: usize| format!("{:width$}\n", r#"{"command":"status"}"#, width = length - 1).into_bytes();
+        let longest = line(MAX_LINE);
+        for end in [0, 1, MAX_LINE - 1] {
+            let mut received = longest.get(..end).unwrap().to_vec();
+            assert!(matches!(next(&mut received, &disks), Ok(Next::Incomplete)), "{end}");
+            assert_eq!(received.len(), end);
+        }
+        for more in [&b""[..], b"{", &[b'\n'; MAX_LINE]] {
+            let mut received = [&longest, more].concat();
+            let Next::Answer(answer) = next(&mut received, &disks).unwrap() else { panic!("it is not answered") };
+            assert!(answer.starts_with(b"{\"result\":"));
+            assert!(received == more);
+        }
+        for mut received in [line(MAX_LINE + 1), vec![b' '; MAX_LINE], vec![b' '; 2 * MAX_LINE]] {
+            let Next::Last(answer) = next(&mut received, &disks).unwrap() else { panic!("it goes on") };
+            assert!(String::from_utf8(answer).unwrap().contains("4096 bytes at most"));
+        }
+    }
 }

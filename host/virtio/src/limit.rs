@@ -148,6 +148,7 @@ mod tests {
         while limiter.wait().is_none() {
             limiter.charge(bytes);
             count += 1;
+            assert!(count < 100_000, "there is no end");
         }
         count
     }
@@ -193,6 +194,41 @@ mod tests {
         let (limiter, _) = self::limiter(None, Some((1, 1)));
         limiter.charge(0);
         assert!(limiter.wait().is_none());
+    }
+
+    #[test]
+    fn a_wait_is_not_a_part_of_a_nanosecond_too_short() {
+        // A third of a second is no whole number of nanoseconds.
+        let (limiter, clock) = limiter(Some((3, 1)), None);
+        limiter.charge(0);
+        assert_eq!(limiter.wait(), Some(Duration::from_nanos(333_333_334)));
+        clock.store(333_333_333, Ordering::Relaxed);
+        assert_eq!(limiter.wait(), Some(Duration::from_nanos(1)));
+        clock.store(333_333_334, Ordering::Relaxed);
+        assert_eq!(limiter.wait(), None);
+    }
+
+    #[test]
+    fn zero_counts_as_one() {
+        let (limiter, clock) = limiter(Some((0, 0)), None);
+        assert_eq!(go(&limiter, 0), 1);
+        at(&clock, 999);
+        assert_eq!(go(&limiter, 0), 0);
+        at(&clock, 1000);
+        assert_eq!(go(&limiter, 0), 1);
+    }
+
+    /// What nobody lives to see paid stays a debt.
+    #[test]
+    fn a_debt_has_an_end_and_is_not_forgotten_there() {
+        let (limiter, clock) = limiter(None, Some((1, 1)));
+        for amount in [u64::MAX, 1, u64::MAX, 1] {
+            limiter.charge(amount);
+            assert_eq!(go(&limiter, 1), 0);
+        }
+        // Ten years.
+        at(&clock, 10 * 366 * 86_400_000);
+        assert_eq!(go(&limiter, 1), 0);
     }
 
     #[test]

@@ -28,6 +28,13 @@ impl Limited {
         Self { device, queue, driver, clock }
     }
 
+    /// Another queue of the device, with a driver of its own.
+    fn beside(&self) -> Self {
+        let driver = Driver::new();
+        let queue = BlockQueue::new(self.device.clone(), 1, driver.queue(), FLUSH | DISCARD | ZEROES);
+        Self { device: self.device.clone(), queue, driver, clock: Arc::clone(&self.clock) }
+    }
+
     /// Has the queue serve: how many were answered, whether it has to wait for its limit, and how many were taken
     /// so far.
     fn serve(&mut self) -> (usize, bool, u16) {
@@ -56,6 +63,59 @@ fn a_limited_queue_leaves_requests_where_they_are() {
     limited.clock.store(10, Ordering::Relaxed);
     assert_eq!(limited.serve(), (2, false, 5), "nothing is left to wait for");
     assert_eq!(limited.device.stats().limit_waits, 3);
+}
+
+/// What one has had, the other has not.
+#[test]
+fn queues_share_the_limits_of_their_device() {
+    let requests = Some(Rate { per_second: 1000, burst: 3 });
+    let mut one = Limited::new(RateLimits { requests, bytes: None });
+    let mut other = one.beside();
+    for limited in [&mut one, &mut other] {
+        limited.driver.header(VIRTIO_BLK_T_IN, 0);
+        limited.driver.chain_in(TABLE, 0, &[readable(HEADER, 16), writable(DATA, 512), writable(STATUS, 1)]);
+    }
+    one.driver.offer(0);
+    (0..5).for_each(|_| other.driver.offer(0));
+    assert_eq!(one.serve(), (1, false, 1));
+    assert_eq!(other.serve(), (2, true, 2));
+    one.driver.offer(0);
+    assert_eq!(one.serve(), (0, true, 1));
+    one.clock.store(1, Ordering::Relaxed);
+    assert_eq!(other.serve(), (1, true, 3));
+    assert_eq!(one.serve(), (0, true, 1));
+}
+
+/// As many as it has, in bytes, whichever way they go.
+#[test]
+fn reads_and_writes_cost_their_bytes() {
+    for (kind, data) in [(VIRTIO_BLK_T_IN, writable(DATA, 1024)), (VIRTIO_BLK_T_OUT, readable(DATA, 1024))] {
+        let bytes = Some(Rate { per_second: 1024 * 1000, burst: 2048 });
+        let mut limited = Limited::new(RateLimits { requests: None, bytes });
+        limited.driver.header(kind, 0);
+        limited.driver.chain_in(TABLE, 0, &[readable(HEADER, 16), data, writable(STATUS, 1)]);
+        for _ in 0..6 {
+            limited.driver.offer(0);
+        }
+        // One more when a byte is left of the burst, which a request leaves none of.
+        assert_eq!(limited.serve(), (2, true, 2), "type {kind}");
+        limited.clock.store(1, Ordering::Relaxed);
+        assert_eq!(limited.serve(), (1, true, 3), "type {kind}");
+    }
+}
+
+/// Else a guest that sends nonsense could have more of the host than one that works.
+#[test]
+fn what_makes_no_sense_is_paid_for_as_well() {
+    let requests = Some(Rate { per_second: 1, burst: 2 });
+    let mut limited = Limited::new(RateLimits { requests, bytes: None });
+    limited.driver.header(VIRTIO_BLK_T_IN, 0);
+    // No place for the status.
+    limited.driver.chain_in(TABLE, 0, &[readable(HEADER, 16)]);
+    for _ in 0..5 {
+        limited.driver.offer(0);
+    }
+    assert_eq!(limited.serve(), (2, true, 2));
 }
 
 /// Bytes are paid for where they are moved, or made zero.
