@@ -2,10 +2,11 @@
 //! disk an error; no other file changes by a byte.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use blockhouse_sandbox::block::{Access, BlockBackend, Error, ErrorKind, VolatileSlice};
-use blockhouse_sandbox::{Grants, Limits, OpenRequest, OpenedDisk, Opener};
+use blockhouse_sandbox::{Grants, Limits, OpenRequest, OpenedDisk, Opener, Tally};
 use blockhouse_tests::noise;
 
 use crate::library::{Library, read, shared};
@@ -96,6 +97,142 @@ fn every_lie_about_space_is_found() {
         assert!(std::fs::read(&base).unwrap() == bytes, "{line}: the base changed");
         tally::component_stopped();
     }
+}
+
+/// Runs of space that do not fit what was asked for, or each other. The first one does, and is written.
+#[test]
+fn every_lie_about_runs_of_space_is_found() {
+    const HONEST: &str = "0:65536:262144:0 65536:65536:327680:1 131072:65536:393216:2";
+    let place = Place::new();
+    for (offset, length, runs, why) in [
+        (4096, 188 << 10, HONEST, ""),
+        // Not from where it was asked for, below that, past its end.
+        (4096, 188 << 10, "65536:65536:262144:0", "space from 65536 on, after the offset asked for"),
+        (68 << 10, 512, "0:65536:262144:0", "outside of what was asked for"),
+        (4096, 512, "0:131072:262144:0", "outside of what was asked for"),
+        (4096, 188 << 10, "0:65536:262144:0 65536:196608:327680:1", "outside of what was asked for"),
+        // No clusters, or parts of them.
+        (4096, 188 << 10, "0:0:262144:0", "space for 0 bytes at 0, not whole clusters"),
+        (4096, 188 << 10, "512:65024:262144:0", "space for 65024 bytes at 512, not whole clusters"),
+        (4096, 188 << 10, "0:66048:262144:0", "space for 66048 bytes at 0, not whole clusters"),
+        // The same place of the disk twice, or backwards.
+        (
+            4096,
+            188 << 10,
+            "0:131072:262144:0 65536:65536:393216:1",
+            "space for 65536 before the end of the run before it",
+        ),
+        (
+            4096,
+            188 << 10,
+            "0:65536:262144:0 131072:65536:327680:1 65536:65536:393216:2",
+            "space for 65536 before the end of the run before it",
+        ),
+        // The same place of the file twice.
+        (4096, 188 << 10, "0:65536:262144:0 65536:65536:262144:1", "the space at 262144 in file 0 twice"),
+        (4096, 188 << 10, "0:65536:294912:0 65536:65536:262144:1", "the space at 294912 in file 0 twice"),
+        (4096, 188 << 10, "0:65536:262144:7 65536:65536:327680:7", "the ticket 7 twice"),
+    ] {
+        let image = image(&place, &format!("write-lie-runs {runs}"));
+        let before = std::fs::read(&image).unwrap();
+        let opened = open(shared(), &place, &image, Access::ReadWrite).unwrap();
+        let written = write(&opened, offset, length);
+        assert!(std::fs::read(&image).unwrap().starts_with(&before), "{runs}: old bytes changed");
+        if runs == HONEST {
+            written.unwrap();
+            assert!(read(&opened.disk, 0, 192 << 10).unwrap()[4096..].iter().all(|byte| *byte == 0xd5));
+            tally::image_served();
+            continue;
+        }
+        let error = written.expect_err(runs);
+        assert_eq!(error.kind(), ErrorKind::Component, "{runs}: {error}");
+        assert!(error.to_string().contains(why), "{runs}: {error}");
+        let error = write(&opened, offset, length).expect_err(runs);
+        assert!(error.to_string().contains("its component is not asked any more"), "{runs}: {error}");
+        assert_eq!(std::fs::metadata(&image).unwrap().len(), 256 << 10, "{runs}: something was written");
+        tally::component_stopped();
+    }
+}
+
+/// Space that is given back to the file system and is nobody's to give.
+#[test]
+fn every_lie_about_freed_space_is_found() {
+    let place = Place::new();
+    for (freed, why) in [
+        ("4294967295 0 65536", "file 4294967295, which is not registered"),
+        // The image once more, shared for reading.
+        ("1 0 65536", "file 1, which is read-only"),
+        ("0 9223372036854775807 1", "past the largest file offset"),
+        ("0 65536 18446744073709551615", "past the largest file offset"),
+    ] {
+        let image = image(&place, &format!("write-lie-freed {freed}"));
+        let before = std::fs::read(&image).unwrap();
+        let opened = open(shared(), &place, &image, Access::ReadWrite).unwrap();
+        write(&opened, 4096, 512).unwrap();
+        let error = opened.disk.flush().expect_err(freed);
+        assert_eq!(error.kind(), ErrorKind::Component, "{freed}: {error}");
+        assert!(error.to_string().contains(why), "{freed}: {error}");
+        assert!(std::fs::read(&image).unwrap().starts_with(&before), "{freed}: old bytes changed");
+        let error = opened.disk.flush().expect_err(freed);
+        assert!(error.to_string().contains("its component is not asked any more"), "{freed}: {error}");
+        assert!(opened.disk.close().is_err(), "{freed}: closed as if nothing had happened");
+        tally::component_stopped();
+    }
+}
+
+/// An answer that says that something failed is believed: nothing of it counts as done, and all else goes on.
+#[test]
+fn an_answer_that_it_failed_is_the_answer_of_the_request() {
+    let place = Place::new();
+    // A ticket that the component then does not know, neither to publish it nor to give it back.
+    let unknown = "write-lie-runs 0:65536:262144:9";
+    for (line, request, why, abandoned) in [
+        ("fail-at-prepare", "write", "prepare failed on command", 0),
+        ("fail-at-commit", "write", "commit failed on command", 1),
+        (unknown, "write", "there is no ticket 9", 1),
+        ("fail-at-flush", "flush", "flush failed on command", 0),
+        ("fail-at-finish", "close", "finish failed on command", 0),
+        ("trap-at-finish", "close", "the component failed in `finish` and was thrown away", 0),
+    ] {
+        let image = image(&place, line);
+        let mut expected = std::fs::read(&image).unwrap();
+        let calls = Arc::new(Tally::default());
+        let opener = Opener::new(&shared().sandbox, shared().formats.clone()).tally(Arc::clone(&calls));
+        let wanted = OpenRequest { access: Access::ReadWrite, ..OpenRequest::new(&image, "hostile") };
+        let opened = opener.open(&wanted).unwrap();
+        let refused = |what: &str, result: Result<(), Error>| {
+            if what != request {
+                return result.unwrap();
+            }
+            let error = result.expect_err(line);
+            assert!(error.to_string().contains(why) && !error.to_string().contains("to give back"), "{line}: {error}");
+        };
+        refused("write", write(&opened, 4096, 512));
+        if request != "write" {
+            expected[4096..4608].fill(0xd5);
+        }
+        assert!(read(&opened.disk, 0, 256 << 10).unwrap() == expected, "{line}");
+        refused("flush", opened.disk.flush());
+        if request != "flush" {
+            refused("close", opened.disk.close());
+        }
+        let gave_back = calls.calls().find(|(name, _)| *name == "abandon").unwrap().1;
+        assert_eq!(gave_back, abandoned, "{line}");
+        tally::component_stopped();
+    }
+}
+
+/// What is durable cannot be lost: the component is started again. (`restart.rs` has those that held anything.)
+#[test]
+fn a_writer_that_flushed_everything_is_started_again() {
+    let place = Place::new();
+    let image = image(&place, "trap-at-flush 2");
+    let opened = open(shared(), &place, &image, Access::ReadWrite).unwrap();
+    write(&opened, 4096, 512).unwrap();
+    opened.disk.flush().unwrap();
+    let error = opened.disk.flush().unwrap_err();
+    assert!(error.to_string().contains("it is started again in "), "{error}");
+    tally::component_stopped();
 }
 
 /// A component that breaks in the middle of a write: an error, the old bytes, and no second try. A disk

@@ -138,6 +138,7 @@ fn name(stage: Stage) -> &'static str {
         Stage::Prepare => "prepare",
         Stage::Commit => "commit",
         Stage::Flush => "flush",
+        Stage::Finish => "finish",
     }
 }
 

@@ -12,7 +12,7 @@
 //! # What a call can do
 //! `ACTION-at-STAGE [N] [AMOUNT]`: from the Nth call of a stage on (default 1). The stages are `open`,
 //! `connect`, `locate` and `unpack`; for `unpack` the whole disk is packed extents. Opened for writing there are
-//! also `begin`, `prepare`, `commit` and `flush`.
+//! also `begin`, `prepare`, `commit`, `flush` and `finish`.
 //!
 //! | action | what happens | AMOUNT (default) |
 //! |---|---|---|
@@ -68,6 +68,8 @@
 //! | `write-lie-offset [OFFSET]` | space at this file offset (2^63) |
 //! | `write-lie-outside [START]` | space for this place of the disk (2^62) |
 //! | `write-lie-too-many [COUNT]` | this many allocations (100,000) |
+//! | `write-lie-runs START:LENGTH:OFFSET:TICKET...` | these allocations, whatever was asked for; tickets that are numbers from 0 on, in this order, can be committed |
+//! | `write-lie-freed FILE OFFSET LENGTH` | a flush sets this range of a registered file free |
 //!
 //! # Well-behaved, and attacks that only ask
 //! | behaviour | what happens |
@@ -127,6 +129,7 @@ enum Stage {
     Prepare,
     Commit,
     Flush,
+    Finish,
 }
 
 impl Stage {
@@ -140,6 +143,7 @@ impl Stage {
             "prepare" => Self::Prepare,
             "commit" => Self::Commit,
             "flush" => Self::Flush,
+            "finish" => Self::Finish,
             _ => return None,
         })
     }
@@ -210,7 +214,7 @@ pub struct Hostile {
     behaviour: Behaviour,
     virtual_size: u64,
     file: Option<FileIndex>,
-    calls: [u64; 8],
+    calls: [u64; 9],
     access: Access,
     moved: writing::Moved,
     /// What actions keep, so that nothing is given back before the instance ends.
@@ -233,7 +237,7 @@ impl Format for Hostile {
             behaviour,
             virtual_size,
             file: None,
-            calls: [0; 8],
+            calls: [0; 9],
             access,
             moved: writing::Moved::default(),
             hoard: actions::Hoard::default(),

@@ -12,8 +12,15 @@ use blockhouse_plugin::{Access, Allocation, Error, FileIndex, Freed, Result, Wri
 use crate::{ANSWER_BYTES, Hostile, Stage};
 
 /// The lies of a writer, in the order of the table in the crate's documentation.
-pub(crate) const NAMES: &[&str] =
-    &["write-lie-no-such-file", "write-lie-read-only", "write-lie-offset", "write-lie-outside", "write-lie-too-many"];
+pub(crate) const NAMES: &[&str] = &[
+    "write-lie-no-such-file",
+    "write-lie-read-only",
+    "write-lie-offset",
+    "write-lie-outside",
+    "write-lie-too-many",
+    "write-lie-runs",
+    "write-lie-freed",
+];
 
 /// What the writer knows.
 #[derive(Debug, Default)]
@@ -39,6 +46,9 @@ impl Writer for Hostile {
     fn prepare(&mut self, offset: u64, _length: u64, _max_allocations: u32) -> Result<Vec<Allocation>> {
         self.act(Stage::Prepare)?;
         let file = self.file.ok_or_else(|| Error::Other("prepare was called before connect".into()))?;
+        if self.behaviour.name == "write-lie-runs" {
+            return self.runs(file);
+        }
         let start = offset - offset % ANSWER_BYTES;
         let length = self.virtual_size.saturating_sub(start).min(ANSWER_BYTES);
         let image = self.image()?;
@@ -69,8 +79,12 @@ impl Writer for Hostile {
         Ok(())
     }
 
-    fn abandon(&mut self, _tickets: &[u64]) -> Result<()> {
-        Ok(())
+    fn abandon(&mut self, tickets: &[u64]) -> Result<()> {
+        let known = self.moved.clusters.len() as u64;
+        match tickets.iter().find(|ticket| **ticket >= known) {
+            Some(ticket) => Err(Error::Other(format!("there is no ticket {ticket} to give back"))),
+            None => Ok(()),
+        }
     }
 
     fn zero(&mut self, _offset: u64, _length: u64, _keep: bool) -> Result<()> {
@@ -84,15 +98,36 @@ impl Writer for Hostile {
     fn flush(&mut self) -> Result<Vec<Freed>> {
         self.act(Stage::Flush)?;
         self.image()?.sync_data()?;
+        if self.behaviour.name == "write-lie-freed" {
+            let number = |index| self.behaviour.number(index, 0);
+            let file = FileIndex(u32::try_from(number(0)?).unwrap_or(u32::MAX));
+            return Ok(vec![Freed { file, offset: number(1)?, length: number(2)? }]);
+        }
         Ok(Vec::new())
     }
 
     fn finish(&mut self) -> Result<()> {
+        self.act(Stage::Finish)?;
         self.image()?.sync_data()
     }
 }
 
 impl Hostile {
+    /// The allocations that the behaviour names.
+    fn runs(&mut self, file: FileIndex) -> Result<Vec<Allocation>> {
+        let mut runs = Vec::new();
+        for index in 0..self.behaviour.arguments.len() {
+            let text = self.behaviour.text(index)?;
+            let numbers: Vec<u64> = text.split(':').filter_map(|number| number.parse().ok()).collect();
+            let [start, length, offset, ticket] = numbers[..] else {
+                return Err(Error::corrupt(format!("not a run: {text:?}")));
+            };
+            self.moved.clusters.push((start, offset, false));
+            runs.push(Allocation { start, length, file, offset, zeroed: true, ticket });
+        }
+        Ok(runs)
+    }
+
     /// Tries to change a file that it holds for reading, and reports.
     pub(crate) fn try_to_change(&self, file: &blockhouse_plugin::File) -> Error {
         let tries =
