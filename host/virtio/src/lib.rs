@@ -36,7 +36,6 @@ mod counters;
 mod device;
 mod execute;
 mod limit;
-mod memory;
 mod queue;
 mod ranges;
 mod report;

@@ -26,7 +26,6 @@ use crate::counters::RequestKind;
 use crate::device::BlockDevice;
 use crate::execute::{Job, Next, Outcome, Status};
 use crate::limit::Limiter;
-use crate::memory::QueueMemory;
 use crate::report::Fault;
 use crate::request::{ChainAgain, Lists, Request};
 
@@ -139,7 +138,7 @@ impl BlockQueue {
         let index = self.index;
         let device = Arc::clone(&self.device);
         let served = match Arc::clone(device.backend()).lane() {
-            Ok(lane) => Service::new(self, &QueueMemory::new(memory), lane).run(host),
+            Ok(lane) => Service::new(self, memory, lane).run(host),
             Err(error) => Err(Broken::Disk(error)),
         };
         served.map_err(|source| {
