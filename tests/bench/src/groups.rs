@@ -113,13 +113,12 @@ fn inside(place: &Place<'_>) -> Result<Vec<Row>> {
 fn served(place: &Place<'_>) -> Result<Vec<Row>> {
     let raw = images::raw(place.directory, "full.raw", SIZE)?;
     let qcow2 = images::qcow2(place.directory, "full.qcow2", &raw, &[])?;
-    // Each writes to images of its own.
-    let raw_peer = images::raw(place.directory, "peer.raw", SIZE)?;
-    let qcow2_peer = images::qcow2(place.directory, "peer.qcow2", &raw, &[])?;
+    // Both have the same files, since it matters how the page cache holds them. All is allocated, so that nobody
+    // changes metadata.
     let mut our_raw = servers::blockhouse(place.blockhouse, (&raw, "raw"), 1, true)?;
     let mut our_qcow2 = servers::blockhouse(place.blockhouse, (&qcow2, "qcow2"), 1, true)?;
-    let mut their_raw = servers::storage_daemon((&raw_peer, "raw"), 1, true)?;
-    let mut their_qcow2 = servers::storage_daemon((&qcow2_peer, "qcow2"), 1, true)?;
+    let mut their_raw = servers::storage_daemon((&raw, "raw"), 1, true)?;
+    let mut their_qcow2 = servers::storage_daemon((&qcow2, "qcow2"), 1, true)?;
     let mut workloads = vec![
         Workload { depth: 1, ..READ },
         READ,

@@ -53,13 +53,17 @@ pub(crate) fn blockhouse_disks(program: &Path, images: &[PathBuf]) -> Result<Ser
 }
 
 /// `qemu-storage-daemon` in its best configuration: io_uring, and a thread of its own for the export.
+/// It takes no locks, so that it can have files that we have as well.
 pub(crate) fn storage_daemon((image, format): (&Path, &str), queues: usize, writable: bool) -> Result<Served> {
     let socket = socket(image, "qsd");
     let read_only = if writable { "off" } else { "on" };
     let mut command = Command::new("qemu-storage-daemon");
     command.args(["--object", "iothread,id=io0"]).args([
         "--blockdev",
-        &format!("driver=file,filename={},node-name=f0,aio=io_uring,read-only={read_only}", image.display()),
+        &format!(
+            "driver=file,filename={},node-name=f0,aio=io_uring,locking=off,read-only={read_only}",
+            image.display()
+        ),
     ]);
     let node = if format == "raw" {
         "f0"
