@@ -66,7 +66,7 @@ impl Place {
         path
     }
 
-    /// Text of the program with the paths of this run taken out.
+    /// Text of the program with the paths of this run taken out, and the lines of source.
     pub(crate) fn normalize(&self, text: &str) -> String {
         let text = text.replace(self.root.to_str().unwrap(), "$ROOT");
         // Where a component panics is not what it is about.
