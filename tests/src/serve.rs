@@ -81,6 +81,16 @@ impl Serve {
         std::fs::read_dir(format!("/proc/{}/fd", self.id())).unwrap().count()
     }
 
+    /// Waits until not more than `files` are open: whoever hung up is let go of a moment later.
+    #[track_caller]
+    pub fn lets_go(&self, files: usize) {
+        let started = Instant::now();
+        while self.open_files() > files {
+            assert!(started.elapsed() < COMMAND_LIMIT, "{files} open files have become {}", self.open_files());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// Sends a signal.
     #[track_caller]
     pub fn signal(&self, signal: Signal) {

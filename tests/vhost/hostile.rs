@@ -431,8 +431,10 @@ fn a_broken_ring_stops_until_it_is_set_up_again() {
 fn repetition_costs_nothing() {
     let mut victim = Victim::new();
     let mut guest = Guest::new();
-    victim.goes_on();
+    // Nobody has come yet.
     let before = victim.serve.open_files();
+    victim.goes_on();
+    victim.serve.lets_go(before);
     let mut frontend = guest.connect(&victim.socket());
     for round in 0..200_u16 {
         frontend.set_mem_table(&[guest.region()]).unwrap();
@@ -452,8 +454,7 @@ fn repetition_costs_nothing() {
         drop(negotiate(&victim.socket()));
     }
     victim.goes_on();
-    let after = victim.serve.open_files();
-    assert!(after < before + 5, "{before} open files became {after}");
+    victim.serve.lets_go(before);
     let needs_reply = NEED_REPLY;
     // A front end that never reads its answers waits by itself.
     let stream = victim.connect(&guest);
