@@ -9,14 +9,16 @@ use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use blockhouse_tests::{component, noise, on_path, program, qemu_img, run, skip};
+use blockhouse_tests::{component, landlock_is_here, noise, on_path, program, qemu_img, run, sha256, skip};
 
 use crate::place::Place;
 use crate::qcow2::{overlay, with_data_file};
 use crate::tally;
 
-/// Calls that take names; who a thread is; where the walls go up; rings, through which no filter sees.
-const CALLS: &str = "%file,prctl,seccomp,io_uring_setup,io_uring_register,open_by_handle_at";
+/// Calls that take names; who a thread is, and that it begins; where the walls go up; rings, through which no filter
+/// sees.
+const CALLS: &str =
+    "%file,prctl,clone,seccomp,landlock_restrict_self,io_uring_setup,io_uring_register,open_by_handle_at";
 
 /// Far longer than anything here takes.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -40,18 +42,23 @@ struct Trace {
 impl Trace {
     /// Runs the program under strace. It fails or not; what it asked for is recorded.
     fn of(place: &Place, arguments: &[&str]) -> Self {
-        let outcome = run(&mut Self::command(place, arguments));
+        Self::with_cache(place, "off", arguments)
+    }
+
+    /// As [`of`](Self::of), with compiled components kept in a directory.
+    fn with_cache(place: &Place, cache: &str, arguments: &[&str]) -> Self {
+        let outcome = run(&mut Self::command(place, cache, arguments));
         assert!(!outcome.stderr.contains("panicked"), "{}", outcome.stderr);
         place.canary.assert_not_in(&outcome.stdout);
         Self::read(place)
     }
 
     /// The program under strace.
-    fn command(place: &Place, arguments: &[&str]) -> Command {
+    fn command(place: &Place, cache: &str, arguments: &[&str]) -> Command {
         let mut strace = Command::new("strace");
         // Not with --seccomp-bpf: a call that a filter of the program refuses would not be seen.
         strace.args(["-f", "-y", "-s", "8192", "-e", "signal=none", "-e", &format!("trace={CALLS}"), "-o"]);
-        strace.arg(place.path("trace")).arg(program()).args(arguments).args(["--code-cache", "off"]);
+        strace.arg(place.path("trace")).arg(program()).args(arguments).args(["--code-cache", cache]);
         strace
     }
 
@@ -106,6 +113,15 @@ impl Trace {
         &self.calls[first.expect("the program raises walls")..]
     }
 
+    /// Where the walls are made narrower: Landlock's second layer.
+    #[track_caller]
+    fn closed(&self) -> usize {
+        let layers: Vec<usize> =
+            (0..self.calls.len()).filter(|at| self.calls[*at].name == "landlock_restrict_self").collect();
+        assert_eq!(layers.len(), 2, "the walls are narrowed once:\n{}", self.text);
+        layers[1]
+    }
+
     /// The calls after start-up: after the last filter for all threads at once.
     fn after_start_up(&self) -> &[Call] {
         let filters: Vec<usize> = (0..self.calls.len())
@@ -143,7 +159,8 @@ impl Call {
     /// The files that the call names, as absolute paths. A name that is empty means a descriptor.
     fn names(&self) -> Vec<PathBuf> {
         let mut names = Vec::new();
-        if matches!(self.name.as_str(), "prctl" | "seccomp" | "io_uring_setup" | "io_uring_register") {
+        let nameless = ["prctl", "clone", "seccomp", "landlock_restrict_self", "io_uring_setup", "io_uring_register"];
+        if nameless.contains(&self.name.as_str()) {
             return names;
         }
         // Results are not names: `readlink("/proc/self/exe", "/usr/…"`, `) = 3</file>`.
@@ -287,6 +304,69 @@ fn a_name_that_is_granted_is_seen() {
     tally::image_served();
 }
 
+/// Whoever takes the program over by an image must not leave code for the next start: the cache is closed for writing
+/// before any image is opened, and before there is a second thread, which would keep the right to write.
+#[test]
+fn the_code_cache_is_closed_before_an_image_is_opened() {
+    if !strace_is_here() || !landlock_is_here() {
+        return;
+    }
+    let place = Place::new();
+    let base = place.write("images/vm/base", noise(1, 64 << 10));
+    let digest = place.text("images/vm/base@sha256:") + &sha256(&std::fs::read(&base).unwrap());
+    let chain = place.write("images/vm/a.qcow2", overlay(12, 64 << 10, b"base", Some("raw")));
+    let chain = chain.to_str().unwrap();
+    let hostile = place.write("images/vm/h.img", [b'.'; 4096]);
+    let plugin = format!("hostile={}", component("hostile").display());
+    let disk = format!("file={chain},format=qcow2,allow={digest},readonly=on");
+    let new = place.text("images/vm/new.qcow2");
+    let commands: [(&str, &[&str], usize); 5] = [
+        // The base is in the cache before anybody knows that there is one; its digest is computed by a thread less.
+        ("own", &["read", "--format", "qcow2", "--allow", &digest, "--output", &place.text("images/vm/out"), chain], 3),
+        ("stranger", &["map", "--plugin", &plugin, "--format", "hostile", hostile.to_str().unwrap()], 4),
+        ("run", &["run", "--json", "--memory", "64M", "--disk", &disk], 3),
+        ("two images", &["convert", "--format", "qcow2", "--allow", &digest, "--to-format", "qcow2", chain, &new], 3),
+        ("changed", &["resize", "--format", "qcow2", &new, "1M"], 3),
+    ];
+    for (what, arguments, kept) in commands {
+        let cache = place.path(&format!("cache/{what}"));
+        std::fs::create_dir_all(place.path("cache")).unwrap();
+        let files = || -> BTreeMap<_, _> {
+            let entries = std::fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap());
+            entries.map(|entry| (entry.file_name(), entry.metadata().unwrap().modified().unwrap())).collect()
+        };
+        let mut before = None;
+        for _ in 0..2 {
+            let trace = Trace::with_cache(&place, cache.to_str().unwrap(), arguments);
+            let closed = trace.closed();
+            let (beginning, later) = trace.calls.split_at(closed);
+            for call in beginning {
+                let image = |name: &PathBuf| name.starts_with(place.path("images")) && name.is_file();
+                let opens = call.name == "openat" && !call.arguments.contains("O_PATH");
+                assert!(!opens || !call.names().iter().any(image), "{what}: opened too early: {call:?}");
+            }
+            let walls = beginning.iter().position(|call| call.name == "seccomp").unwrap();
+            let threads = beginning[walls..].iter().filter(|call| call.name == "clone").count();
+            assert_eq!(
+                threads, 0,
+                "{what}: a thread keeps the right to write:
+{}",
+                trace.text
+            );
+            for call in later {
+                let writes = call.name != "openat" || call.arguments.contains("O_CREAT");
+                let kept = call.names().iter().any(|name| name.starts_with(&cache));
+                assert!(!writes || !kept, "{what}: {call:?}");
+            }
+            // What is there is used: the second run neither makes nor replaces anything.
+            assert_eq!(files().len(), kept, "{what}: {:?}", files());
+            if let Some(before) = before.replace(files()) {
+                assert_eq!(before, files(), "{what}: written again");
+            }
+        }
+    }
+}
+
 /// Four disks: a chain, a component that breaks while it is asked, a raw disk, one that is written to.
 #[test]
 fn while_a_guest_runs_no_thread_names_a_file() {
@@ -358,7 +438,7 @@ fn while_a_front_end_is_served_no_thread_of_it_names_a_file() {
     let socket = place.path("run/socket");
     let disk = format!("file={},format=qcow2,allow={},readonly=on", chain.display(), place.text("images"));
     let arguments = ["serve", "--socket", socket.to_str().unwrap(), "--disk", &disk];
-    let mut strace = Trace::command(&place, &arguments).spawn().unwrap();
+    let mut strace = Trace::command(&place, "off", &arguments).spawn().unwrap();
     let deadline = Instant::now() + LIMIT;
     let mut front_end = loop {
         match UnixStream::connect(&socket) {

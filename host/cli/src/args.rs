@@ -47,6 +47,10 @@ pub(crate) struct HostArgs {
     /// The policy once it was read.
     #[arg(skip)]
     read_policy: OnceLock<Policy>,
+
+    /// The components once they were loaded.
+    #[arg(skip)]
+    loaded: OnceLock<(Sandbox, Formats)>,
 }
 
 impl HostArgs {
@@ -80,7 +84,9 @@ impl HostArgs {
         if let Some(cache) = self.cache_directory() {
             // What is wrong with it is said when it is used.
             let _ = Sandbox::make_code_cache(&cache);
-            plan.add(cache, Use::MakeFiles);
+            plan.read(&cache);
+            // What is compiled is code of the next start: once an image is open, nobody leaves any.
+            plan.add_at_first(cache, Use::MakeFiles);
         }
         Ok(())
     }
@@ -89,7 +95,21 @@ impl HostArgs {
         Ok(self.policy()?.map_or_else(Limits::default, |policy| policy.limits.clone()))
     }
 
-    pub(crate) fn sandbox(&self) -> anyhow::Result<Sandbox> {
+    /// The components that open images, with a sandbox for them. The first call is made before any image is opened
+    /// and any thread is started: it takes away what is needed up to here and no longer.
+    pub(crate) fn components(&self) -> anyhow::Result<&(Sandbox, Formats)> {
+        if self.loaded.get().is_none() {
+            let sandbox = self.sandbox()?;
+            let formats = self.formats(&sandbox)?;
+            formats.keep_own(&sandbox);
+            sandbox.close_code_cache();
+            crate::walls::narrow()?;
+            let _ = self.loaded.set((sandbox, formats));
+        }
+        self.loaded.get().context("the components were just loaded")
+    }
+
+    fn sandbox(&self) -> anyhow::Result<Sandbox> {
         let sandbox = compiler::sandbox(self.limits()?)?;
         match self.cache_directory() {
             None => Ok(sandbox),
@@ -112,7 +132,7 @@ impl HostArgs {
     }
 
     /// The built-in formats, with those of `--plugin` in their place.
-    pub(crate) fn formats(&self, sandbox: &Sandbox) -> anyhow::Result<Formats> {
+    fn formats(&self, sandbox: &Sandbox) -> anyhow::Result<Formats> {
         let mut formats = Formats::new();
         for builtin in FORMATS {
             formats.add_bytes(builtin.format, format!("built-in {}", builtin.format), builtin.bytes);
@@ -194,10 +214,9 @@ impl HostArgs {
 
     /// An opener that grants nothing yet.
     pub(crate) fn opener(&self) -> anyhow::Result<Opener> {
-        let sandbox = self.sandbox()?;
-        let formats = self.formats(&sandbox)?;
+        let (sandbox, formats) = self.components()?;
         // A command that ends with its first error waits for nobody.
-        Ok(Opener::new(&sandbox, formats).audit(self.audit()?).restart(Restart::never()))
+        Ok(Opener::new(sandbox, formats.clone()).audit(self.audit()?).restart(Restart::never()))
     }
 }
 
@@ -314,8 +333,9 @@ impl ImageArgs {
     }
 
     pub(crate) fn opener(&self) -> anyhow::Result<Opener> {
+        let opener = self.host.opener()?;
         let grants = self.host.grants(&self.allow, &[], Access::ReadOnly)?;
-        Ok(self.host.opener()?.grants(grants).locks(self.share.locks()))
+        Ok(opener.grants(grants).locks(self.share.locks()))
     }
 
     pub(crate) fn request(&self) -> OpenRequest {

@@ -55,8 +55,7 @@ impl OpenDisk {
         locks: LockMode,
         walls: &Walls,
     ) -> anyhow::Result<Vec<Self>> {
-        let sandbox = host.sandbox()?;
-        let formats = host.formats(&sandbox)?;
+        let (sandbox, formats) = host.components()?;
         let audit = host.audit()?;
         let open = |(number, disk): (usize, &DiskArg)| {
             let access = if disk.readonly { Access::ReadOnly } else { Access::ReadWrite };
@@ -64,7 +63,7 @@ impl OpenDisk {
             let granted = grants.list();
             let events = Arc::new(AuditList::default());
             let tally = Arc::new(Tally::default());
-            let opener = Opener::new(&sandbox, formats.clone())
+            let opener = Opener::new(sandbox, formats.clone())
                 .grants(grants)
                 .direct(disk.direct)
                 .locks(locks)

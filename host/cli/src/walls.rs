@@ -1,13 +1,16 @@
 //! The walls around the program: each command says which files it will open, and the kernel refuses the rest.
 //!
 //! ```text
-//!   arguments ── plan ──▶ Walls::raise ──▶ the command ──▶ (run: all is open) seal ──▶ the guest runs
+//!   arguments ── plan ──▶ Walls::raise ──▶ components are loaded ──▶ narrow ──▶ images are opened ─┐
+//!                                                the guest runs ◀── seal ◀── (run: all is open) ◀───┘
 //! ```
 //!
 //! A plan is made of the operator's own paths. What an image says is not known yet when the walls go up.
 
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
+use anyhow::Context;
 use blockhouse_vmm::Beginning;
 use blockhouse_walls::{Missing, Plan, Role, Use, Walls};
 
@@ -64,8 +67,24 @@ impl WallArgs {
         for (path, uses) in plan.paths() {
             tracing::debug!(path = %path.display(), ?uses, "planned");
         }
+        for (path, uses) in plan.paths_at_first() {
+            tracing::debug!(path = %path.display(), ?uses, "planned until components are loaded");
+        }
         tracing::info!("walls around the program: {walls}");
+        *BEGINNING.lock().unwrap_or_else(PoisonError::into_inner) = Some((walls.clone(), plan));
         Ok(walls)
+    }
+}
+
+/// The walls as they were raised, until they are narrowed.
+static BEGINNING: Mutex<Option<(Walls, Plan)>> = Mutex::new(None);
+
+/// Takes away what the plan has for the beginning alone, once: components are loaded, no image is open, and there is
+/// one thread.
+pub(crate) fn narrow() -> anyhow::Result<()> {
+    match BEGINNING.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        Some((walls, plan)) => walls.narrow(&plan).context("no image was opened"),
+        None => Ok(()),
     }
 }
 

@@ -13,9 +13,10 @@
 //! Whatever is not so is not used, with a line in the log, and compiled anew.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use blockhouse_block::{Error, ErrorKind, Result};
 use rustix::fs::{AtFlags, Mode, OFlags};
@@ -36,6 +37,8 @@ const SUFFIX: &str = ".code";
 pub(crate) struct CodeCache {
     directory: File,
     path: PathBuf,
+    /// Nothing is added any more.
+    closed: AtomicBool,
 }
 
 impl CodeCache {
@@ -67,7 +70,20 @@ impl CodeCache {
             );
             return Err(Error::new(ErrorKind::Denied, why));
         }
-        Ok(Self { directory, path: path.to_owned() })
+        Ok(Self { directory, path: path.to_owned(), closed: AtomicBool::new(false) })
+    }
+
+    /// Adds nothing from here on.
+    pub(crate) fn close(&self) {
+        self.closed.store(true, Ordering::Release);
+    }
+
+    /// Whether there is a file for the component with this SHA-256, which begins as such a file does: one that was
+    /// cut off by a power cut does not. All else about it is seen when it is loaded.
+    pub(crate) fn has(&self, engine: &Engine, digest: &str) -> bool {
+        let mut magic = [0; MAGIC.len()];
+        let file = self.open_file(&name(engine, digest)).ok().flatten();
+        file.is_some_and(|mut file| file.read_exact(&mut magic).is_ok()) && magic == *MAGIC
     }
 
     /// The compiled code of the component with this SHA-256, if it is there and can be trusted.
@@ -92,6 +108,10 @@ impl CodeCache {
     /// Keeps the compiled code of a component. What goes wrong costs time at the next start, and no more.
     pub(crate) fn store(&self, engine: &Engine, digest: &str, component: &Component) {
         let name = name(engine, digest);
+        if self.closed.load(Ordering::Acquire) {
+            tracing::debug!(cache = %self.path.display(), file = %name, "compiled code is not kept any more");
+            return;
+        }
         let stored = component
             .serialize()
             .map_err(|error| io::Error::other(error.to_string()))
@@ -103,13 +123,16 @@ impl CodeCache {
     }
 
     fn read(&self, name: &str) -> io::Result<Option<Whole>> {
+        self.open_file(name)?.map(|file| code::read(&file, MAGIC, 1)).transpose()
+    }
+
+    fn open_file(&self, name: &str) -> io::Result<Option<File>> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file: File = match rustix::fs::openat(&self.directory, name, flags, Mode::empty()) {
-            Ok(file) => file.into(),
-            Err(rustix::io::Errno::NOENT) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        code::read(&file, MAGIC, 1).map(Some)
+        match rustix::fs::openat(&self.directory, name, flags, Mode::empty()) {
+            Ok(file) => Ok(Some(file.into())),
+            Err(rustix::io::Errno::NOENT) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Writes under another name first: nobody sees a part of it.
@@ -171,6 +194,22 @@ mod tests {
     use std::os::unix::fs::{PermissionsExt, symlink};
 
     use super::*;
+
+    #[test]
+    fn what_is_closed_gives_and_takes_nothing() {
+        let (_parent, cache, engine, file) = filled();
+        assert!(cache.has(&engine, KEY) && !cache.has(&engine, "4567"));
+        cache.close();
+        assert!(cache.load(&engine, KEY).is_some());
+        cache.store(&engine, "4567", &Component::from_binary(&engine, EMPTY).unwrap());
+        assert!(!cache.has(&engine, "4567"));
+        assert_eq!(std::fs::read_dir(file.parent().unwrap()).unwrap().count(), 1);
+        // What a power cut leaves.
+        std::fs::write(&file, [0; 4096]).unwrap();
+        assert!(!cache.has(&engine, KEY));
+        std::fs::write(&file, "").unwrap();
+        assert!(!cache.has(&engine, KEY));
+    }
 
     /// The smallest component there is: the eight bytes that every one starts with.
     const EMPTY: &[u8] = b"\0asm\x0d\0\x01\0";

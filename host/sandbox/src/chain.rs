@@ -55,7 +55,15 @@ pub struct Formats {
 struct Source {
     name: String,
     bytes: Cow<'static, [u8]>,
+    /// SHA-256 of the bytes.
+    digest: OnceLock<String>,
     loaded: OnceLock<Plugin>,
+}
+
+impl Source {
+    fn digest(&self) -> &str {
+        self.digest.get_or_init(|| hex(&Sha256::digest(&self.bytes)))
+    }
 }
 
 impl Formats {
@@ -67,7 +75,8 @@ impl Formats {
     /// Serves `format` with a loaded component, instead of what served it before.
     pub fn add(&mut self, format: impl Into<String>, plugin: Plugin) {
         let name = plugin.name().to_owned();
-        let source = Source { name, bytes: Cow::Borrowed(&[]), loaded: OnceLock::from(plugin) };
+        let source =
+            Source { name, bytes: Cow::Borrowed(&[]), digest: OnceLock::new(), loaded: OnceLock::from(plugin) };
         self.sources.insert(format.into(), Arc::new(source));
     }
 
@@ -82,7 +91,8 @@ impl Formats {
         name: impl Into<String>,
         bytes: impl Into<Cow<'static, [u8]>>,
     ) {
-        let source = Source { name: name.into(), bytes: bytes.into(), loaded: OnceLock::new() };
+        let (name, bytes) = (name.into(), bytes.into());
+        let source = Source { name, bytes, digest: OnceLock::new(), loaded: OnceLock::new() };
         self.sources.insert(format.into(), Arc::new(source));
     }
 
@@ -123,6 +133,20 @@ impl Formats {
         Ok(())
     }
 
+    /// Compiles what the sandbox's code cache lacks of the components that are part of the program and may be used
+    /// ([`check`](Self::check)), and keeps it there. Whoever then gives up the right to write to the cache
+    /// ([`Sandbox::close_code_cache`]) finds them all the same at the next start.
+    pub fn keep_own(&self, sandbox: &Sandbox) {
+        for (format, source) in &self.sources {
+            if let Cow::Borrowed(bytes) = &source.bytes
+                && source.loaded.get().is_none()
+                && self.check(format, source.digest()).is_ok()
+            {
+                sandbox.keep_own(&source.name, bytes, source.digest());
+            }
+        }
+    }
+
     /// The component that serves `format`, compiled now if it was not yet.
     ///
     /// # Errors
@@ -139,7 +163,7 @@ impl Formats {
             self.check(format, plugin.digest())?;
             return Ok(plugin.clone());
         }
-        self.check(format, &hex(&Sha256::digest(&source.bytes)))?;
+        self.check(format, source.digest())?;
         let plugin = match &source.bytes {
             Cow::Borrowed(bytes) => sandbox.load_own(&source.name, bytes),
             Cow::Owned(bytes) => sandbox.load(&source.name, bytes),

@@ -1,5 +1,6 @@
 //! The thread that makes time limits work: it moves the engine's epoch while a component runs, and
-//! sleeps while none does, so that an idle machine is left alone.
+//! sleeps while none does, so that an idle machine is left alone. It is started by the first instance: a program
+//! that only loads components has one thread, and can still put walls around all of itself.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};

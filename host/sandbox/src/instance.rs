@@ -61,7 +61,7 @@ impl Instance {
     ) -> Result<Self> {
         let image = state.identity.image.clone();
         let mut store = new_store(sandbox, state);
-        let clock = sandbox.clock();
+        let clock = sandbox.clock()?;
         let time = clock.running();
         set_deadline(&mut store);
         let started = plugin.instance_pre().instantiate(&mut store).and_then(|instance| {

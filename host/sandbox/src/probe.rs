@@ -48,7 +48,7 @@ impl Sandbox {
         let limits = self.shared_limits();
         let state = State::new(identity, Arc::clone(&limits), Grants::new(), LockMode::Enforce, Audit::new());
         let mut store = new_store(self, state);
-        let clock = self.clock();
+        let clock = self.clock()?;
         let _time = clock.running();
         set_deadline(&mut store);
         let guesses = pre

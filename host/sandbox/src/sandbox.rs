@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io::Read;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use blockhouse_block::{Error, ErrorKind, Result};
 use sha2::{Digest, Sha256};
@@ -35,12 +35,14 @@ pub(crate) const NO_COMPONENT: &str = "it is not a WebAssembly component that th
 
 /// Runs components under one set of [`Limits`]. A clone is the same sandbox.
 ///
-/// A thread keeps the time while a component runs, so that calls have a time limit; it sleeps otherwise.
+/// A thread keeps the time while a component runs, so that calls have a time limit; it sleeps otherwise. It is started
+/// by the first instance of a component: loading some starts no thread.
 #[derive(Clone)]
 pub struct Sandbox {
     engine: Engine,
     limits: Arc<Limits>,
-    clock: Arc<Clock>,
+    /// Started by the first who needs it.
+    clock: Arc<Mutex<Option<Arc<Clock>>>>,
     cache: Option<Arc<CodeCache>>,
     compiler: Option<Arc<dyn Compiler>>,
 }
@@ -58,9 +60,7 @@ impl Sandbox {
     /// [`Component`](ErrorKind::Component) if the engine cannot run on this machine.
     pub fn new(limits: Limits) -> Result<Self> {
         let engine = engine(&limits)?;
-        let clock = Clock::start(&engine)
-            .map_err(|error| Error::new(ErrorKind::Storage, "cannot start the clock thread").with_source(error))?;
-        Ok(Self { engine, limits: Arc::new(limits), clock: Arc::new(clock), cache: None, compiler: None })
+        Ok(Self { engine, limits: Arc::new(limits), clock: Arc::default(), cache: None, compiler: None })
     }
 
     /// Keeps compiled components in `directory`, which is made if it does not exist, and takes them from there
@@ -81,6 +81,15 @@ impl Sandbox {
     /// [`Storage`](ErrorKind::Storage) if it cannot be made.
     pub fn make_code_cache(directory: &Path) -> Result<()> {
         CodeCache::make(directory)
+    }
+
+    /// Adds nothing to the code cache from here on; what is in it is still used. For a program that gives up the right
+    /// to write there before it looks at an image, so that whoever takes it over then cannot leave code for the next
+    /// start. Before that, [`Formats::keep_own`](crate::Formats::keep_own) fills the cache.
+    pub fn close_code_cache(&self) {
+        if let Some(cache) = &self.cache {
+            cache.close();
+        }
     }
 
     /// Has components of strangers compiled by `compiler`: in a process of its own, for example
@@ -114,6 +123,16 @@ impl Sandbox {
     /// As [`load`](Self::load), for a component that is part of the program: compiled in this process.
     pub(crate) fn load_own(&self, name: &str, bytes: &[u8]) -> Result<Plugin> {
         self.load_by(None, name, bytes)
+    }
+
+    /// Sees that the code cache, if there is one, has the machine code of a component that is part of the program, and
+    /// whose SHA-256 is `digest`. Whatever is wrong is said by who loads it.
+    pub(crate) fn keep_own(&self, name: &str, bytes: &[u8], digest: &str) {
+        if self.cache.as_ref().is_some_and(|cache| !cache.has(&self.engine, digest))
+            && let Err(error) = self.load_own(name, bytes)
+        {
+            tracing::debug!(component = name, %error, "not compiled");
+        }
     }
 
     fn load_by(&self, compiler: Option<&dyn Compiler>, name: &str, bytes: &[u8]) -> Result<Plugin> {
@@ -320,8 +339,14 @@ impl Sandbox {
         Ok(component)
     }
 
-    pub(crate) fn clock(&self) -> Arc<Clock> {
-        Arc::clone(&self.clock)
+    pub(crate) fn clock(&self) -> Result<Arc<Clock>> {
+        let mut clock = self.clock.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(clock) = &*clock {
+            return Ok(Arc::clone(clock));
+        }
+        let started = Clock::start(&self.engine)
+            .map_err(|error| Error::new(ErrorKind::Storage, "cannot start the clock thread").with_source(error))?;
+        Ok(Arc::clone(clock.insert(Arc::new(started))))
     }
 
     pub(crate) fn engine(&self) -> &Engine {

@@ -64,6 +64,11 @@ impl Role {
         matches!(self, Self::Program)
     }
 
+    /// May add to the restrictions of Landlock: `narrow`.
+    pub(crate) const fn narrowing(self) -> bool {
+        matches!(self, Self::Program)
+    }
+
     /// May make memory executable.
     pub(crate) const fn code(self) -> bool {
         matches!(self, Self::Program)
@@ -199,6 +204,10 @@ pub(crate) const SERVING: &[libc::c_long] = &[
     #[cfg(target_arch = "x86_64")]
     libc::SYS_poll,
 ];
+
+/// A further layer of Landlock, which only takes away.
+pub(crate) const NARROWING: &[libc::c_long] =
+    &[libc::SYS_landlock_add_rule, libc::SYS_landlock_create_ruleset, libc::SYS_landlock_restrict_self];
 
 /// Calls that take the name of a file, and those that only a program makes that opens some.
 pub(crate) const NAMES: &[libc::c_long] = &[

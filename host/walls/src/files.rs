@@ -51,6 +51,8 @@ impl Use {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     paths: BTreeMap<PathBuf, Vec<Use>>,
+    /// Those that end with [`Walls::narrow`](crate::Walls::narrow).
+    at_first: BTreeMap<PathBuf, Vec<Use>>,
 }
 
 impl Plan {
@@ -61,15 +63,13 @@ impl Plan {
 
     /// Adds a use of a path to those that it has.
     pub fn add(&mut self, path: impl Into<PathBuf>, what: Use) {
-        let path = path.into();
-        // An empty path is nothing for `open`, and must not come to mean the working directory.
-        if path.as_os_str().is_empty() {
-            return;
-        }
-        let uses = self.paths.entry(path).or_default();
-        if !uses.contains(&what) {
-            uses.push(what);
-        }
+        add(&mut self.paths, path.into(), what);
+    }
+
+    /// As [`add`](Self::add), until [`Walls::narrow`](crate::Walls::narrow): for what a program does before it looks
+    /// at anything of a stranger.
+    pub fn add_at_first(&mut self, path: impl Into<PathBuf>, what: Use) {
+        add(&mut self.at_first, path.into(), what);
     }
 
     /// As [`add`](Self::add), to read.
@@ -87,12 +87,34 @@ impl Plan {
         self.paths.iter().map(|(path, uses)| (path.as_path(), uses.as_slice()))
     }
 
+    /// The paths with uses that end early, sorted.
+    pub fn paths_at_first(&self) -> impl Iterator<Item = (&Path, &[Use])> {
+        self.at_first.iter().map(|(path, uses)| (path.as_path(), uses.as_slice()))
+    }
+
+    /// What is left of it once the program has begun.
+    pub(crate) fn narrowed(&self) -> Self {
+        Self { paths: self.paths.clone(), at_first: BTreeMap::new() }
+    }
+
     fn rules(&self) -> impl Iterator<Item = (PathFd, BitFlags<AccessFs>)> {
-        self.paths.iter().filter_map(|(path, uses)| {
+        // The kernel adds up the rules of one path.
+        self.paths.iter().chain(&self.at_first).filter_map(|(path, uses)| {
             let rights = uses.iter().fold(BitFlags::EMPTY, |rights, what| rights | what.rights());
             let fd = PathFd::new(path).map_err(|error| tracing::debug!(path = %path.display(), %error, "not there"));
             Some((fd.ok()?, rights))
         })
+    }
+}
+
+fn add(paths: &mut BTreeMap<PathBuf, Vec<Use>>, path: PathBuf, what: Use) {
+    // An empty path is nothing for `open`, and must not come to mean the working directory.
+    if path.as_os_str().is_empty() {
+        return;
+    }
+    let uses = paths.entry(path).or_default();
+    if !uses.contains(&what) {
+        uses.push(what);
     }
 }
 

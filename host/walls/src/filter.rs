@@ -18,7 +18,7 @@ use seccompiler::{
     SeccompRule,
 };
 
-use crate::calls::{CONNECTING, FATAL, NAMES, NAMES_OF_NOBODY, PRCTLS, Role, SHARING, SOCKETS, STARTING};
+use crate::calls::{CONNECTING, FATAL, NAMES, NAMES_OF_NOBODY, NARROWING, PRCTLS, Role, SHARING, SOCKETS, STARTING};
 
 /// Who gets a filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,7 +81,8 @@ fn refused(role: Role) -> impl Iterator<Item = libc::c_long> {
 /// The calls that are made, and when.
 fn allowed(role: Role) -> Result<Rules, BackendError> {
     let mut rules = unconditional(role.base());
-    let tables: [(bool, &[libc::c_long]); 5] = [
+    let tables: [(bool, &[libc::c_long]); 6] = [
+        (role.narrowing(), NARROWING),
         (role.names(), NAMES),
         (role.names(), STARTING),
         (role.sockets(), SOCKETS),

@@ -10,6 +10,9 @@
 //!  Walls ─ Landlock        no file outside of the plan, no program, no TCP, no foreign process
 //!    │     seccomp         Role::Program: the calls that this program makes at all
 //!    │     no new privileges, no core dump, no debugger
+//!    │ narrow                                    components are compiled, no image is open yet
+//!    ▼
+//!  Walls ─ Landlock        once more, without what was planned for the beginning alone
 //!    │ seal                                      after start-up: all is open and compiled
 //!    ▼
 //!  Role::Control           every thread: no call that takes the name of a file, no new code
@@ -103,6 +106,24 @@ impl Walls {
         }
         walls.filters = walls.note("seccomp", filter::install(role, filter::Threads::All));
         walls
+    }
+
+    /// Takes away what `plan`, which they were raised with, has for the beginning alone
+    /// ([`Plan::add_at_first`]). To be called while the process still has one thread, as [`raise`](Self::raise), and
+    /// once at most: Landlock takes 16 layers.
+    ///
+    /// # Errors
+    /// [`Missing`], if Landlock stands around the program and cannot be made narrower.
+    pub fn narrow(&self, plan: &Plan) -> Result<(), Missing> {
+        if self.landlock.is_none() || plan.paths_at_first().next().is_none() {
+            return Ok(());
+        }
+        match files::restrict(&plan.narrowed()) {
+            Ok(_) => Ok(()),
+            Err(why) => {
+                Err(Missing { wall: "Landlock", why: format!("it cannot be made narrower: {why}"), partial: true })
+            }
+        }
     }
 
     /// Closes the program: from here on no thread opens a file by name, starts a program, or makes new code. To

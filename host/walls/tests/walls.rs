@@ -154,6 +154,27 @@ fn the_part() {
             tell("socket outside", std::os::unix::net::UnixListener::bind(outside.join("socket")));
             tell("working directory", std::fs::read_dir("."));
         }
+        "narrow" => {
+            plan.read(&granted);
+            plan.read(&outside);
+            plan.add_at_first(&outside, Use::MakeFiles);
+            let walls = Walls::raise(&plan);
+            tell("make at first", File::create_new(outside.join("new")));
+            println!("narrow: {:?}", walls.narrow(&plan).map_err(|missing| missing.to_string()));
+            for who in ["here", "in a thread"] {
+                let outside = outside.clone();
+                let granted = granted.clone();
+                let try_all = move || {
+                    tell(&format!("make {who}"), File::create_new(outside.join("newer")));
+                    tell(&format!("write {who}"), File::options().write(true).open(outside.join("new")));
+                    tell(&format!("rename {who}"), std::fs::rename(outside.join("new"), outside.join("file")));
+                    tell(&format!("remove {who}"), std::fs::remove_file(outside.join("new")));
+                    tell(&format!("read {who}"), std::fs::read(outside.join("new")));
+                    tell(&format!("granted {who}"), std::fs::read(granted.join("file")));
+                };
+                if who == "here" { try_all() } else { std::thread::spawn(try_all).join().unwrap() }
+            }
+        }
         "threads" => {
             plan.read("/");
             let mut walls = Walls::raise(&plan);
@@ -309,6 +330,30 @@ fn each_use_is_what_it_says() {
     for what in ["write other", "make sibling", "socket outside", "working directory"] {
         assert_eq!(played.of(what), denied, "{what}");
     }
+}
+
+/// What was planned for the beginning alone ends, and the rest stays.
+#[test]
+fn what_is_for_the_beginning_ends() {
+    if !landlock_is_here() {
+        return;
+    }
+    let place = place();
+    let played = play("narrow", place.path());
+    assert_eq!(played.of("make at first"), "done");
+    assert_eq!(played.of("narrow"), "Ok(())");
+    for who in ["here", "in a thread"] {
+        for what in ["make", "write", "rename", "remove"] {
+            assert_eq!(played.of(&format!("{what} {who}")), libc::EACCES.to_string(), "{what} {who}");
+        }
+        for what in ["read", "granted"] {
+            assert_eq!(played.of(&format!("{what} {who}")), "done", "{what} {who}");
+        }
+    }
+    // Where there is no Landlock, nothing was raised that could be narrower.
+    let played = play_on("narrow", self::place().path(), |command| without(command, LANDLOCK, libc::ENOSYS));
+    assert_eq!(played.of("narrow"), "Ok(())");
+    assert_eq!(played.of("make here"), "done");
 }
 
 /// The test that fails where there are no walls at all.
