@@ -18,6 +18,7 @@
 //! | `guard.rs` | guests that make a raw disk look like an image |
 //! | `machine.rs` | a component that breaks under a running guest |
 //! | `neighbours.rs` | one disk of four that a server has |
+//! | `new_files.rs` | images that are read while a file is made |
 //! | `walls.rs` | components whose host hands out everything |
 //! | `traces.rs` | nobody: what the program asks of the kernel while it is attacked |
 //!
@@ -37,6 +38,7 @@ mod library;
 mod loading;
 mod machine;
 mod neighbours;
+mod new_files;
 mod parsers;
 mod place;
 mod qcow2;

@@ -11,7 +11,7 @@
 //! | `compiler.rs` | compilers for components of strangers, as processes |
 //! | `walls.rs` | the walls around the program: what each command will open |
 //! | `output.rs`, `size.rs`, `progress.rs` | JSON, exit codes; sizes; how far long work has come |
-//! | `new_image.rs`, `target.rs` | a new image, which has its name once it is complete |
+//! | `new_image.rs`, `target.rs`, `namer.rs` | a new image, which has its name once it is complete; who gives that |
 //! | `segments.rs`, `copy.rs` | what of a disk is worth reading; its content moved to another disk |
 //! | `commands/` | one file per command |
 
@@ -27,6 +27,7 @@ mod disk_arg;
 mod error_report;
 mod grant_arg;
 mod metrics;
+mod namer;
 mod new_image;
 mod open_disk;
 mod outlet;
@@ -117,7 +118,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    if let Some(code) = compiler::serve_if_asked() {
+    if let Some(code) = compiler::serve_if_asked().or_else(namer::serve_if_asked) {
         return code;
     }
     let cli = Cli::parse();
@@ -138,7 +139,10 @@ fn main() -> ExitCode {
 
     let walls = match cli.walls.raise(&cli.command) {
         Ok(walls) => walls,
-        Err(error) => return output::fail(&error),
+        Err(error) => {
+            target::forget_begun();
+            return output::fail(&error);
+        }
     };
     let result = match cli.command {
         Command::Info(args) => commands::info::run(&args),
@@ -158,6 +162,7 @@ fn main() -> ExitCode {
         Command::Probe(args) => commands::probe::run(&args),
         Command::Control(args) => commands::control::run(&args),
     };
+    target::forget_begun();
     match result {
         Ok(code) => code,
         Err(error) => output::fail(&error),

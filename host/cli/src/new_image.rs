@@ -12,8 +12,7 @@ use serde::Serialize;
 
 use crate::args::beside;
 use crate::progress::Progress;
-use crate::target::{Target, sync_directory};
-use crate::walls::new_file;
+use crate::target::{NewFile, Target};
 
 /// What a new image is to be like.
 #[derive(Clone, Debug, clap::Args)]
@@ -94,15 +93,17 @@ impl NewArgs {
         Ok(options)
     }
 
-    /// What is opened to make the image.
-    pub(crate) fn plan(&self, plan: &mut Plan, image: &Path) {
-        new_file(plan, image);
+    /// What is opened to make the image, which is begun.
+    pub(crate) fn plan(&self, plan: &mut Plan, image: &Path) -> anyhow::Result<()> {
         if let Some(name) = &self.backing {
             plan.read(beside(image, name.as_ref()));
         }
-        if let Some(name) = &self.data_file {
-            new_file(plan, &beside(image, name.as_ref()));
-        }
+        self.new_file(image).plan(plan)
+    }
+
+    fn new_file<'a>(&self, image: &'a Path) -> NewFile<'a> {
+        let data_file = self.data_file.iter().map(|name| beside(image, name.as_ref()));
+        NewFile { with: data_file.collect(), ..NewFile::new(image, self.force) }
     }
 
     /// Whether the operator asks for the list of options.
@@ -143,9 +144,10 @@ impl NewArgs {
         let options = self.parsed_options()?;
         let mut in_use = in_use.to_vec();
         in_use.extend(self.backing.iter().map(|name| beside(image, name.as_ref())));
-        let mut target = Target::new(image, self.force, opener, &in_use)?;
+        let target = Target::take(&self.new_file(image))?;
+        target.refuse_used(opener, &in_use)?;
         let new = NewImage { virtual_size, backing: self.backing(), options };
-        opener.create(target.partial(), format, &new)?;
+        opener.create_in(target.open()?, target.partial(), format, &new)?;
 
         let mut grants = grants.clone();
         if let Some(name) = &self.backing {
@@ -157,16 +159,9 @@ impl NewArgs {
         }
         if let Some(name) = &self.data_file {
             let path = beside(image, name.as_ref());
-            let file = File::options()
-                .write(true)
-                .create_new(true)
-                .open(&path)
-                .with_context(|| format!("cannot create the data file {}", path.display()))?;
-            target.with(path.clone());
-            file.set_len(virtual_size)
-                .and_then(|()| file.sync_all())
+            let file = File::options().write(true).open(&path);
+            file.and_then(|file| file.set_len(virtual_size).and_then(|()| file.sync_all()))
                 .with_context(|| format!("cannot write the data file {}", path.display()))?;
-            sync_directory(&path)?;
             grants = grants.allow_writing(path)?;
         }
         let made = Made { target, format: format.to_owned(), opener: opener.clone().grants(grants) };

@@ -20,7 +20,6 @@ use blockhouse_walls::{Plan, Role, Use, Walls};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use crate::args::directory_of;
-use crate::walls::new_file;
 
 /// How often a file is written.
 const FILE_PERIOD: Duration = Duration::from_secs(5);
@@ -63,7 +62,8 @@ impl MetricsArg {
     pub(crate) fn plan(&self, plan: &mut Plan) {
         match self {
             Self::Socket(socket) => plan_socket(plan, socket),
-            Self::File(path) => new_file(plan, path),
+            // Written anew under another name, again and again.
+            Self::File(path) => plan.add(directory_of(path), Use::MakeFiles),
         }
     }
 }

@@ -1,57 +1,67 @@
 //! A new file that has its name once it is complete.
 //!
 //! ```text
-//!   .NAME.PID.partial ── written, synced ──▶ renamed to NAME ──▶ directory synced
+//!   namer.rs: .NAME.PID.partial, empty ── walls go up ──▶ written, synced ── namer.rs ──▶ called NAME, durable
 //! ```
 //!
-//! Who is interrupted leaves nothing under NAME, and perhaps the partial file, which nobody needs.
+//! Who is interrupted leaves nothing under NAME. The program itself may write to the partial file and to nothing
+//! beside it.
 
 use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, bail};
 use blockhouse_block::Access;
 use blockhouse_sandbox::{Below, ChainReport, LockMode, OpenRequest, Opener, Outcome};
-use rustix::fs::{CWD, RenameFlags, renameat_with};
-use rustix::io::Errno;
+use blockhouse_walls::Plan;
 
 use crate::args::directory_of;
+use crate::namer::{Named, Namer, NotBegun};
 
 /// Names may have 255 bytes on Linux; this leaves room for what is put around one.
 const NAME_BYTES: usize = 200;
 
-/// A file under a temporary name, removed if it is not finished.
+/// How a new file is begun.
 #[derive(Debug)]
-pub(crate) struct Target {
-    partial: PathBuf,
-    path: PathBuf,
-    replace: bool,
-    /// Further files that are of no use without this one.
-    with: Vec<PathBuf>,
-    finished: bool,
+pub(crate) struct NewFile<'a> {
+    /// What it will be called.
+    pub(crate) path: &'a Path,
+    /// It takes the place of a file that is called so.
+    pub(crate) replace: bool,
+    /// Who may read and write it, before the umask.
+    pub(crate) mode: u32,
+    /// Further files, of data, that are of no use without it: made as well, under their own names, empty.
+    pub(crate) with: Vec<PathBuf>,
 }
 
-impl Target {
-    /// A target that will be at `path`, where nothing may be unless it is to be replaced. Makes no file.
-    ///
-    /// Replaced is only a regular file that nobody uses and that is none of `in_use`.
-    pub(crate) fn new(path: &Path, replace: bool, opener: &Opener, in_use: &[PathBuf]) -> anyhow::Result<Self> {
-        let target = Self::beside(path, replace)?;
-        if replace && let Ok(metadata) = fs::symlink_metadata(path) {
-            refuse_used(path, &metadata, opener, in_use)?;
-        }
-        Ok(target)
+impl<'a> NewFile<'a> {
+    pub(crate) fn new(path: &'a Path, replace: bool) -> Self {
+        Self { path, replace, mode: 0o666, with: Vec::new() }
     }
 
-    /// As [`new`](Self::new), for a file that is no image.
-    pub(crate) fn beside(path: &Path, replace: bool) -> anyhow::Result<Self> {
+    /// Makes the file, under another name, before the walls go up. Whoever writes it [`take`](Target::take)s it then.
+    pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        let target = self.begin()?;
+        plan.write(&target.partial);
+        self.with.iter().for_each(|path| plan.write(path));
+        if self.replace {
+            // Opened for its lock.
+            plan.write(self.path);
+        }
+        BEGUN.lock().unwrap_or_else(PoisonError::into_inner).push(target);
+        Ok(())
+    }
+
+    fn begin(&self) -> anyhow::Result<Target> {
+        let path = self.path;
         let name = path.file_name().with_context(|| format!("{} does not end in a file name", path.display()))?;
         match fs::symlink_metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error).with_context(|| format!("cannot look at {}", path.display())),
-            Ok(_) if !replace => return Err(exists(path)),
+            Ok(_) if !self.replace => return Err(exists(path)),
             Ok(metadata) if !metadata.is_file() => {
                 bail!("{} is not a regular file, and was not replaced", path.display());
             }
@@ -65,70 +75,86 @@ impl Target {
             shown.push(character);
         }
         // Left behind by a process that was killed, a name may be taken.
-        let free = (0..1000u32)
+        let partial = (0..1000u32)
             .map(|attempt| match attempt {
                 0 => format!(".{shown}.{}.partial", std::process::id()),
                 _ => format!(".{shown}.{}.{attempt}.partial", std::process::id()),
             })
             .map(|name| directory_of(path).join(name))
             .find(|partial| fs::symlink_metadata(partial).is_err());
-        let partial = free.with_context(|| format!("too many partial files beside {}", path.display()))?;
-        Ok(Self { partial, path: path.to_owned(), replace, with: Vec::new(), finished: false })
+        let partial = partial.with_context(|| format!("too many partial files beside {}", path.display()))?;
+        let namer = match Namer::start(&partial, path, self.replace, self.mode, &self.with) {
+            Ok(namer) => namer,
+            Err(NotBegun::File(path, error)) => {
+                return Err(error).with_context(|| format!("cannot create {}", path.display()));
+            }
+            Err(NotBegun::Process(error)) => {
+                return Err(error).context("no process can be started (this program, /proc/self/exe) to give names");
+            }
+        };
+        Ok(Target { partial, path: path.to_owned(), replace: self.replace, namer })
+    }
+}
+
+/// Those that were begun and not taken yet.
+static BEGUN: Mutex<Vec<Target>> = Mutex::new(Vec::new());
+
+/// Removes what was begun and nobody took: the command ends.
+pub(crate) fn forget_begun() {
+    BEGUN.lock().unwrap_or_else(PoisonError::into_inner).clear();
+}
+
+/// A file under a temporary name, removed if it is not finished.
+#[derive(Debug)]
+pub(crate) struct Target {
+    partial: PathBuf,
+    path: PathBuf,
+    replace: bool,
+    namer: Namer,
+}
+
+impl Target {
+    /// The file that was begun when the command was planned. Without walls there was no plan, and it is made now.
+    pub(crate) fn take(new: &NewFile<'_>) -> anyhow::Result<Self> {
+        let mut begun = BEGUN.lock().unwrap_or_else(PoisonError::into_inner);
+        match begun.iter().position(|target| target.path == new.path) {
+            Some(at) => Ok(begun.swap_remove(at)),
+            None => new.begin(),
+        }
     }
 
-    /// Where the file is to be written.
+    /// Sees that what is to be replaced is a file that nobody uses, and none of `in_use`.
+    pub(crate) fn refuse_used(&self, opener: &Opener, in_use: &[PathBuf]) -> anyhow::Result<()> {
+        let path = &self.path;
+        if self.replace
+            && let Ok(metadata) = fs::symlink_metadata(path)
+        {
+            refuse_used(path, &metadata, opener, in_use)?;
+        }
+        Ok(())
+    }
+
+    /// Where the file is to be written. It is there, and empty.
     pub(crate) fn partial(&self) -> &Path {
         &self.partial
     }
 
-    /// Takes a file along: it is removed if the target is not finished.
-    pub(crate) fn with(&mut self, path: PathBuf) {
-        self.with.push(path);
+    /// The file, to be read and written.
+    pub(crate) fn open(&self) -> anyhow::Result<File> {
+        let file = File::options().read(true).write(true).open(&self.partial);
+        file.with_context(|| format!("cannot write {}", self.path.display()))
     }
 
     /// Gives the file its name. It is complete and durable; afterwards its name is as well.
-    pub(crate) fn finish(mut self) -> anyhow::Result<()> {
-        let failed = || format!("cannot give {} its name", self.path.display());
-        if self.replace {
-            fs::rename(&self.partial, &self.path).with_context(failed)?;
-        } else {
-            match renameat_with(CWD, &self.partial, CWD, &self.path, RenameFlags::NOREPLACE) {
-                Ok(()) => {}
-                Err(Errno::EXIST) => return Err(exists(&self.path)),
-                // A file system without it. A second name can be given only where there is none, too.
-                Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-                    fs::hard_link(&self.partial, &self.path).with_context(failed)?;
-                    fs::remove_file(&self.partial).with_context(failed)?;
-                }
-                Err(error) => return Err(error).with_context(failed),
-            }
-        }
-        self.finished = true;
-        sync_directory(&self.path)
-    }
-}
-
-impl Drop for Target {
-    fn drop(&mut self) {
-        if self.finished {
-            return;
-        }
-        for path in self.with.iter().chain([&self.partial]) {
-            match fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    tracing::warn!(path = %path.display(), %error, "an unfinished file could not be removed");
-                }
-                _ => {}
-            }
+    pub(crate) fn finish(self) -> anyhow::Result<()> {
+        let path = self.path.display();
+        match self.namer.name() {
+            Named::Durable => Ok(()),
+            Named::NotDurable(error) => Err(error).with_context(|| format!("cannot make the name {path} durable")),
+            Named::Failed(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(exists(&self.path)),
+            Named::Failed(error) => Err(error).with_context(|| format!("cannot give {path} its name")),
         }
     }
-}
-
-/// Makes a name durable: without, a file may be gone after a power cut.
-pub(crate) fn sync_directory(file: &Path) -> anyhow::Result<()> {
-    File::open(directory_of(file))
-        .and_then(|directory| directory.sync_all())
-        .with_context(|| format!("cannot make the name {} durable", file.display()))
 }
 
 fn exists(path: &Path) -> anyhow::Error {

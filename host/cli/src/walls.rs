@@ -7,15 +7,13 @@
 //!
 //! A plan is made of the operator's own paths. What an image says is not known yet when the walls go up.
 
-use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context;
 use blockhouse_vmm::Beginning;
-use blockhouse_walls::{Missing, Plan, Role, Use, Walls};
+use blockhouse_walls::{Missing, Plan, Role, Walls};
 
 use crate::Command;
-use crate::args::directory_of;
 
 /// Walls around the program.
 #[derive(Clone, Copy, Debug, Default, clap::Args)]
@@ -119,10 +117,4 @@ impl Command {
 pub(crate) fn beginning(walls: &Walls, role: Role) -> Beginning {
     let begin = walls.thread_start(role);
     Beginning::with(move || begin())
-}
-
-/// A new file, or one that takes the place of another: it gets its name once it is complete, so files are made
-/// and renamed in its directory.
-pub(crate) fn new_file(plan: &mut Plan, path: &Path) {
-    plan.add(directory_of(path), Use::MakeFiles);
 }

@@ -132,14 +132,15 @@ impl Opener {
     /// file is there already or cannot be written.
     pub fn create(&self, path: &Path, format: &str, new: &NewImage) -> Result<()> {
         let name = absolute_name(path)?;
-        let plugin = self.able(format, "creator", "cannot make new images")?;
+        // Before there is a file.
+        self.able(format, "creator", "cannot make new images")?;
         let file = File::options()
             .read(true)
             .write(true)
             .create_new(true)
             .open(path)
             .map_err(|error| storage("cannot create the image", error).on_image(&*name))?;
-        let written = self.create_in(&plugin, file, &name, format, new);
+        let written = self.create_in(file, path, format, new);
         if written.is_err()
             && let Err(error) = std::fs::remove_file(path)
         {
@@ -153,8 +154,21 @@ impl Opener {
             .map_err(|error| storage("cannot make the name of the image durable", error).on_image(&*name))
     }
 
-    fn create_in(&self, plugin: &Plugin, file: File, name: &str, format: &str, new: &NewImage) -> Result<()> {
-        let Started { instance, handle, .. } = self.start(plugin, file, name, format, Access::ReadWrite)?;
+    /// As [`create`](Self::create), in a new and empty `file`, open to be read and written, that is called `path`.
+    /// The file is durable when it returns, its name need not be, and what becomes of it after an error is for the
+    /// caller to say.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create); [`Invalid`](ErrorKind::Invalid) if the file is none that is new.
+    pub fn create_in(&self, file: File, path: &Path, format: &str, new: &NewImage) -> Result<()> {
+        let name = &*absolute_name(path)?;
+        let plugin = self.able(format, "creator", "cannot make new images")?;
+        let metadata = file.metadata().map_err(|error| storage("cannot look at the image", error).on_image(name))?;
+        if !metadata.is_file() || metadata.len() != 0 {
+            let why = "a new image is made in an empty regular file, and this is none";
+            return Err(Error::new(ErrorKind::Invalid, why).on_image(name));
+        }
+        let Started { instance, handle, .. } = self.start(&plugin, file, name, format, Access::ReadWrite)?;
         let what = wit_creator::NewImage {
             virtual_size_bytes: new.virtual_size,
             backing: new.backing.as_ref().map(lower_backing),

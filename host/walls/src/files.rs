@@ -24,6 +24,8 @@ pub enum Use {
     Write,
     /// As [`Write`](Self::Write) below a directory, and makes, renames and removes files there.
     MakeFiles,
+    /// Gives files of the directory other names, and removes some. Opens none of them.
+    NameFiles,
     /// Makes and removes sockets in the directory, and locks it. Opens no file there.
     MakeSockets,
     /// Opens the device and controls it.
@@ -38,6 +40,7 @@ impl Use {
             Self::MakeFiles => {
                 make_bitflags!(AccessFs::{ReadFile | ReadDir | WriteFile | Truncate | MakeReg | RemoveFile})
             }
+            Self::NameFiles => make_bitflags!(AccessFs::{ReadDir | MakeReg | RemoveFile}),
             Self::MakeSockets => make_bitflags!(AccessFs::{ReadDir | MakeSock | RemoveFile}),
             Self::Device => make_bitflags!(AccessFs::{ReadFile | WriteFile | IoctlDev}),
         }
@@ -203,10 +206,12 @@ mod tests {
     #[test]
     fn no_use_is_more_than_it_says() {
         let never = make_bitflags!(AccessFs::{Execute | MakeChar | MakeBlock | MakeSym | MakeFifo | MakeDir | Refer});
-        for what in [Use::Read, Use::Write, Use::MakeFiles, Use::MakeSockets, Use::Device] {
+        for what in [Use::Read, Use::Write, Use::MakeFiles, Use::NameFiles, Use::MakeSockets, Use::Device] {
             assert!(!what.rights().intersects(never), "{what:?}");
         }
         assert!(!Use::Read.rights().intersects(AccessFs::from_write(NEWEST)));
+        let content = make_bitflags!(AccessFs::{ReadFile | WriteFile | Truncate});
+        assert!(!(Use::NameFiles.rights() | Use::MakeSockets.rights()).intersects(content));
         assert!(!Use::Write.rights().intersects(make_bitflags!(AccessFs::{MakeReg | MakeSock | RemoveFile})));
     }
 

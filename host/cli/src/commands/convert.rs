@@ -19,7 +19,7 @@ use crate::target::files_in_use;
 /// Copy the content of a disk to a new image, of any format that can be written
 ///
 /// Zeroes take no space. The new image gets its name when it is complete and durable: who is interrupted
-/// has the old one, untouched (and perhaps a file .TARGET.PID.partial, or the data file).
+/// has the old one, untouched.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -63,8 +63,8 @@ struct Report {
 impl Args {
     /// What the command opens.
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
-        self.new.plan(plan, &self.target);
-        self.source.plan(plan)
+        self.source.plan(plan)?;
+        if self.new.wants_help() { Ok(()) } else { self.new.plan(plan, &self.target) }
     }
 }
 

@@ -1,7 +1,7 @@
 //! `blockhouse create`: a new image.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
@@ -18,7 +18,7 @@ use crate::size::parse_size;
 /// Make a new image
 ///
 /// The image is written under a temporary name in its directory and gets its own when it is complete:
-/// who is interrupted leaves no half image (and perhaps a file .IMAGE.PID.partial, or the data file).
+/// who is interrupted leaves no half image.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -70,19 +70,34 @@ pub(crate) struct Args {
 }
 
 impl Args {
+    /// The image and its size, as far as they were given, unless help is asked for. Ends the program if that is not
+    /// enough.
+    fn checked(&self) -> Option<(&Path, Option<u64>)> {
+        if self.help_options || self.new.wants_help() {
+            return None;
+        }
+        let Some(image) = &self.image else { usage("which IMAGE? (none was given)") };
+        let wanted = self.disk.or(self.size);
+        if wanted.is_none() && self.new.backing.is_none() {
+            usage("which SIZE? (none was given, and there is no --backing file whose size it could be)");
+        }
+        Some((image, wanted))
+    }
+
     /// What the command opens.
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
-        if let Some(image) = &self.image {
-            self.new.plan(plan, image);
-        }
         self.host.plan_grants(plan, &self.allow, &[])?;
-        self.host.plan(plan)
+        self.host.plan(plan)?;
+        match self.checked() {
+            Some((image, _)) => self.new.plan(plan, image),
+            None => Ok(()),
+        }
     }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let opener = args.host.opener()?;
-    if args.help_options || args.new.wants_help() {
+    let Some((image, wanted)) = args.checked() else {
         let options = opener.create_options(&args.format)?;
         if args.json {
             output::json(&options)?;
@@ -95,12 +110,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             }
         }
         return Ok(ExitCode::SUCCESS);
-    }
-    let Some(image) = &args.image else { usage("which IMAGE? (none was given)") };
-    let wanted = args.disk.or(args.size);
-    if wanted.is_none() && args.new.backing.is_none() {
-        usage("which SIZE? (none was given, and there is no --backing file whose size it could be)");
-    }
+    };
     let grants = args.host.grants(&args.allow, &[], Access::ReadOnly)?;
     let virtual_size = match (wanted, &args.new.backing) {
         (Some(size), Some(name)) if !args.no_check => {

@@ -1,8 +1,6 @@
 //! `blockhouse plugin`: look at format components without running them, and compile them ahead.
 
-use std::fs::File;
 use std::io::Write;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -14,8 +12,7 @@ use serde::Serialize;
 
 use crate::compiler;
 use crate::output;
-use crate::target::Target;
-use crate::walls::new_file;
+use crate::target::{NewFile, Target};
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
@@ -59,9 +56,9 @@ impl Command {
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         match self {
             Self::Inspect { file, .. } => plan.read(file),
-            Self::Compile { file, output, .. } => {
+            Self::Compile { file, output, force } => {
                 plan.read(file);
-                new_file(plan, output);
+                compiled(output, *force).plan(plan)?;
             }
             Self::List { .. } => return Ok(()),
         }
@@ -90,12 +87,15 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
     }
 }
 
+/// What is loaded only if nobody else can have written it.
+fn compiled(output: &Path, force: bool) -> NewFile<'_> {
+    NewFile { mode: 0o600, ..NewFile::new(output, force) }
+}
+
 fn compile(sandbox: &Sandbox, file: &Path, output: &Path, force: bool) -> anyhow::Result<ExitCode> {
     let code = sandbox.precompile(file)?;
-    let target = Target::beside(output, force)?;
-    let mut options = File::options();
-    options.write(true).create_new(true).mode(0o600);
-    let mut partial = options.open(target.partial()).with_context(|| format!("cannot make {}", output.display()))?;
+    let target = Target::take(&compiled(output, force))?;
+    let mut partial = target.open()?;
     partial
         .write_all(&code)
         .and_then(|()| partial.sync_all())

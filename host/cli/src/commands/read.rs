@@ -12,8 +12,7 @@ use blockhouse_walls::Plan;
 
 use crate::args::{ImageArgs, RangeArgs};
 use crate::progress::Progress;
-use crate::target::{files_in_use, identity};
-use crate::walls::new_file;
+use crate::target::{NewFile, Target, files_in_use, identity};
 
 /// Bytes that are read at a time.
 const CHUNK: usize = 2 << 20;
@@ -42,14 +41,15 @@ pub(crate) struct Args {
 impl Args {
     /// What the command opens.
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
+        self.image.plan(plan)?;
         if let Some(output) = &self.output {
             if output.exists() {
                 plan.write(output);
             } else {
-                new_file(plan, output);
+                NewFile::new(output, false).plan(plan)?;
             }
         }
-        self.image.plan(plan)
+        Ok(())
     }
 }
 
@@ -68,7 +68,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
     match &args.output {
         Some(path) => {
-            let file = create(path, args.force, &files_in_use(&opened.report))?;
+            // An existing one, which may be no regular file, is overwritten where it is.
+            let (file, target) = if path.exists() {
+                (overwrite(path, args.force, &files_in_use(&opened.report))?, None)
+            } else {
+                let target = Target::take(&NewFile::new(path, false))?;
+                (target.open()?, Some(target))
+            };
             let mut progress = Progress::new(length, false);
             let mut at = 0;
             let written = copy(&opened.disk, args.range.offset, length, |bytes| {
@@ -79,15 +85,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
                 at += bytes.len() as u64;
                 progress.at(at)
             });
-            let written = written.and_then(|()| {
-                file.set_len(length).with_context(|| format!("cannot set the size of {}", path.display()))
-            });
-            if written.is_err() && !args.force {
-                // Half a disk must not be taken for a whole one. What --force emptied is not ours to remove.
-                let _ = std::fs::remove_file(path);
-            }
             written?;
+            file.set_len(length).with_context(|| format!("cannot set the size of {}", path.display()))?;
             progress.finish();
+            // Half a disk must not be taken for a whole one, so it is called so once it is whole.
+            if let Some(target) = target {
+                file.sync_all().with_context(|| format!("cannot write {}", path.display()))?;
+                target.finish()?;
+            }
         }
         None => {
             let mut out = io::stdout().lock();
@@ -119,21 +124,13 @@ fn copy(
     Ok(())
 }
 
-/// Opens the output file: a new one, or an existing one that is none of the files in use, emptied.
-fn create(path: &Path, force: bool, in_use: &[PathBuf]) -> anyhow::Result<File> {
-    let mut options = File::options();
-    options.write(true);
+/// Opens an output file that exists and is none of the files in use, and empties it.
+fn overwrite(path: &Path, force: bool, in_use: &[PathBuf]) -> anyhow::Result<File> {
     if !force {
-        return options.create_new(true).open(path).map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => anyhow::anyhow!("{} exists; --force overwrites it", path.display()),
-            _ => anyhow::Error::new(error).context(format!("cannot create {}", path.display())),
-        });
+        bail!("{} exists; --force overwrites it", path.display());
     }
-    let file = options
-        .create(true)
-        .truncate(false)
-        .open(path)
-        .with_context(|| format!("cannot open {} for writing", path.display()))?;
+    let file = File::options().write(true).open(path);
+    let file = file.with_context(|| format!("cannot open {} for writing", path.display()))?;
     let target = identity(&file.metadata()?);
     for file in in_use {
         if std::fs::metadata(file).is_ok_and(|metadata| identity(&metadata) == target) {

@@ -1,0 +1,256 @@
+//! Who gives a new file its name: a process that does nothing else, so that the program needs no right to the
+//! directory.
+//!
+//! ```text
+//!   program                                         namer: this program again
+//!   ───────                                         ─────────────────────────
+//!   ──── /proc/self/exe ARGUMENT HOW MODE names ──▶ opens the directories, makes the partial file
+//!                  ◀───────── how that went ─────── walls go up: names, and no content; waits
+//!   (walls go up: the partial file, nothing beside)
+//!   the file is complete ──── one byte ───────────▶ gives it its name, makes that durable
+//!                  ◀───────── how that went ─────── ends
+//!   (lets go of the pipe, or ended itself)          removes what is unfinished, ends
+//! ```
+//!
+//! Whatever kills the program, and whenever: nothing unfinished stays, unless its namer is killed as well.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use blockhouse_walls::{Plan, Use, Walls};
+use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags, linkat, openat, renameat, renameat_with, unlinkat};
+use rustix::io::Errno;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+
+use crate::args::directory_of;
+
+/// The first argument of a namer. Not for people, and in no help.
+const ARGUMENT: &str = "--name-for-parent";
+/// The second: what becomes of a file that has the name already.
+const REPLACE: &str = "replace";
+const KEEP: &str = "keep";
+/// What the program says when the file is complete.
+const COMPLETE: u8 = b'C';
+
+/// How it went. Files were made: the number of the one that was not, and why; two zeroes if all were. A name was given:
+/// why not, and why it is not durable, or zero. Reasons are error numbers.
+type Answer = [[u8; 4]; 2];
+
+/// The program's side.
+#[derive(Debug)]
+pub(crate) struct Namer {
+    child: Child,
+    /// `None` once it was let go of.
+    tell: Option<ChildStdin>,
+    answer: ChildStdout,
+}
+
+/// Why there is no file, and no process for its name.
+#[derive(Debug)]
+pub(crate) enum NotBegun {
+    /// The process cannot be started, or ended.
+    Process(io::Error),
+    /// This file cannot be made.
+    File(PathBuf, io::Error),
+}
+
+/// What became of a file.
+#[derive(Debug)]
+pub(crate) enum Named {
+    /// It has its name, and that is durable.
+    Durable,
+    /// It has its name, which a power cut may take away again.
+    NotDurable(io::Error),
+    /// It has no name, and is gone.
+    Failed(io::Error),
+}
+
+impl Namer {
+    /// Starts a process that makes the file `partial`, empty, and gives it the name `path` beside it, or removes it.
+    /// Makes and removes the further files `with` as well.
+    pub(crate) fn start(
+        partial: &Path,
+        path: &Path,
+        replace: bool,
+        mode: u32,
+        with: &[PathBuf],
+    ) -> Result<Self, NotBegun> {
+        let mut child = Command::new("/proc/self/exe")
+            .arg(ARGUMENT)
+            .arg(if replace { REPLACE } else { KEEP })
+            .arg(mode.to_string())
+            .args([partial, path])
+            .args(with)
+            .env_clear()
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(NotBegun::Process)?;
+        let (tell, answer) = (child.stdin.take(), child.stdout.take());
+        let answer = answer.ok_or_else(|| NotBegun::Process(io::Error::other("it has no standard output")))?;
+        let mut namer = Self { child, tell, answer };
+        match namer.answer().map_err(NotBegun::Process)? {
+            [_, 0] => Ok(namer),
+            [number, error] => {
+                let at = usize::try_from(number).unwrap_or(0).checked_sub(1);
+                let path = at.and_then(|at| with.get(at)).map_or(path, PathBuf::as_path);
+                Err(NotBegun::File(path.to_owned(), io::Error::from_raw_os_error(error)))
+            }
+        }
+    }
+
+    fn answer(&mut self) -> io::Result<[i32; 2]> {
+        let mut answer = Answer::default();
+        self.answer.read_exact(answer.as_flattened_mut())?;
+        Ok(answer.map(i32::from_le_bytes))
+    }
+
+    /// Gives the file its name. It is complete and durable.
+    pub(crate) fn name(mut self) -> Named {
+        let mut talk = || {
+            self.tell.as_mut().ok_or(io::ErrorKind::BrokenPipe)?.write_all(&[COMPLETE])?;
+            self.answer()
+        };
+        match talk() {
+            Ok([0, 0]) => Named::Durable,
+            Ok([0, error]) => Named::NotDurable(io::Error::from_raw_os_error(error)),
+            Ok([error, _]) => Named::Failed(io::Error::from_raw_os_error(error)),
+            Err(error) => Named::Failed(io::Error::other(format!("the process that gives names has ended: {error}"))),
+        }
+    }
+}
+
+impl Drop for Namer {
+    fn drop(&mut self) {
+        // Whoever was told nothing removes what is unfinished. That is over when the program ends.
+        self.tell = None;
+        if let Err(error) = self.child.wait() {
+            tracing::warn!(%error, "the process that gives names does not end");
+        }
+    }
+}
+
+/// Does the work of a namer if this process is one.
+pub(crate) fn serve_if_asked() -> Option<ExitCode> {
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next()? != ARGUMENT {
+        return None;
+    }
+    Some(match serve(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("blockhouse: the process that gives names: {error}");
+            ExitCode::FAILURE
+        }
+    })
+}
+
+fn serve(mut arguments: impl Iterator<Item = OsString>) -> io::Result<()> {
+    let misused = || io::Error::other("this is started by the program itself, and by nobody else");
+    let mut next = || arguments.next().ok_or_else(misused);
+    let (how, mode, partial, path) = (next()?, next()?, next()?, next()?);
+    let mode = mode.to_str().and_then(|mode| mode.parse().ok()).ok_or_else(misused)?;
+    // What ends the program is heard of through the pipe. A terminal sends these to both.
+    for signal in [SIGHUP, SIGINT, SIGQUIT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
+    }
+    let number = |error: &io::Error| error.raw_os_error().unwrap_or(Errno::IO.raw_os_error());
+    let mut plan = Plan::new();
+    let mut made = Unfinished(Vec::new());
+    for (at, path) in (0..).zip([partial].into_iter().chain(arguments)) {
+        let name = Name::new(path.as_ref()).and_then(|name| name.make(mode).map(|()| name));
+        match name {
+            Ok(name) => {
+                plan.add(&name.parent, Use::NameFiles);
+                made.0.push(name);
+            }
+            Err(error) => return answer([at, number(&error)]),
+        }
+    }
+    let (Some(partial), path) = (made.0.first(), Name::new(path.as_ref())?) else { return Err(misused()) };
+    // What a kernel lacks is said by the program.
+    Walls::raise(&plan);
+    answer([0, 0])?;
+
+    let mut told = [0];
+    // Goes on after a signal, unlike `read`.
+    if io::stdin().read_exact(&mut told).is_err() || told != [COMPLETE] {
+        return Ok(());
+    }
+    if let Err(error) = give(partial, &path, how == REPLACE) {
+        // When the program hears of it, they are gone.
+        drop(made);
+        return answer([error.raw_os_error(), 0]);
+    }
+    let names = std::mem::take(&mut made.0);
+    let mut durable = names.iter().map(|name| name.directory.sync_all());
+    answer([0, durable.find_map(Result::err).as_ref().map_or(0, number)])
+}
+
+fn answer(words: [i32; 2]) -> io::Result<()> {
+    let answer: Answer = words.map(i32::to_le_bytes);
+    let mut out = io::stdout();
+    out.write_all(answer.as_flattened()).and_then(|()| out.flush())
+}
+
+/// Gives a file another name, which nobody may have unless that file is to be replaced.
+fn give(partial: &Name, path: &Name, replace: bool) -> Result<(), Errno> {
+    let ((old, from), (new, to)) = ((&partial.directory, &partial.name), (&path.directory, &path.name));
+    if replace {
+        return renameat(old, from, new, to);
+    }
+    match renameat_with(old, from, new, to, RenameFlags::NOREPLACE) {
+        // A file system without it. A second name can be given only where there is none, too.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+            linkat(old, from, new, to, AtFlags::empty())?;
+            unlinkat(old, from, AtFlags::empty())
+        }
+        given => given,
+    }
+}
+
+/// Files that were made, and are removed unless they are taken out of here.
+struct Unfinished(Vec<Name>);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        self.0.iter().for_each(Name::remove);
+    }
+}
+
+/// A name in a directory that is open, whatever that is called by now.
+#[derive(Debug)]
+struct Name {
+    parent: PathBuf,
+    directory: File,
+    name: OsString,
+}
+
+impl Name {
+    fn new(path: &Path) -> io::Result<Self> {
+        let parent = directory_of(path).to_owned();
+        let directory = File::open(&parent)?;
+        let name = path.file_name().map(OsStr::to_owned).ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(Self { parent, directory, name })
+    }
+
+    fn make(&self, mode: u32) -> io::Result<()> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Ok(openat(&self.directory, &self.name, flags, Mode::from_raw_mode(mode)).map(drop)?)
+    }
+
+    fn remove(&self) {
+        match unlinkat(&self.directory, &self.name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => {
+                let path = self.parent.join(&self.name);
+                eprintln!("blockhouse: the unfinished file {path:?} could not be removed: {error}");
+            }
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! Commands that make a file: whoever takes one over by the image that it reads finds the new file, and nothing
+//! beside it that can be written; and whatever ends it, nothing unfinished stays.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::Instant;
+
+use blockhouse_tests::{COMMAND_LIMIT, blockhouse, component, noise, run};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::place::Place;
+use crate::tally;
+
+/// What is in a directory.
+fn names(directory: &Path) -> Vec<OsString> {
+    let mut names: Vec<_> = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    names
+}
+
+/// What the program says that it planned: paths below a directory, and their uses.
+fn planned(stderr: &str, directory: &Path) -> BTreeMap<String, String> {
+    let lines = stderr.lines().filter(|line| line.contains(" planned "));
+    let fields = lines.map(|line| {
+        let (path, uses) = line.split_once("path=").unwrap().1.split_once(" uses=").unwrap();
+        (path.to_owned(), uses.to_owned())
+    });
+    fields.filter(|(path, _)| Path::new(path).starts_with(directory)).collect()
+}
+
+#[test]
+fn only_the_new_file_can_be_written() {
+    let place = Place::new();
+    let directory = place.path("images/new");
+    std::fs::create_dir(&directory).unwrap();
+    let source = place.write("images/vm/source.raw", noise(1, 1 << 20));
+    let (source, hostile) = (source.to_str().unwrap(), component("hostile"));
+    let new = |name: &str| directory.join(name).to_str().unwrap().to_owned();
+    let (a, b, c, d, e, f) = (new("a"), new("b"), new("c"), new("d"), new("e"), new("f"));
+    let commands: [(&str, Vec<&str>, &[&str]); 6] = [
+        ("a", vec!["create", "--format", "qcow2", &a, "1M"], &[]),
+        ("b", vec!["create", "--format", "qcow2", "--data-file", "b.raw", &b, "1M"], &["b.raw"]),
+        ("c", vec!["convert", "--format", "raw", "--to-format", "qcow2", source, &c], &[]),
+        ("d", vec!["read", "--format", "raw", "--output", &d, source], &[]),
+        ("e", vec!["plugin", "compile", "--output", &e, hostile.to_str().unwrap()], &[]),
+        ("f", vec!["convert", "--force", "--format", "raw", "--to-format", "raw", source, &f], &["f"]),
+    ];
+    std::fs::write(directory.join("f"), "to be replaced").unwrap();
+    let mut made = vec![OsString::from("f")];
+    for (name, arguments, more) in commands {
+        let outcome = run(blockhouse().arg("-vv").args(arguments)).succeeded();
+        let planned = planned(&outcome.stderr, &directory);
+        let partial =
+            |path: &str| Path::new(path).file_name().unwrap().to_str().unwrap().starts_with(&format!(".{name}."));
+        assert_eq!(planned.keys().filter(|path| partial(path)).count(), 1, "{name}: {planned:?}");
+        for (path, uses) in &planned {
+            let also = more.iter().any(|more| *path == new(more));
+            assert!(uses == "[Write]" && (partial(path) || also), "{name}: {path} {uses}");
+        }
+        made.extend([name].into_iter().chain(more.iter().copied()).map(OsString::from));
+        made.sort();
+        made.dedup();
+        assert_eq!(names(&directory), made, "{name}");
+    }
+    tally::image_served();
+}
+
+/// A conversion that is held up by a component that never answers.
+fn held_up(place: &Place) -> Child {
+    let mut bytes = b"loop-at-locate\n".to_vec();
+    bytes.resize(1 << 20, b'.');
+    let image = place.write("images/vm/loops.img", bytes);
+    let mut command = blockhouse();
+    command.arg("convert").arg("--plugin").arg(format!("hostile={}", component("hostile").display()));
+    command.args(["--format", "hostile", "--to-format", "qcow2", "--data-file", "content.raw"]);
+    let child = command.arg(image).arg(place.path("images/new/target")).stderr(Stdio::null()).spawn().unwrap();
+    wait(&child, "it has begun", || names(&place.path("images/new")).len() == 2);
+    child
+}
+
+#[track_caller]
+fn wait(child: &Child, what: &str, mut happened: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !happened() {
+        assert!(started.elapsed() < COMMAND_LIMIT, "{}: not {what}", child.id());
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+}
+
+/// The process that gives names.
+fn namer(process: u32) -> u32 {
+    let text = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap();
+    let is_namer = |child: &&str| {
+        let line = std::fs::read_to_string(format!("/proc/{child}/cmdline")).unwrap_or_default();
+        line.contains("--name-for-parent")
+    };
+    let namers: Vec<&str> = text.split_whitespace().filter(is_namer).collect();
+    // It made the files, so it is there.
+    assert_eq!(namers.len(), 1, "{text}");
+    namers[0].parse().unwrap()
+}
+
+#[test]
+fn whatever_ends_the_program_nothing_unfinished_stays() {
+    for (signal, to_all) in [(Signal::KILL, false), (Signal::INT, true), (Signal::TERM, true), (Signal::HUP, true)] {
+        let place = Place::new();
+        let directory = place.path("images/new");
+        std::fs::create_dir(&directory).unwrap();
+        let mut child = held_up(&place);
+        // A terminal tells all of them, in any order.
+        let told = to_all.then(|| namer(child.id())).into_iter().chain([child.id()]);
+        for process in told {
+            kill_process(Pid::from_raw(i32::try_from(process).unwrap()).unwrap(), signal).unwrap();
+        }
+        assert!(!child.wait().unwrap().success());
+        wait(&child, "gone", || names(&directory).is_empty());
+    }
+    // The twin: it is the component's ten seconds that it waits for, and then says so.
+    let place = Place::new();
+    std::fs::create_dir(place.path("images/new")).unwrap();
+    let mut child = held_up(&place);
+    assert_eq!(child.wait().unwrap().code(), Some(6));
+    assert!(names(&place.path("images/new")).is_empty());
+    tally::component_stopped();
+}
+
+/// Somebody takes the name while the file is made: it is theirs.
+#[test]
+fn a_name_that_somebody_took_meanwhile_stays_theirs() {
+    let place = Place::new();
+    let directory = place.path("images/new");
+    std::fs::create_dir(&directory).unwrap();
+    // To compress what cannot be compressed takes a second or more.
+    let source = place.write("images/vm/source.raw", noise(1, 32 << 20));
+    let target = directory.join("target");
+    let mut command = blockhouse();
+    command.args(["convert", "--format", "raw", "--to-format", "qcow2", "--compress"]).args([&source, &target]);
+    let child = command.stderr(Stdio::piped()).spawn().unwrap();
+    wait(&child, "begun", || !names(&directory).is_empty());
+    let taken = std::fs::File::create_new(&target).is_ok();
+    let output = child.wait_with_output().unwrap();
+    assert!(taken, "it was complete already");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(1) && stderr.contains("target exists; --force"), "{stderr}");
+    assert_eq!(names(&directory), ["target"]);
+    assert!(std::fs::read(target).unwrap().is_empty());
+}
