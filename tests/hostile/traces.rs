@@ -36,6 +36,8 @@ struct Trace {
     calls: Vec<Call>,
     /// Those of the processes that compile components of strangers.
     compilers: Vec<Call>,
+    /// Those of the processes that make new files, and give them their names.
+    namers: Vec<Call>,
     text: String,
 }
 
@@ -86,10 +88,15 @@ impl Trace {
             }
         }
         assert!(calls.len() > 10, "strace saw nothing: {text}");
-        let starts = |call: &&Call| call.name == "execve" && call.arguments.contains("--compile-for-parent");
-        let these: BTreeSet<u32> = calls.iter().filter(starts).map(|call| call.thread).collect();
-        let (compilers, calls) = calls.into_iter().partition(|call: &Call| these.contains(&call.thread));
-        Self { calls, compilers, text }
+        let processes = |argument: &str| -> BTreeSet<u32> {
+            let starts = |call: &&Call| call.name == "execve" && call.arguments.contains(argument);
+            calls.iter().filter(starts).map(|call| call.thread).collect()
+        };
+        let (compilers, namers) = (processes("--compile-for-parent"), processes("--name-for-parent"));
+        let (compilers, calls): (Vec<_>, Vec<_>) =
+            calls.into_iter().partition(|call: &Call| compilers.contains(&call.thread));
+        let (namers, calls) = calls.into_iter().partition(|call: &Call| namers.contains(&call.thread));
+        Self { calls, compilers, namers, text }
     }
 
     /// So many processes compile, and once they have their walls, and with them a component, they name no file.
@@ -320,15 +327,22 @@ fn the_code_cache_is_closed_before_an_image_is_opened() {
     let plugin = format!("hostile={}", component("hostile").display());
     let disk = format!("file={chain},format=qcow2,allow={digest},readonly=on");
     let new = place.text("images/vm/new.qcow2");
-    let commands: [(&str, &[&str], usize); 5] = [
-        // The base is in the cache before anybody knows that there is one; its digest is computed by a thread less.
-        ("own", &["read", "--format", "qcow2", "--allow", &digest, "--output", &place.text("images/vm/out"), chain], 3),
-        ("stranger", &["map", "--plugin", &plugin, "--format", "hostile", hostile.to_str().unwrap()], 4),
-        ("run", &["run", "--json", "--memory", "64M", "--disk", &disk], 3),
-        ("two images", &["convert", "--format", "qcow2", "--allow", &digest, "--to-format", "qcow2", chain, &new], 3),
-        ("changed", &["resize", "--format", "qcow2", &new, "1M"], 3),
+    let out = place.text("images/vm/out");
+    // What each is about, the file that it makes, how many components are kept: the base's before anybody knows that
+    // there is one.
+    let commands: [(&str, Option<&str>, usize, &[&str]); 5] = [
+        ("own", Some(&out), 3, &["read", "--format", "qcow2", "--allow", &digest, "--output", &out, chain]),
+        ("stranger", None, 4, &["map", "--plugin", &plugin, "--format", "hostile", hostile.to_str().unwrap()]),
+        ("run", None, 3, &["run", "--json", "--memory", "64M", "--disk", &disk]),
+        (
+            "two images",
+            Some(&new),
+            3,
+            &["convert", "--format", "qcow2", "--allow", &digest, "--to-format", "qcow2", chain, &new],
+        ),
+        ("changed", None, 3, &["resize", "--format", "qcow2", &new, "1M"]),
     ];
-    for (what, arguments, kept) in commands {
+    for (what, makes, kept, arguments) in commands {
         let cache = place.path(&format!("cache/{what}"));
         std::fs::create_dir_all(place.path("cache")).unwrap();
         let files = || -> BTreeMap<_, _> {
@@ -337,6 +351,7 @@ fn the_code_cache_is_closed_before_an_image_is_opened() {
         };
         let mut before = None;
         for _ in 0..2 {
+            makes.map(std::fs::remove_file);
             let trace = Trace::with_cache(&place, cache.to_str().unwrap(), arguments);
             let closed = trace.closed();
             let (beginning, later) = trace.calls.split_at(closed);
@@ -358,6 +373,12 @@ fn the_code_cache_is_closed_before_an_image_is_opened() {
                 let kept = call.names().iter().any(|name| name.starts_with(&cache));
                 assert!(!writes || !kept, "{what}: {call:?}");
             }
+            // Who makes new files opens no image either, and none of their bytes once it has its walls.
+            let image = |name: &PathBuf| place.path("images/vm/a.qcow2") == *name || base == *name;
+            assert!(!trace.namers.iter().flat_map(Call::names).any(|name| image(&name)), "{what}:\n{}", trace.text);
+            let behind = trace.namers.iter().skip_while(|call| call.name != "seccomp");
+            assert!(!behind.clone().any(|call| call.name.starts_with("open")), "{what}:\n{}", trace.text);
+            assert_eq!(behind.count() > 0, makes.is_some(), "{what}:\n{}", trace.text);
             // What is there is used: the second run neither makes nor replaces anything.
             assert_eq!(files().len(), kept, "{what}: {:?}", files());
             if let Some(before) = before.replace(files()) {
