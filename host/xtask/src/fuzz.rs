@@ -56,7 +56,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "N")]
     jobs: Option<usize>,
     /// Write the outcome to FILE as JSON: a list of `target`, `executions`, `executions_per_second`, `edges`,
-    /// `seconds` and `found`, the files with inputs.
+    /// `seconds`, `processor_seconds` (fewer where the machine had other work) and `found`, the files with inputs.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// List the targets and do nothing.
@@ -133,7 +133,10 @@ fn build_and_run(workspace: &Workspace, targets: &[String], seconds: u64, jobs: 
         let mut left = Vec::new();
         for mut one in running {
             match one.child.try_wait()? {
-                None => left.push(one),
+                None => {
+                    one.processor = processor_time(one.child.id()).unwrap_or(one.processor);
+                    left.push(one);
+                }
                 Some(status) => {
                     let outcome = one.outcome(status.success())?;
                     eprintln!("{}", outcome.line());
@@ -177,6 +180,8 @@ struct Running {
     artifacts: PathBuf,
     /// What an earlier run found.
     before: Vec<PathBuf>,
+    /// Processor time so far.
+    processor: Duration,
 }
 
 impl Running {
@@ -209,7 +214,7 @@ impl Running {
         }
         let before = files(&artifacts)?;
         let child = command.spawn().with_context(|| format!("cannot start {}", tools::line(&command)))?;
-        Ok(Self { target: target.to_owned(), child, log, artifacts, before })
+        Ok(Self { target: target.to_owned(), child, log, artifacts, before, processor: Duration::ZERO })
     }
 
     fn outcome(self, succeeded: bool) -> Result<Outcome> {
@@ -223,11 +228,27 @@ impl Running {
             per_second,
             edges,
             seconds,
+            processor_seconds: self.processor.as_secs(),
             failed: !succeeded || executions == 0,
             found,
             log: self.log,
         })
     }
+}
+
+/// The processor time of a process that runs, in user and kernel mode (`proc_pid_stat(5)`, fields 14 and 15).
+fn processor_time(process: u32) -> Option<Duration> {
+    let text = std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?;
+    parse_processor_time(&text)
+}
+
+fn parse_processor_time(stat: &str) -> Option<Duration> {
+    /// What the kernel counts in for programs (`USER_HZ`), per second.
+    const TICKS: u64 = 100;
+    // The name of the program is in brackets, and may have brackets and spaces in it.
+    let fields = stat.rsplit_once(')')?.1.split_whitespace().skip(11).take(2);
+    let ticks = fields.map(str::parse::<u64>).sum::<Result<u64, _>>().ok()?;
+    Some(Duration::from_millis(ticks.saturating_mul(1000 / TICKS)))
 }
 
 /// libFuzzer keeps the slowest input as well, which is no finding.
@@ -291,6 +312,7 @@ struct Outcome {
     per_second: u64,
     edges: u64,
     seconds: u64,
+    processor_seconds: u64,
     /// It did not end as it should.
     failed: bool,
     /// Inputs that crash it.
@@ -319,6 +341,7 @@ impl Outcome {
             "executions_per_second": self.per_second,
             "edges": self.edges,
             "seconds": self.seconds,
+            "processor_seconds": self.processor_seconds,
             "found": self.found,
             "failed": self.failed,
         })
@@ -327,7 +350,17 @@ impl Outcome {
 
 #[cfg(test)]
 mod unit {
-    use super::Statistics;
+    use std::time::Duration;
+
+    use super::{Statistics, parse_processor_time};
+
+    #[test]
+    fn processor_time_is_that_of_both_modes() {
+        let stat = "7 (a) b (c) R 1 7 7 0 -1 4194304 100 0 0 0 250 50 9 9 20 0 1 0 5 6 7";
+        assert_eq!(parse_processor_time(stat), Some(Duration::from_secs(3)));
+        assert_eq!(parse_processor_time("7 (a"), None);
+        assert_eq!(parse_processor_time("7 (a) R 1 7 7 0 -1 4194304 100 0 0 0 x 50"), None);
+    }
 
     #[test]
     fn what_libfuzzer_says_is_understood() {
