@@ -1,5 +1,5 @@
-//! Commands that make a file: whoever takes one over by the image that it reads finds the new file, and nothing
-//! beside it that can be written; and whatever ends it, nothing unfinished stays.
+//! Commands that make files or sockets: whoever takes one over by the image that it reads finds the new file, and
+//! nothing beside it that can be written or removed; and whatever ends it, nothing unfinished stays.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::Instant;
 
-use blockhouse_tests::{COMMAND_LIMIT, blockhouse, component, noise, run};
+use blockhouse_tests::{COMMAND_LIMIT, blockhouse, component, noise, run, skip};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::place::Place;
@@ -22,7 +22,7 @@ fn names(directory: &Path) -> Vec<OsString> {
 
 /// What the program says that it planned: paths below a directory, and their uses.
 fn planned(stderr: &str, directory: &Path) -> BTreeMap<String, String> {
-    let lines = stderr.lines().filter(|line| line.contains(" planned "));
+    let lines = stderr.lines().filter(|line| line.contains(" planned path="));
     let fields = lines.map(|line| {
         let (path, uses) = line.split_once("path=").unwrap().1.split_once(" uses=").unwrap();
         (path.to_owned(), uses.to_owned())
@@ -64,6 +64,34 @@ fn only_the_new_file_can_be_written() {
         made.dedup();
         assert_eq!(names(&directory), made, "{name}");
     }
+    tally::image_served();
+}
+
+/// A machine with sockets for its operator: they are gone in the end, and so was the right to their directory before
+/// the image was opened.
+#[test]
+fn nothing_beside_sockets_and_metrics_can_be_removed() {
+    if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
+        return skip("/dev/kvm cannot be opened");
+    }
+    let place = Place::new();
+    let directory = place.path("images/run");
+    std::fs::create_dir(&directory).unwrap();
+    let image = place.write("images/vm/disk.raw", noise(1, 1 << 20));
+    let disk = format!("file={},format=raw,readonly=on", image.display());
+    let path = |name: &str| directory.join(name).to_str().unwrap().to_owned();
+    for (metrics, left) in [(path("metrics"), &[][..]), (format!("file:{}", path("text")), &["text"])] {
+        let mut command = blockhouse();
+        command.args(["-vv", "run", "--memory", "64M", "--disk", &disk, "--control", &path("control")]);
+        let outcome = run(command.args(["--metrics", &metrics])).succeeded();
+        let planned = planned(&outcome.stderr, &directory);
+        assert!(planned.is_empty(), "{planned:?}");
+        let at_first = format!("planned until components are loaded path={} uses=[MakeSockets]", directory.display());
+        assert!(outcome.stderr.contains(&at_first), "{}", outcome.stderr);
+        assert_eq!(names(&directory), left);
+    }
+    let text = std::fs::read_to_string(directory.join("text")).unwrap();
+    assert!(text.contains("operation=\"read\"}"), "{text}");
     tally::image_served();
 }
 

@@ -36,7 +36,7 @@ struct Trace {
     calls: Vec<Call>,
     /// Those of the processes that compile components of strangers.
     compilers: Vec<Call>,
-    /// Those of the processes that make new files, and give them their names.
+    /// Those of the processes that make new files and give them their names, and of those that remove sockets.
     namers: Vec<Call>,
     text: String,
 }
@@ -92,7 +92,8 @@ impl Trace {
             let starts = |call: &&Call| call.name == "execve" && call.arguments.contains(argument);
             calls.iter().filter(starts).map(|call| call.thread).collect()
         };
-        let (compilers, namers) = (processes("--compile-for-parent"), processes("--name-for-parent"));
+        let compilers = processes("--compile-for-parent");
+        let namers = &processes("--name-for-parent") | &processes("--attend-parent");
         let (compilers, calls): (Vec<_>, Vec<_>) =
             calls.into_iter().partition(|call: &Call| compilers.contains(&call.thread));
         let (namers, calls) = calls.into_iter().partition(|call: &Call| namers.contains(&call.thread));

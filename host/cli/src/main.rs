@@ -7,6 +7,7 @@
 //! | `grant_arg.rs`, `policy.rs` | what is allowed, and how much of it; the policy file |
 //! | `control.rs` | the control interface: commands on a socket |
 //! | `metrics.rs`, `outlet.rs` | what disks did, as JSON and for Prometheus; the socket or file where that goes |
+//! | `attendant.rs` | a process that removes sockets and writes the metrics file |
 //! | `requested.rs` | what was asked for against what was granted |
 //! | `compiler.rs` | compilers for components of strangers, as processes |
 //! | `walls.rs` | the walls around the program: what each command will open |
@@ -18,6 +19,7 @@
 #![deny(unsafe_code)]
 
 mod args;
+mod attendant;
 mod commands;
 mod compiler;
 mod control;
@@ -118,7 +120,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    if let Some(code) = compiler::serve_if_asked().or_else(namer::serve_if_asked) {
+    if let Some(code) = compiler::serve_if_asked().or_else(namer::serve_if_asked).or_else(attendant::serve_if_asked) {
         return code;
     }
     let cli = Cli::parse();
@@ -141,6 +143,7 @@ fn main() -> ExitCode {
         Ok(walls) => walls,
         Err(error) => {
             target::forget_begun();
+            attendant::dismiss();
             return output::fail(&error);
         }
     };
@@ -163,6 +166,7 @@ fn main() -> ExitCode {
         Command::Control(args) => commands::control::run(&args),
     };
     target::forget_begun();
+    attendant::dismiss();
     match result {
         Ok(code) => code,
         Err(error) => output::fail(&error),

@@ -155,10 +155,8 @@ fn serve(mut arguments: impl Iterator<Item = OsString>) -> io::Result<()> {
     let mut next = || arguments.next().ok_or_else(misused);
     let (how, mode, partial, path) = (next()?, next()?, next()?, next()?);
     let mode = mode.to_str().and_then(|mode| mode.parse().ok()).ok_or_else(misused)?;
-    // What ends the program is heard of through the pipe. A terminal sends these to both.
-    for signal in [SIGHUP, SIGINT, SIGQUIT, SIGTERM] {
-        signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
-    }
+    blockhouse_walls::close_inherited();
+    ignore_signals()?;
     let number = |error: &io::Error| error.raw_os_error().unwrap_or(Errno::IO.raw_os_error());
     let mut plan = Plan::new();
     let mut made = Unfinished(Vec::new());
@@ -196,6 +194,14 @@ fn answer(words: [i32; 2]) -> io::Result<()> {
     let answer: Answer = words.map(i32::to_le_bytes);
     let mut out = io::stdout();
     out.write_all(answer.as_flattened()).and_then(|()| out.flush())
+}
+
+/// Has signals do nothing. What ends the program is heard of through the pipe; a terminal sends these to all.
+pub(crate) fn ignore_signals() -> io::Result<()> {
+    for signal in [SIGHUP, SIGINT, SIGQUIT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
+    }
+    Ok(())
 }
 
 /// Gives a file another name, which nobody may have unless that file is to be replaced.

@@ -5,7 +5,6 @@
 //! bound in size and time, what it does not take is dropped, and one is served at a time, so that none can have
 //! more of this process than one thread that waits.
 
-use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -16,10 +15,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use blockhouse_vhost::Listener;
-use blockhouse_walls::{Plan, Role, Use, Walls};
+use blockhouse_walls::{Role, Walls};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use crate::args::directory_of;
+use crate::attendant;
 
 /// How often a file is written.
 const FILE_PERIOD: Duration = Duration::from_secs(5);
@@ -57,28 +56,10 @@ impl std::str::FromStr for MetricsArg {
     }
 }
 
-impl MetricsArg {
-    /// What is opened and made.
-    pub(crate) fn plan(&self, plan: &mut Plan) {
-        match self {
-            Self::Socket(socket) => plan_socket(plan, socket),
-            // Written anew under another name, again and again.
-            Self::File(path) => plan.add(directory_of(path), Use::MakeFiles),
-        }
-    }
-}
-
-/// A socket is made, unless it was passed.
-pub(crate) fn plan_socket(plan: &mut Plan, socket: &str) {
-    if !socket.starts_with("fd:") {
-        plan.add(directory_of(Path::new(socket)), Use::MakeSockets);
-    }
-}
-
 /// Listens at a path, or takes a socket that was passed.
 pub(crate) fn listen(socket: &str) -> anyhow::Result<Listener> {
     let Some(number) = socket.strip_prefix("fd:") else {
-        return Ok(Listener::bind(Path::new(socket))?);
+        return Ok(Listener::bind(Path::new(socket))?.removed_by(attendant::remove));
     };
     let number = number.parse().ok().with_context(|| format!("{socket}: fd: is followed by a number, as in fd:3"))?;
     Ok(Listener::from_fd(number)?)
@@ -111,12 +92,12 @@ impl Outlet {
             Self::File(path) => {
                 let wake = wake_event()?;
                 // What is wrong with it is said before a disk is served.
-                write_file(&path, &figures()).with_context(|| format!("cannot write {}", path.display()))?;
+                attendant::write(&path, &figures()).with_context(|| format!("cannot write {}", path.display()))?;
                 let stop = Arc::clone(&wake);
                 let write = move || {
                     loop {
                         let stopped = ready(&*stop, PollFlags::IN, FILE_PERIOD);
-                        if let Err(error) = write_file(&path, &figures()) {
+                        if let Err(error) = attendant::write(&path, &figures()) {
                             tracing::warn!(file = %path.display(), %error, "cannot write the metrics");
                         }
                         if stopped {
@@ -203,21 +184,6 @@ fn ready(fd: &impl AsFd, flags: PollFlags, time: Duration) -> bool {
     let time = Timespec::try_from(time).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
     // An interruption is the end of the time: who asks asks again.
     poll(&mut [PollFd::new(fd, flags)], Some(&time)).is_ok_and(|count| count > 0)
-}
-
-/// Writes a file beside `path` and gives it that name: who reads `path` finds all of the old text or all of the
-/// new one.
-fn write_file(path: &Path, text: &str) -> io::Result<()> {
-    let mut name = std::ffi::OsString::from(".");
-    name.push(path.file_name().ok_or(io::ErrorKind::InvalidInput)?);
-    name.push(".new");
-    let new = directory_of(path).join(name);
-    // What a killed process left there.
-    let _ = fs::remove_file(&new);
-    let write = || File::create_new(&new)?.write_all(text.as_bytes());
-    write().and_then(|()| fs::rename(&new, path)).inspect_err(|_| {
-        let _ = fs::remove_file(&new);
-    })
 }
 
 /// Answers one who connected with metrics: as HTTP if that is what was asked, else the text alone.
@@ -340,18 +306,6 @@ mod tests {
         ours.set_nonblocking(true).unwrap();
         let error = write_all(&mut ours, &[0; 16 << 20], Duration::from_millis(1)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
-    }
-
-    #[test]
-    fn a_file_is_replaced_as_a_whole() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("metrics");
-        for text in ["a long text", "short"] {
-            write_file(&path, text).unwrap();
-            assert_eq!(fs::read_to_string(&path).unwrap(), text);
-        }
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
-        assert!(write_file(&directory.path().join("no/file"), "x").is_err());
     }
 
     #[test]

@@ -55,5 +55,5 @@ pub use blockhouse_virtio::{
     RequestKind, RequestStats, latency_bound,
 };
 pub use error::{Error, Result};
-pub use listener::Listener;
+pub use listener::{Listener, SocketIdentity, remove_socket};
 pub use server::{Handle, Server};

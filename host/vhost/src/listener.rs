@@ -24,8 +24,30 @@ const LOCK_PAUSE: Duration = Duration::from_millis(20);
 #[derive(Debug)]
 pub struct Listener {
     listener: UnixListener,
-    /// The name, and the device and inode that it has to have to be removed.
-    name: Option<(PathBuf, (u64, u64))>,
+    name: Option<(PathBuf, SocketIdentity)>,
+    remove: fn(&Path, SocketIdentity) -> io::Result<()>,
+}
+
+/// What a name has to lead to, to be removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketIdentity {
+    /// The device number of its file system.
+    pub device: u64,
+    /// The inode number.
+    pub inode: u64,
+}
+
+/// Removes the name of a socket, if it still is that of this one. Anything else that somebody put there stays.
+///
+/// # Errors
+/// If it cannot be looked at, or removed.
+pub fn remove_socket(path: &Path, identity: SocketIdentity) -> io::Result<()> {
+    let now = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        found => found?,
+    };
+    let same = SocketIdentity { device: now.dev(), inode: now.ino() } == identity;
+    if same && now.file_type().is_socket() { fs::remove_file(path) } else { Ok(()) }
 }
 
 impl Listener {
@@ -64,8 +86,16 @@ impl Listener {
             Ok((UnixListener::from(socket), metadata))
         };
         let (listener, metadata) = open().map_err(failed("listen at"))?;
-        let listener = Self { listener, name: Some((path.to_owned(), (metadata.dev(), metadata.ino()))) };
-        listener.prepared()
+        let identity = SocketIdentity { device: metadata.dev(), inode: metadata.ino() };
+        Self { listener, name: Some((path.to_owned(), identity)), remove: remove_socket }.prepared()
+    }
+
+    /// Has the name be removed by `remove` instead of [`remove_socket`]: for a program that gives up the right to, or to
+    /// look at names at all.
+    #[must_use]
+    pub fn removed_by(mut self, remove: fn(&Path, SocketIdentity) -> io::Result<()>) -> Self {
+        self.remove = remove;
+        self
     }
 
     /// Takes the listening socket that this process was started with as file descriptor `number`, as
@@ -87,7 +117,7 @@ impl Listener {
             return Err(refused("is not a listening Unix stream socket (for systemd: ListenStream=, Accept=no)"));
         }
         rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC).map_err(|error| refused(&error.to_string()))?;
-        Self { listener: UnixListener::from(socket), name: None }.prepared()
+        Self { listener: UnixListener::from(socket), name: None, remove: remove_socket }.prepared()
     }
 
     /// Accepting never waits: whoever connected may be gone again.
@@ -127,10 +157,7 @@ impl Drop for Listener {
         let Some((path, identity)) = &self.name else {
             return;
         };
-        // Nothing that somebody else put there meanwhile.
-        if fs::symlink_metadata(path).is_ok_and(|now| (now.dev(), now.ino()) == *identity)
-            && let Err(error) = fs::remove_file(path)
-        {
+        if let Err(error) = (self.remove)(path, *identity) {
             tracing::warn!(path = %path.display(), %error, "a socket could not be removed");
         }
     }

@@ -47,6 +47,7 @@ use std::sync::Arc;
 
 pub use calls::Role;
 pub use files::{Landlock, Plan, Use};
+pub use process::close_inherited;
 
 /// What is called at the start of a thread.
 pub type ThreadStart = Arc<dyn Fn() + Send + Sync>;

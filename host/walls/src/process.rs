@@ -16,6 +16,15 @@ pub(crate) fn settle() -> io::Result<()> {
     Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
 }
 
+/// Closes what a process was started with past its standard input, output and errors: what another one holds open by
+/// mistake stays open when its owner ends. To be called before the process opens anything.
+pub fn close_inherited() {
+    // SAFETY: it closes descriptors that nobody in this process owns, since it has opened none.
+    if unsafe { libc::close_range(3, libc::c_uint::MAX, 0) } == -1 {
+        tracing::debug!(error = %io::Error::last_os_error(), "what was inherited stays open");
+    }
+}
+
 /// Prepares a process that will have files and threads.
 pub(crate) fn prepare() {
     raise_file_limit();

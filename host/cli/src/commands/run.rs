@@ -12,10 +12,11 @@ use blockhouse_walls::{Plan, Role, Use, Walls};
 use serde::Serialize;
 
 use crate::args::HostArgs;
+use crate::attendant;
 use crate::control;
 use crate::disk_arg::{self, DiskArg, User};
 use crate::open_disk::{ControlledDisk, DiskRow, OpenDisk, prometheus_of};
-use crate::outlet::{MetricsArg, Outlet, listen, plan_socket};
+use crate::outlet::{MetricsArg, Outlet, listen};
 use crate::output;
 use crate::size::parse_size;
 use crate::walls::beginning;
@@ -51,9 +52,9 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", default_value = "1")]
     cpus: u8,
 
-    /// Hand out what the disks did, as text for Prometheus, to whoever connects to a Unix socket (a path, or
-    /// fd:N), over HTTP as well (curl --unix-socket)
-    #[arg(long, value_name = "SOCKET")]
+    /// Hand out what the disks did, as text for Prometheus: to whoever connects to a Unix socket (a path, or
+    /// fd:N), over HTTP as well (curl --unix-socket), or in a file that is written every 5 seconds (file:PATH)
+    #[arg(long, value_name = "SOCKET|file:PATH")]
     metrics: Option<MetricsArg>,
 
     /// Take commands at a Unix socket (a path, where only your user can connect, or fd:N): see `blockhouse control`
@@ -90,18 +91,14 @@ impl Args {
     /// What the command opens.
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         OpenDisk::plan_all(plan, &self.host, &self.disks)?;
-        self.control.iter().for_each(|socket| plan_socket(plan, socket));
-        self.metrics.iter().for_each(|metrics| metrics.plan(plan));
         self.kernel.iter().chain(&self.initrd).for_each(|path| plan.read(path));
         plan.add("/dev/kvm", Use::Device);
-        self.host.plan(plan)
+        self.host.plan(plan)?;
+        attendant::plan(plan, self.control.iter(), self.metrics.as_ref())
     }
 }
 
 pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
-    if let Some(MetricsArg::File(_)) = &args.metrics {
-        bail!("--metrics file: is for `blockhouse serve`: beside a machine nothing opens a file; give a socket");
-    }
     let outlet = args.metrics.as_ref().map(Outlet::open).transpose()?;
     let control = args.control.as_ref().map(|socket| listen(socket)).transpose()?;
     let opened = OpenDisk::open_all(&args.host, &args.disks, LockMode::Enforce, &walls)?;

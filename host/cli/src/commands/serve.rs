@@ -12,10 +12,11 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::args::HostArgs;
+use crate::attendant;
 use crate::control;
 use crate::disk_arg::{self, DiskArg, User};
 use crate::open_disk::{ControlledDisk, OpenDisk, prometheus_of};
-use crate::outlet::{MetricsArg, Outlet, listen, plan_socket};
+use crate::outlet::{MetricsArg, Outlet, listen};
 use crate::output;
 use crate::walls::beginning;
 
@@ -75,11 +76,9 @@ impl Args {
     /// What the command opens.
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         OpenDisk::plan_all(plan, &self.host, &self.disks)?;
+        self.host.plan(plan)?;
         let sockets = self.socket.iter().chain(self.disks.iter().filter_map(|disk| disk.socket.as_ref()));
-        sockets.for_each(|socket| plan_socket(plan, socket));
-        self.control.iter().for_each(|socket| plan_socket(plan, socket));
-        self.metrics.iter().for_each(|metrics| metrics.plan(plan));
-        self.host.plan(plan)
+        attendant::plan(plan, sockets.chain(&self.control), self.metrics.as_ref())
     }
 }
 

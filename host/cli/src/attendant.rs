@@ -1,0 +1,240 @@
+//! Who changes directories for a program that serves: a process that opens no image, so that the program needs no
+//! right to them once it has begun.
+//!
+//! ```text
+//!   program                                    attendant: this program again
+//!   ───────                                    ─────────────────────────────
+//!   ──── /proc/self/exe ARGUMENT names ──────▶ walls go up: these names; waits
+//!   (walls go up; sockets are made; walls are narrower, and no right to their directories is left)
+//!   a socket is not needed any more ─────────▶ removes its name
+//!   metrics, as a text ──────────────────────▶ writes them to a file, which it then gives its name
+//!           ◀───────────────── how that went
+//!   (lets go of the pipe, or ended itself)     ends
+//! ```
+//!
+//! Whoever takes the program over can have it remove those sockets and spoil that file, and nothing beside them.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::Context;
+use blockhouse_vhost::{SocketIdentity, remove_socket};
+use blockhouse_walls::{Plan, Use, Walls};
+use rustix::io::Errno;
+
+use crate::args::directory_of;
+use crate::namer::ignore_signals;
+use crate::outlet::MetricsArg;
+
+/// The first argument of an attendant. Not for people, and in no help. After it come the file for metrics, or an empty
+/// word, and the sockets.
+const ARGUMENT: &str = "--attend-parent";
+
+/// To remove a socket: its number follows (4 bytes), and the device and inode that it has (8 each).
+const REMOVE: u8 = b'R';
+/// To write metrics: the length of the text follows (4 bytes), and the text.
+const WRITE: u8 = b'W';
+/// The most of a text.
+const MAX_TEXT: u32 = 64 << 20;
+
+/// The program's side.
+#[derive(Debug)]
+struct Attendant {
+    child: Child,
+    /// `None` once it was let go of.
+    ask: Option<ChildStdin>,
+    answer: ChildStdout,
+    sockets: Vec<PathBuf>,
+    metrics: Option<PathBuf>,
+}
+
+/// The one that this program has, if any.
+static ATTENDANT: Mutex<Option<Attendant>> = Mutex::new(None);
+
+/// Plans the making of sockets, for the beginning alone, and starts a process that removes them at the end and writes
+/// `metrics`, if that is a file. Sockets that were passed are nobody's to remove.
+pub(crate) fn plan<'a>(
+    plan: &mut Plan,
+    sockets: impl Iterator<Item = &'a String>,
+    metrics: Option<&'a MetricsArg>,
+) -> anyhow::Result<()> {
+    let (metrics_socket, metrics) = match metrics {
+        None => (None, None),
+        Some(MetricsArg::Socket(socket)) => (Some(socket), None),
+        Some(MetricsArg::File(path)) => (None, Some(path.clone())),
+    };
+    let paths = sockets.chain(metrics_socket).filter(|socket| !socket.starts_with("fd:"));
+    let sockets: Vec<PathBuf> = paths.map(PathBuf::from).collect();
+    if sockets.is_empty() && metrics.is_none() {
+        return Ok(());
+    }
+    for socket in &sockets {
+        plan.add_at_first(directory_of(socket), Use::MakeSockets);
+    }
+    let attendant = Attendant::start(sockets, metrics);
+    let attendant = attendant.context("no process can be started (this program, /proc/self/exe) to remove sockets")?;
+    *ATTENDANT.lock().unwrap_or_else(PoisonError::into_inner) = Some(attendant);
+    Ok(())
+}
+
+/// Removes the name of a socket, if it still is its name.
+pub(crate) fn remove(socket: &Path, identity: SocketIdentity) -> io::Result<()> {
+    let mut attendant = ATTENDANT.lock().unwrap_or_else(PoisonError::into_inner);
+    match attendant.as_mut() {
+        Some(attendant) => {
+            let number = attendant.sockets.iter().position(|path| path == socket);
+            let number = number.and_then(|number| u32::try_from(number).ok()).ok_or(io::ErrorKind::NotFound)?;
+            let SocketIdentity { device, inode } = identity;
+            attendant.ask(REMOVE, number, [device, inode].map(u64::to_le_bytes).as_flattened())
+        }
+        // There are no walls.
+        None => remove_socket(socket, identity),
+    }
+}
+
+/// Writes the file for metrics: who reads it finds all of the old text or all of the new one.
+pub(crate) fn write(path: &Path, text: &str) -> io::Result<()> {
+    let mut attendant = ATTENDANT.lock().unwrap_or_else(PoisonError::into_inner);
+    match attendant.as_mut().filter(|attendant| attendant.metrics.as_deref() == Some(path)) {
+        Some(attendant) => {
+            let length = u32::try_from(text.len()).map_err(io::Error::other)?;
+            attendant.ask(WRITE, length, text.as_bytes())
+        }
+        None => write_file(path, text.as_bytes()),
+    }
+}
+
+/// Lets go of it, and waits for its end: the command is over.
+pub(crate) fn dismiss() {
+    let attendant = ATTENDANT.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(Attendant { mut child, ask, .. }) = attendant {
+        drop(ask);
+        if let Err(error) = child.wait() {
+            tracing::warn!(%error, "the process that removes sockets does not end");
+        }
+    }
+}
+
+impl Attendant {
+    fn start(sockets: Vec<PathBuf>, metrics: Option<PathBuf>) -> io::Result<Self> {
+        let mut child = Command::new("/proc/self/exe")
+            .arg(ARGUMENT)
+            .arg(metrics.as_deref().unwrap_or(Path::new("")))
+            .args(&sockets)
+            .env_clear()
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let (ask, answer) = (child.stdin.take(), child.stdout.take());
+        let answer = answer.ok_or_else(|| io::Error::other("it has no standard output"))?;
+        Ok(Self { child, ask, answer, sockets, metrics })
+    }
+
+    fn ask(&mut self, what: u8, number: u32, more: &[u8]) -> io::Result<()> {
+        let ask = self.ask.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
+        ask.write_all(&[what])?;
+        ask.write_all(&number.to_le_bytes())?;
+        ask.write_all(more)?;
+        let mut answer = [0; size_of::<i32>()];
+        self.answer.read_exact(&mut answer)?;
+        match i32::from_le_bytes(answer) {
+            0 => Ok(()),
+            error => Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+}
+
+/// Does the work of an attendant if this process is one.
+pub(crate) fn serve_if_asked() -> Option<ExitCode> {
+    let mut arguments = std::env::args_os().skip(1);
+    if arguments.next()? != ARGUMENT {
+        return None;
+    }
+    // Sockets that were passed are the program's, and are closed when it ends.
+    blockhouse_walls::close_inherited();
+    let metrics = arguments.next().filter(|path| !path.is_empty()).map(PathBuf::from);
+    let sockets: Vec<OsString> = arguments.collect();
+    Some(match ignore_signals().and_then(|()| serve(metrics, &sockets)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("blockhouse: the process that removes sockets: {error}");
+            ExitCode::FAILURE
+        }
+    })
+}
+
+fn serve(metrics: Option<PathBuf>, sockets: &[OsString]) -> io::Result<()> {
+    let mut plan = Plan::new();
+    for socket in sockets {
+        plan.add(directory_of(socket.as_ref()), Use::NameFiles);
+    }
+    if let Some(path) = &metrics {
+        plan.add(directory_of(path), Use::MakeFiles);
+    }
+    // What a kernel lacks is said by the program.
+    Walls::raise(&plan);
+    let (mut input, mut output) = (io::stdin().lock(), io::stdout());
+    let mut question = [0; 5];
+    // Whoever has ended asks nothing more.
+    while input.read_exact(&mut question).is_ok() {
+        let [what, number @ ..] = question;
+        let number = u32::from_le_bytes(number);
+        let done = match (what, &metrics) {
+            (REMOVE, _) => {
+                let mut identity = [[0; 8]; 2];
+                input.read_exact(identity.as_flattened_mut())?;
+                let [device, inode] = identity.map(u64::from_le_bytes);
+                match usize::try_from(number).ok().and_then(|number| sockets.get(number)) {
+                    Some(socket) => remove_socket(socket.as_ref(), SocketIdentity { device, inode }),
+                    None => Err(Errno::NOENT.into()),
+                }
+            }
+            (WRITE, Some(path)) if number <= MAX_TEXT => {
+                let mut text = Vec::new();
+                input.by_ref().take(number.into()).read_to_end(&mut text)?;
+                write_file(path, &text)
+            }
+            _ => return Err(io::Error::other("asked for what it does not do")),
+        };
+        let error = done.err().map_or(0, |error| error.raw_os_error().unwrap_or(Errno::IO.raw_os_error()));
+        output.write_all(&error.to_le_bytes())?;
+        output.flush()?;
+    }
+    Ok(())
+}
+
+/// Writes a file beside `path` and gives it that name.
+fn write_file(path: &Path, text: &[u8]) -> io::Result<()> {
+    let mut name = OsString::from(".");
+    name.push(path.file_name().ok_or(io::ErrorKind::InvalidInput)?);
+    name.push(".new");
+    let new = directory_of(path).join(name);
+    // What a killed process left there.
+    let _ = fs::remove_file(&new);
+    let write = || File::create_new(&new)?.write_all(text);
+    write().and_then(|()| fs::rename(&new, path)).inspect_err(|_| {
+        let _ = fs::remove_file(&new);
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_as_a_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("metrics");
+        for text in ["a long text", "short"] {
+            write_file(&path, text.as_bytes()).unwrap();
+            assert_eq!(fs::read_to_string(&path).unwrap(), text);
+        }
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+        assert!(write_file(&directory.path().join("no/file"), b"x").is_err());
+    }
+}
