@@ -195,7 +195,11 @@ fn serve(metrics: Option<PathBuf>, sockets: &[OsString]) -> io::Result<()> {
             }
             (WRITE, Some(path)) if number <= MAX_TEXT => {
                 let mut text = Vec::new();
-                input.by_ref().take(number.into()).read_to_end(&mut text)?;
+                let length = input.by_ref().take(number.into()).read_to_end(&mut text)?;
+                if u32::try_from(length) != Ok(number) {
+                    // The program ended in the middle of it.
+                    return Ok(());
+                }
                 write_file(path, &text)
             }
             _ => return Err(io::Error::other("asked for what it does not do")),
