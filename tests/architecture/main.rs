@@ -185,6 +185,20 @@ fn the_tests_of_the_threat_model_exist() {
     assert!(policy.contains("../host/docs/threat-model.md"));
 }
 
+/// `host/docs/fuzzing.md` says of each target what it feeds, and of no other.
+#[test]
+fn the_fuzz_targets_are_those_of_the_page() {
+    let page = std::fs::read_to_string(root().join("host/docs/fuzzing.md")).unwrap();
+    let rows = page.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));
+    let mut named: Vec<String> = rows.map(|(target, _)| target.to_owned()).collect();
+    let entries = std::fs::read_dir(root().join("tests/fuzz/targets")).unwrap();
+    let mut targets: Vec<String> =
+        entries.map(|entry| entry.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned()).collect();
+    named.sort();
+    targets.sort();
+    assert_eq!(named, targets);
+}
+
 /// Whether the text has a function of that name that is a test.
 fn has_test(text: &str, name: &str) -> bool {
     text.split("#[test]").skip(1).any(|rest| {
