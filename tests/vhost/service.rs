@@ -124,7 +124,8 @@ fn a_socket_can_be_passed() {
     let waits = UnixStream::connect(&socket).unwrap();
     for _ in 0..2 {
         let mut command = blockhouse();
-        command.args(["-v", "serve", "--socket", "fd:3", "--disk", &fields]);
+        command.args(["-v", "serve", "--socket", "fd:3", "--disk", &fields, "--control"]);
+        command.arg(directory.path().join("control"));
         let fd = listener.as_raw_fd();
         // SAFETY: dup2 is async-signal-safe, and `listener` is open as long as the child starts.
         unsafe {
@@ -141,9 +142,29 @@ fn a_socket_can_be_passed() {
         let serve = Serve::start(&mut command, &directory.path().join("log"));
         let _ = waits.shutdown(std::net::Shutdown::Both);
         assert_eq!(Client::connect(&socket, 1).read_all(), noise(7, SIZE));
+        // The process that will remove the other one does not keep it open when the server has ended.
+        let started = std::time::Instant::now();
+        while sockets_of_the_attendant(&serve) != Some(0) {
+            assert!(started.elapsed() < blockhouse_tests::COMMAND_LIMIT, "a socket that was passed is held open");
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
         serve.terminate();
         assert!(socket.exists(), "the name is its owner's");
+        assert!(!directory.path().join("control").exists());
     }
+}
+
+/// Sockets that are open in the process that removes sockets, if there is one.
+fn sockets_of_the_attendant(serve: &Serve) -> Option<usize> {
+    let process = serve.id();
+    let children = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children")).unwrap();
+    let attends = |child: &&str| {
+        std::fs::read_to_string(format!("/proc/{child}/cmdline")).is_ok_and(|line| line.contains("--attend-parent"))
+    };
+    let attendant = children.split_whitespace().find(attends)?;
+    let files = std::fs::read_dir(format!("/proc/{attendant}/fd")).ok()?;
+    let targets = files.filter_map(|file| std::fs::read_link(file.ok()?.path()).ok());
+    Some(targets.filter(|target| target.to_string_lossy().starts_with("socket:")).count())
 }
 
 /// Whatever was taken is answered before the end, and made durable; the image is closed.
