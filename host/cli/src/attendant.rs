@@ -18,7 +18,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::Context;
@@ -27,7 +27,7 @@ use blockhouse_walls::{Plan, Use, Walls};
 use rustix::io::Errno;
 
 use crate::args::directory_of;
-use crate::namer::ignore_signals;
+use crate::helper::{self, Helper, answer};
 use crate::outlet::MetricsArg;
 
 /// The first argument of an attendant. Not for people, and in no help. After it come the file for metrics, or an empty
@@ -44,10 +44,7 @@ const MAX_TEXT: u32 = 64 << 20;
 /// The program's side.
 #[derive(Debug)]
 struct Attendant {
-    child: Child,
-    /// `None` once it was let go of.
-    ask: Option<ChildStdin>,
-    answer: ChildStdout,
+    helper: Helper,
     sockets: Vec<PathBuf>,
     metrics: Option<PathBuf>,
 }
@@ -110,38 +107,22 @@ pub(crate) fn write(path: &Path, text: &str) -> io::Result<()> {
 
 /// Lets go of it, and waits for its end: the command is over.
 pub(crate) fn dismiss() {
-    let attendant = ATTENDANT.lock().unwrap_or_else(PoisonError::into_inner).take();
-    if let Some(Attendant { mut child, ask, .. }) = attendant {
-        drop(ask);
-        if let Err(error) = child.wait() {
-            tracing::warn!(%error, "the process that removes sockets does not end");
-        }
-    }
+    drop(ATTENDANT.lock().unwrap_or_else(PoisonError::into_inner).take());
 }
 
 impl Attendant {
     fn start(sockets: Vec<PathBuf>, metrics: Option<PathBuf>) -> io::Result<Self> {
-        let mut child = Command::new("/proc/self/exe")
-            .arg(ARGUMENT)
-            .arg(metrics.as_deref().unwrap_or(Path::new("")))
-            .args(&sockets)
-            .env_clear()
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let (ask, answer) = (child.stdin.take(), child.stdout.take());
-        let answer = answer.ok_or_else(|| io::Error::other("it has no standard output"))?;
-        Ok(Self { child, ask, answer, sockets, metrics })
+        let file = metrics.as_deref().unwrap_or(Path::new(""));
+        let names = [Path::new(ARGUMENT), file].into_iter().chain(sockets.iter().map(PathBuf::as_path));
+        Ok(Self { helper: Helper::start(names)?, sockets, metrics })
     }
 
     fn ask(&mut self, what: u8, number: u32, more: &[u8]) -> io::Result<()> {
-        let ask = self.ask.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
-        ask.write_all(&[what])?;
-        ask.write_all(&number.to_le_bytes())?;
-        ask.write_all(more)?;
-        let mut answer = [0; size_of::<i32>()];
-        self.answer.read_exact(&mut answer)?;
-        match i32::from_le_bytes(answer) {
+        self.helper.ask(&[what])?;
+        self.helper.ask(&number.to_le_bytes())?;
+        self.helper.ask(more)?;
+        let [answer] = self.helper.answer()?;
+        match answer {
             0 => Ok(()),
             error => Err(io::Error::from_raw_os_error(error)),
         }
@@ -154,11 +135,9 @@ pub(crate) fn serve_if_asked() -> Option<ExitCode> {
     if arguments.next()? != ARGUMENT {
         return None;
     }
-    // Sockets that were passed are the program's, and are closed when it ends.
-    blockhouse_walls::close_inherited();
     let metrics = arguments.next().filter(|path| !path.is_empty()).map(PathBuf::from);
     let sockets: Vec<OsString> = arguments.collect();
-    Some(match ignore_signals().and_then(|()| serve(metrics, &sockets)) {
+    Some(match helper::begin().and_then(|()| serve(metrics, &sockets)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("blockhouse: the process that removes sockets: {error}");
@@ -177,7 +156,7 @@ fn serve(metrics: Option<PathBuf>, sockets: &[OsString]) -> io::Result<()> {
     }
     // What a kernel lacks is said by the program.
     Walls::raise(&plan);
-    let (mut input, mut output) = (io::stdin().lock(), io::stdout());
+    let mut input = io::stdin().lock();
     let mut question = [0; 5];
     // Whoever has ended asks nothing more.
     while input.read_exact(&mut question).is_ok() {
@@ -205,8 +184,7 @@ fn serve(metrics: Option<PathBuf>, sockets: &[OsString]) -> io::Result<()> {
             _ => return Err(io::Error::other("asked for what it does not do")),
         };
         let error = done.err().map_or(0, |error| error.raw_os_error().unwrap_or(Errno::IO.raw_os_error()));
-        output.write_all(&error.to_le_bytes())?;
-        output.flush()?;
+        answer([error])?;
     }
     Ok(())
 }

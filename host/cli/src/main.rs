@@ -8,6 +8,7 @@
 //! | `control.rs` | the control interface: commands on a socket |
 //! | `metrics.rs`, `outlet.rs` | what disks did, as JSON and for Prometheus; the socket or file where that goes |
 //! | `attendant.rs` | a process that removes sockets and writes the metrics file |
+//! | `helper.rs` | what that process and the one of `namer.rs` have in common |
 //! | `requested.rs` | what was asked for against what was granted |
 //! | `compiler.rs` | compilers for components of strangers, as processes |
 //! | `walls.rs` | the walls around the program: what each command will open |
@@ -28,6 +29,7 @@ mod copy;
 mod disk_arg;
 mod error_report;
 mod grant_arg;
+mod helper;
 mod metrics;
 mod namer;
 mod new_image;

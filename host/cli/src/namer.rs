@@ -16,18 +16,16 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::process::ExitCode;
 
 use blockhouse_walls::{Plan, Use, Walls};
 use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags, linkat, openat, renameat, renameat_with, unlinkat};
 use rustix::io::Errno;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use crate::args::directory_of;
+use crate::helper::{self, Helper, answer};
 
 /// The first argument of a namer. Not for people, and in no help.
 const ARGUMENT: &str = "--name-for-parent";
@@ -37,18 +35,12 @@ const KEEP: &str = "keep";
 /// What the program says when the file is complete.
 const COMPLETE: u8 = b'C';
 
-/// How it went. Files were made: the number of the one that was not, and why; two zeroes if all were. A name was given:
-/// why not, and why it is not durable, or zero. Reasons are error numbers.
-type Answer = [[u8; 4]; 2];
-
-/// The program's side.
+/// The program's side. Dropping it, before or after it was told anything, removes what is unfinished.
+///
+/// An answer is two numbers. Files were made: which one was not, and why; two zeroes if all were. A name was given: why
+/// not, and why it is not durable, or zero. Reasons are error numbers.
 #[derive(Debug)]
-pub(crate) struct Namer {
-    child: Child,
-    /// `None` once it was let go of.
-    tell: Option<ChildStdin>,
-    answer: ChildStdout,
-}
+pub(crate) struct Namer(Helper);
 
 /// Why there is no file, and no process for its name.
 #[derive(Debug)]
@@ -80,22 +72,13 @@ impl Namer {
         mode: u32,
         with: &[PathBuf],
     ) -> Result<Self, NotBegun> {
-        let mut child = Command::new("/proc/self/exe")
-            .arg(ARGUMENT)
-            .arg(if replace { REPLACE } else { KEEP })
-            .arg(mode.to_string())
-            .args([partial, path])
-            .args(with)
-            .env_clear()
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .map_err(NotBegun::Process)?;
-        let (tell, answer) = (child.stdin.take(), child.stdout.take());
-        let answer = answer.ok_or_else(|| NotBegun::Process(io::Error::other("it has no standard output")))?;
-        let mut namer = Self { child, tell, answer };
-        match namer.answer().map_err(NotBegun::Process)? {
-            [_, 0] => Ok(namer),
+        let how = if replace { REPLACE } else { KEEP };
+        let mode = mode.to_string();
+        let words = [ARGUMENT, how, &mode].map(OsStr::new).into_iter();
+        let names = [partial, path].into_iter().chain(with.iter().map(PathBuf::as_path)).map(Path::as_os_str);
+        let mut helper = Helper::start(words.chain(names)).map_err(NotBegun::Process)?;
+        match helper.answer().map_err(NotBegun::Process)? {
+            [_, 0] => Ok(Self(helper)),
             [number, error] => {
                 let at = usize::try_from(number).unwrap_or(0).checked_sub(1);
                 let path = at.and_then(|at| with.get(at)).map_or(path, PathBuf::as_path);
@@ -104,33 +87,13 @@ impl Namer {
         }
     }
 
-    fn answer(&mut self) -> io::Result<[i32; 2]> {
-        let mut answer = Answer::default();
-        self.answer.read_exact(answer.as_flattened_mut())?;
-        Ok(answer.map(i32::from_le_bytes))
-    }
-
     /// Gives the file its name. It is complete and durable.
     pub(crate) fn name(mut self) -> Named {
-        let mut talk = || {
-            self.tell.as_mut().ok_or(io::ErrorKind::BrokenPipe)?.write_all(&[COMPLETE])?;
-            self.answer()
-        };
-        match talk() {
+        match self.0.ask(&[COMPLETE]).and_then(|()| self.0.answer()) {
             Ok([0, 0]) => Named::Durable,
             Ok([0, error]) => Named::NotDurable(io::Error::from_raw_os_error(error)),
             Ok([error, _]) => Named::Failed(io::Error::from_raw_os_error(error)),
             Err(error) => Named::Failed(io::Error::other(format!("the process that gives names has ended: {error}"))),
-        }
-    }
-}
-
-impl Drop for Namer {
-    fn drop(&mut self) {
-        // Whoever was told nothing removes what is unfinished. That is over when the program ends.
-        self.tell = None;
-        if let Err(error) = self.child.wait() {
-            tracing::warn!(%error, "the process that gives names does not end");
         }
     }
 }
@@ -155,8 +118,7 @@ fn serve(mut arguments: impl Iterator<Item = OsString>) -> io::Result<()> {
     let mut next = || arguments.next().ok_or_else(misused);
     let (how, mode, partial, path) = (next()?, next()?, next()?, next()?);
     let mode = mode.to_str().and_then(|mode| mode.parse().ok()).ok_or_else(misused)?;
-    blockhouse_walls::close_inherited();
-    ignore_signals()?;
+    helper::begin()?;
     let number = |error: &io::Error| error.raw_os_error().unwrap_or(Errno::IO.raw_os_error());
     let mut plan = Plan::new();
     let mut made = Unfinished(Vec::new());
@@ -188,20 +150,6 @@ fn serve(mut arguments: impl Iterator<Item = OsString>) -> io::Result<()> {
     let names = std::mem::take(&mut made.0);
     let mut durable = names.iter().map(|name| name.directory.sync_all());
     answer([0, durable.find_map(Result::err).as_ref().map_or(0, number)])
-}
-
-fn answer(words: [i32; 2]) -> io::Result<()> {
-    let answer: Answer = words.map(i32::to_le_bytes);
-    let mut out = io::stdout();
-    out.write_all(answer.as_flattened()).and_then(|()| out.flush())
-}
-
-/// Has signals do nothing. What ends the program is heard of through the pipe; a terminal sends these to all.
-pub(crate) fn ignore_signals() -> io::Result<()> {
-    for signal in [SIGHUP, SIGINT, SIGQUIT, SIGTERM] {
-        signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
-    }
-    Ok(())
 }
 
 /// Gives a file another name, which nobody may have unless that file is to be replaced.
