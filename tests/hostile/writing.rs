@@ -71,6 +71,34 @@ fn a_read_only_handle_cannot_be_changed() {
     }
 }
 
+/// Offsets that no file has. What a file system makes of those that a file can have is its own affair.
+#[test]
+fn no_file_is_changed_where_it_cannot_be() {
+    let place = Place::new();
+    let largest = i64::MAX.unsigned_abs();
+    let far = [largest + 1, u64::MAX - 1, u64::MAX];
+    let path = image(&place, &format!("change-far {} {} {}", far[0], far[1], far[2]));
+    let before = std::fs::read(&path).unwrap();
+    let error = open(shared(), &place, &path, Access::ReadWrite).expect_err("a report");
+    for offset in far {
+        for what in ["write", "set-size"] {
+            let refused = format!("refused {what} {offset}: ");
+            assert!(error.to_string().contains(&refused), "{refused:?} is not in: {error}");
+        }
+    }
+    // By the host, before the file system was asked.
+    assert_eq!(error.to_string().matches("the file would be too large").count(), 6, "{error}");
+    assert!(std::fs::read(&path).unwrap() == before, "the image changed");
+    tally::component_stopped();
+    // The twin: one that there is.
+    let path = image(&place, "change-far 262144");
+    let error = open(shared(), &place, &path, Access::ReadWrite).expect_err("a report");
+    assert!(error.to_string().contains("done write 262144"), "{error}");
+    assert!(error.to_string().contains("done set-size 262144"), "{error}");
+    assert_eq!(std::fs::read(&path).unwrap().len(), 256 << 10);
+    tally::component_stopped();
+}
+
 /// Space that is not there, not its own, or not what was asked for.
 #[test]
 fn every_lie_about_space_is_found() {

@@ -11,9 +11,10 @@ use std::ops::Range;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use blockhouse_sandbox::block::{BlockBackend, Disk, Error, ErrorKind, VolatileSlice};
-use blockhouse_tests::{noise, skip};
+use blockhouse_tests::{COMMAND_LIMIT, blockhouse, noise, skip};
 use rustix::fs::{FallocateFlags, fallocate, statvfs};
 
 use crate::{Place, Random, SECTOR, qemu_img, read, run};
@@ -65,6 +66,17 @@ impl Small {
     fn free(&self) -> u64 {
         let status = statvfs(&self.at).unwrap();
         status.f_bavail * status.f_frsize
+    }
+
+    /// Waits until so many bytes are free: the kernel takes a ring of I/O apart, and lets go of its files, a moment
+    /// after its process has ended.
+    #[track_caller]
+    fn wait_for(&self, space: u64) {
+        let started = Instant::now();
+        while self.free() < space {
+            assert!(started.elapsed() < COMMAND_LIMIT, "the space of removed files does not come back");
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Takes all space but `left` bytes.
@@ -451,6 +463,76 @@ fn growth_finds_no_space() {
         }
         assert!(failed > 0, "{options}: there was always space");
         eprintln!("{options}: {failed} times no space, {between} times in the middle");
+    }
+}
+
+/// Commands that make images or change them say what happened and to which file, by the name that the operator gave
+/// it; they leave nothing beside it, and an image that is as good as before.
+#[test]
+fn commands_say_that_there_is_no_space() {
+    let place = Place::new();
+    let Some(small) = Small::mount(&place, 4 << 20) else { return };
+    let space = small.free();
+    std::fs::write(place.path("source.raw"), noise(1, 512 << 10)).unwrap();
+    for (command, changed, steps) in [
+        ("create --format qcow2 small/new.qcow2 64M", "new.qcow2", 2),
+        ("create --format qcow2 --preallocation full small/new.qcow2 1M", "new.qcow2", 3),
+        ("convert --format raw --to-format qcow2 source.raw small/new.qcow2", "new.qcow2", 3),
+        ("convert --format raw --to-format qcow2 --compress source.raw small/new.qcow2", "new.qcow2", 3),
+        ("convert --format raw --to-format raw source.raw small/new.raw", "new.raw", 1),
+        ("read --format raw --output small/new.raw source.raw", "new.raw", 1),
+        ("snapshot create --format qcow2 small/top.qcow2 now", "top.qcow2", 2),
+        ("resize --format qcow2 small/top.qcow2 2T", "top.qcow2", 1),
+        ("commit --format qcow2 --base small/base.qcow2 --base-format qcow2 small/over.qcow2", "base.qcow2", 2),
+    ] {
+        place.qemu_img("create -q -f qcow2 small/top.qcow2 8M");
+        place.qemu_img("create -q -f qcow2 small/base.qcow2 1M");
+        place.qemu_img("create -q -f qcow2 -b base.qcow2 -F qcow2 small/over.qcow2 1M");
+        let mut fill = Command::new("qemu-io");
+        fill.args(["-f", "qcow2", "-c", "write -P 7 0 512k"]).arg(place.path("small/over.qcow2"));
+        run(&mut fill).succeeded();
+        let names = || {
+            let mut names: Vec<_> =
+                std::fs::read_dir(&small.at).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+        small.empty();
+        let (before, free) = (names(), small.free());
+        let mut failed = 0;
+        // Page by page at first: that is where tables are written.
+        for left in (0..).map(|step: u64| if step < 8 { step } else { 1 << (step - 5) }) {
+            small.fill(left * PAGE);
+            let mut program = blockhouse();
+            program.args(command.split_whitespace()).current_dir(place.directory.path());
+            let outcome = run(&mut program);
+            if outcome.status.success() {
+                break;
+            }
+            failed += 1;
+            let stderr = &outcome.stderr;
+            assert_eq!(outcome.status.code(), Some(1), "{command}, {left} pages left: {stderr}");
+            assert!(stderr.to_lowercase().contains("no space left on"), "{command}, {left} pages left: {stderr}");
+            assert!(stderr.contains(&format!("small/{changed}")), "{command}, {left} pages left: {stderr}");
+            assert!(!stderr.contains(".partial"), "{command}, {left} pages left: {stderr}");
+            assert_eq!(names(), before, "{command}, {left} pages left");
+            small.empty();
+            if changed.starts_with("new") {
+                small.wait_for(free);
+            }
+            for image in ["top.qcow2", "base.qcow2", "over.qcow2"] {
+                let (corruptions, leaks) = damage(&place, &format!("small/{image}"));
+                assert_eq!(corruptions, 0, "{command}, {left} pages left: {image}");
+                assert!(leaks == 0 || image == changed, "{command}, {left} pages left: {image}");
+            }
+        }
+        eprintln!("{command}: {failed} times no space");
+        assert!(failed >= steps, "{command}: only {failed} times no space");
+        for name in names().iter().filter(|name| *name != "filler") {
+            std::fs::remove_file(small.at.join(name)).unwrap();
+        }
+        small.empty();
+        small.wait_for(space);
     }
 }
 

@@ -70,6 +70,13 @@ impl Error {
         self
     }
 
+    /// Names the image that the error is about, whatever it was called before: what the operator knows it by.
+    #[must_use]
+    pub fn renamed(mut self, name: impl Into<String>) -> Self {
+        self.image = Some(name.into());
+        self
+    }
+
     /// Keeps the error below.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {

@@ -156,13 +156,22 @@ fn serve(metrics: Option<PathBuf>, sockets: &[OsString]) -> io::Result<()> {
     }
     // What a kernel lacks is said by the program.
     Walls::raise(&plan);
-    let mut input = io::stdin().lock();
+    attend(metrics.as_deref(), sockets, io::stdin().lock(), answer)
+}
+
+/// Does what it is asked, until nobody asks any more. Whatever it cannot have been asked is an error.
+fn attend(
+    metrics: Option<&Path>,
+    sockets: &[OsString],
+    mut input: impl Read,
+    mut answer: impl FnMut([i32; 1]) -> io::Result<()>,
+) -> io::Result<()> {
     let mut question = [0; 5];
     // Whoever has ended asks nothing more.
     while input.read_exact(&mut question).is_ok() {
         let [what, number @ ..] = question;
         let number = u32::from_le_bytes(number);
-        let done = match (what, &metrics) {
+        let done = match (what, metrics) {
             (REMOVE, _) => {
                 let mut identity = [[0; 8]; 2];
                 input.read_exact(identity.as_flattened_mut())?;
@@ -206,6 +215,9 @@ fn write_file(path: &Path, text: &[u8]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::net::UnixListener;
+
     use super::*;
 
     #[test]
@@ -218,5 +230,67 @@ mod tests {
         }
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
         assert!(write_file(&directory.path().join("no/file"), b"x").is_err());
+    }
+
+    /// A question.
+    fn question(what: u8, number: u32, more: &[u8]) -> Vec<u8> {
+        [&[what][..], &number.to_le_bytes(), more].concat()
+    }
+
+    /// Has it answer `questions`; it knows of one socket, and of a file if `metrics`.
+    fn asked(directory: &Path, metrics: bool, questions: &[Vec<u8>]) -> (io::Result<()>, Vec<i32>) {
+        let (file, socket) = (directory.join("metrics"), directory.join("socket"));
+        let mut answers = Vec::new();
+        let ended = attend(metrics.then_some(&file), &[socket.into()], questions.concat().as_slice(), |[answer]| {
+            answers.push(answer);
+            Ok(())
+        });
+        (ended, answers)
+    }
+
+    #[test]
+    fn who_was_taken_over_gets_nothing_else_done() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path();
+        UnixListener::bind(directory.join("socket")).unwrap();
+        fs::write(directory.join("metrics"), "old").unwrap();
+        let identity = fs::metadata(directory.join("socket")).unwrap();
+        let identity = [identity.dev(), identity.ino()].map(u64::to_le_bytes);
+        let identity = identity.as_flattened();
+        let all = || {
+            let mut names: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+            names.sort();
+            names
+        };
+
+        let missing = Errno::NOENT.raw_os_error();
+        // A socket that it has not, of the others or of a file: it is said, and the next question is answered.
+        let (ended, answers) = asked(directory, true, &[1, u32::MAX].map(|number| question(REMOVE, number, identity)));
+        assert!(ended.is_ok() && answers == [missing, missing], "{ended:?} {answers:?}");
+        // Its own, which has become another one.
+        let (ended, answers) = asked(directory, true, &[question(REMOVE, 0, &[0; 16])]);
+        assert!(ended.is_ok() && answers.len() == 1, "{ended:?} {answers:?}");
+        // Texts that are too long, that end early, or for which there is no file; words that it does not know.
+        for (metrics, question, ends_well) in [
+            (true, question(WRITE, MAX_TEXT + 1, b"new"), false),
+            (true, question(WRITE, u32::MAX, b"new"), false),
+            (true, question(WRITE, 4, b"new"), true),
+            (true, question(REMOVE, 0, b"half of it"), false),
+            (false, question(WRITE, 3, b"new"), false),
+            (true, question(b'X', 0, b""), false),
+            (true, b"W\x03".to_vec(), true),
+        ] {
+            let (ended, answers) = asked(directory, metrics, &[question]);
+            assert!(ended.is_ok() == ends_well && answers.is_empty(), "{ended:?} {answers:?}");
+        }
+        assert_eq!(all(), ["metrics", "socket"]);
+        assert_eq!(fs::read(directory.join("metrics")).unwrap(), b"old");
+
+        // The twin.
+        let questions = [question(WRITE, 3, b"new"), question(REMOVE, 0, identity)];
+        let (ended, answers) = asked(directory, true, &questions);
+        assert!(ended.is_ok() && answers == [0, 0], "{ended:?} {answers:?}");
+        assert_eq!(all(), ["metrics"]);
+        assert_eq!(fs::read(directory.join("metrics")).unwrap(), b"new");
     }
 }

@@ -147,7 +147,7 @@ impl NewArgs {
         let target = Target::take(&self.new_file(image))?;
         target.refuse_used(opener, &in_use)?;
         let new = NewImage { virtual_size, backing: self.backing(), options };
-        opener.create_in(target.open()?, target.partial(), format, &new)?;
+        opener.create_in(target.open()?, image, format, &new)?;
 
         let mut grants = grants.clone();
         if let Some(name) = &self.backing {
@@ -165,8 +165,10 @@ impl NewArgs {
             grants = grants.allow_writing(path)?;
         }
         let made = Made { target, format: format.to_owned(), opener: opener.clone().grants(grants) };
-        self.preallocate(&made)?;
-        Ok(made)
+        match self.preallocate(&made) {
+            Ok(()) => Ok(made),
+            Err(error) => Err(made.target.about(error)),
+        }
     }
 
     fn preallocate(&self, made: &Made) -> anyhow::Result<()> {

@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, bail};
-use blockhouse_block::Access;
-use blockhouse_sandbox::{Below, ChainReport, LockMode, OpenRequest, Opener, Outcome};
+use blockhouse_block::{Access, Error};
+use blockhouse_sandbox::{Below, ChainReport, LockMode, OpenRequest, Opener, Outcome, absolute_name};
 use blockhouse_walls::Plan;
 
 use crate::args::directory_of;
@@ -143,6 +143,17 @@ impl Target {
     pub(crate) fn open(&self) -> anyhow::Result<File> {
         let file = File::options().read(true).write(true).open(&self.partial);
         file.with_context(|| format!("cannot write {}", self.path.display()))
+    }
+
+    /// An error about the partial file, as one about the file that it was to become: that is the name that the operator
+    /// knows, and the other one is gone by the time it is read.
+    pub(crate) fn about(&self, error: anyhow::Error) -> anyhow::Error {
+        let names = absolute_name(&self.partial).and_then(|partial| Ok((partial, absolute_name(&self.path)?)));
+        match (error.downcast::<Error>(), names) {
+            (Ok(error), Ok((partial, name))) if error.image() == Some(&partial) => error.renamed(name).into(),
+            (Ok(error), _) => error.into(),
+            (Err(error), _) => error,
+        }
     }
 
     /// Gives the file its name. It is complete and durable; afterwards its name is as well.

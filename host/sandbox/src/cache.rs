@@ -89,20 +89,15 @@ impl CodeCache {
     /// The compiled code of the component with this SHA-256, if it is there and can be trusted.
     pub(crate) fn load(&self, engine: &Engine, digest: &str) -> Option<Component> {
         let name = name(engine, digest);
-        let code = match self.read(&name) {
-            Ok(code) => code?,
-            Err(error) => {
-                tracing::warn!(cache = %self.path.display(), file = %name, %error, "compiled code is not used");
-                return None;
-            }
-        };
-        match deserialize(engine, &code) {
-            Ok(component) => Some(component),
-            Err(error) => {
-                tracing::warn!(cache = %self.path.display(), file = %name, %error, "compiled code is not used");
-                None
-            }
-        }
+        let loaded = self.read(&name).map_err(wasmtime::Error::from);
+        let loaded = loaded.and_then(|code| code.map(|code| deserialize(engine, &code)).transpose());
+        loaded.unwrap_or_else(|error| {
+            // Another file takes its place only as long as the cache is open.
+            let advice =
+                if self.closed.load(Ordering::Acquire) { "; remove it, or each start compiles anew" } else { "" };
+            tracing::warn!(cache = %self.path.display(), file = %name, %error, "compiled code is not used{advice}");
+            None
+        })
     }
 
     /// Keeps the compiled code of a component. What goes wrong costs time at the next start, and no more.

@@ -158,6 +158,8 @@ fn error_name(code: fs::ErrorCode) -> &'static str {
         fs::ErrorCode::Quota => "a limit was reached",
         fs::ErrorCode::Unsupported => "not supported",
         fs::ErrorCode::ReadOnly => "read-only",
+        fs::ErrorCode::InsufficientSpace => "no space left on the device",
+        fs::ErrorCode::FileTooLarge => "the file would be too large",
         _ => "I/O error",
     }
 }

@@ -4,14 +4,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::bail;
-use blockhouse_block::{Access, BlockBackend, Error, ErrorKind};
+use blockhouse_block::{Access, BlockBackend, Disk, Error, ErrorKind};
 use blockhouse_sandbox::LockMode;
 use blockhouse_walls::Plan;
 use serde::Serialize;
 
 use crate::args::ImageArgs;
 use crate::copy::{Copied, CopyJob};
-use crate::new_image::{MadeReport, NewArgs};
+use crate::new_image::{Made, MadeReport, NewArgs};
 use crate::output::{printable, size};
 use crate::progress::{Progress, done};
 use crate::target::files_in_use;
@@ -66,6 +66,22 @@ impl Args {
         self.source.plan(plan)?;
         if self.new.wants_help() { Ok(()) } else { self.new.plan(plan, &self.target) }
     }
+
+    /// Fills the new image, over `below`, and makes it durable.
+    fn copy(&self, source: &Disk, below: Option<&Disk>, made: &Made) -> anyhow::Result<Copied> {
+        let target = &made.open()?.disk;
+        if self.compress && !target.packs() {
+            let why = format!("the component for {} cannot compress", printable(&self.to_format));
+            return Err(Error::new(ErrorKind::Unsupported, why).into());
+        }
+        let mut progress = Progress::new(source.capacity(), self.json);
+        let copy = CopyJob { source, below, target, only_below_top: false, compress: self.compress };
+        let copied = copy.run(&mut progress)?;
+        target.flush()?;
+        target.close()?;
+        progress.finish();
+        Ok(copied)
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
@@ -80,24 +96,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 
     let in_use = files_in_use(&source.report);
     let made = args.new.make(&args.target, &args.to_format, virtual_size, &opener, &grants, &in_use)?;
-    let target = made.open()?.disk;
-    if args.compress && !target.packs() {
-        let why = format!("the component for {} cannot compress", printable(&args.to_format));
-        return Err(Error::new(ErrorKind::Unsupported, why).into());
-    }
-    let mut progress = Progress::new(virtual_size, args.json);
-    let copy = CopyJob {
-        source: &source.disk,
-        below: backing.as_ref().map(|backing| &backing.disk),
-        target: &target,
-        only_below_top: false,
-        compress: args.compress,
-    };
-    let copied = copy.run(&mut progress)?;
-    target.flush()?;
-    target.close()?;
-    drop(target);
-    progress.finish();
+    let copied = args.copy(&source.disk, backing.as_ref().map(|backing| &backing.disk), &made);
+    let copied = copied.map_err(|error| made.target.about(error))?;
     made.target.finish()?;
     if args.json {
         let made = args.new.report(&args.target, &args.to_format, virtual_size);

@@ -20,6 +20,7 @@ impl Hostile {
             "open-raw" => Err(self.open_raw()?),
             "preopens" => Err(preopens()),
             "read" => Err(self.read()?),
+            "change-far" => Err(self.change_far()?),
             "change-image" => Err(self.try_to_change(self.image()?)),
             "change-backing" => Err(self.try_to_change(&self.context.open(self.behaviour.text(1)?, Access::ReadOnly)?)),
             _ => Ok(()),

@@ -87,6 +87,7 @@
 //! | `share-read-write` | `connect` registers the image for writing, and reports |
 //! | `change-image` | `connect` writes to, resizes and syncs the image, and reports |
 //! | `change-backing FORMAT NAME` | the same with the backing file NAME of format FORMAT |
+//! | `change-far OFFSET...` | `connect` writes a byte at each of these offsets of the image, resizes it to each, and reports |
 //! | `read LENGTH OFFSET` | `connect` reads so much of the image in one host call, and reports |
 //!
 //! FLAGS are joined by commas: `read`, `write`, `mutate`, `sync`, `create`, `directory`, `exclusive`,
@@ -378,6 +379,7 @@ const PLAIN: &[&str] = &[
     "read",
     "change-image",
     "change-backing",
+    "change-far",
 ];
 
 fn is_known(behaviour: &Behaviour) -> bool {

@@ -4,6 +4,7 @@
 //! is known to the instance alone, so a disk reads back what was written for as long as it is open.
 
 use alloc::format;
+use alloc::string::{String, ToString};
 use alloc::vec;
 use alloc::vec::Vec;
 
@@ -112,6 +113,13 @@ impl Writer for Hostile {
     }
 }
 
+fn report_tries(tries: impl IntoIterator<Item = (String, Result<()>)>) -> Error {
+    crate::asking::report(tries.into_iter().map(|(what, result)| match result {
+        Ok(()) => format!("done {what}"),
+        Err(why) => format!("refused {what}: {why}"),
+    }))
+}
+
 impl Hostile {
     /// The allocations that the behaviour names.
     fn runs(&mut self, file: FileIndex) -> Result<Vec<Allocation>> {
@@ -132,10 +140,19 @@ impl Hostile {
     pub(crate) fn try_to_change(&self, file: &blockhouse_plugin::File) -> Error {
         let tries =
             [("write", file.write_at(0, b"changed")), ("set-size", file.set_size(0)), ("sync", file.sync_data())];
-        crate::asking::report(tries.into_iter().map(|(what, result)| match result {
-            Ok(()) => format!("done {what}"),
-            Err(why) => format!("refused {what}: {why}"),
-        }))
+        report_tries(tries.map(|(what, result)| (what.to_string(), result)))
+    }
+
+    /// Changes the image at the offsets that the behaviour names, and reports.
+    pub(crate) fn change_far(&self) -> Result<Error> {
+        let image = self.image()?;
+        let mut tries = Vec::new();
+        for index in 0..self.behaviour.arguments.len() {
+            let offset = self.behaviour.number(index, 0)?;
+            tries.push((format!("write {offset}"), image.write_at(offset, b"x")));
+            tries.push((format!("set-size {offset}"), image.set_size(offset)));
+        }
+        Ok(report_tries(tries))
     }
 
     /// Shares the image for what `connect` was opened for.
