@@ -231,6 +231,10 @@ fn reopen(granted: &File, access: Access, locks: LockMode) -> Result<File, (Erro
     let link = format!("/proc/self/fd/{}", granted.as_raw_fd());
     match File::options().read(true).write(access == Access::ReadWrite).open(link) {
         Ok(file) => lock(&file, access, locks).map(|()| file),
+        // Granted files are open for reading.
+        Err(error) if access.is_writable() => {
+            Err((ErrorCode::NotPermitted, format!("it cannot be opened to be written: {error}")))
+        }
         Err(error) => {
             // Without /proc, or without the right to open it again: the descriptor itself is the grant.
             tracing::warn!("a granted file is used without a lock, since it cannot be opened again: {error}");
@@ -520,6 +524,17 @@ mod tests {
         assert!(!held.incomplete);
         held.keep(HeldFile { path: "/other".to_owned(), ..held.files[0].clone() }, 1);
         assert!(held.incomplete);
+    }
+
+    /// What may be written and cannot be is not handed out as if it could.
+    #[test]
+    fn who_is_to_write_gets_a_file_that_is_open_for_that_or_none() {
+        let place = Place::new();
+        // Stands for a file on a file system that is read-only by now: it opens to be read alone.
+        let granted = File::open(place.granted()).unwrap();
+        let (code, why) = reopen(&granted, Access::ReadWrite, LockMode::Enforce).unwrap_err();
+        assert!(code == ErrorCode::NotPermitted && why.starts_with("it cannot be opened to be written: "), "{why}");
+        assert!(reopen(&granted, Access::ReadOnly, LockMode::Off).is_ok());
     }
 
     #[test]

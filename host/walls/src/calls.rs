@@ -89,34 +89,76 @@ impl Role {
         matches!(self, Self::Program)
     }
 
-    /// The `ioctl` requests that the role makes; `None` is any.
-    pub(crate) const fn ioctls(self) -> Option<&'static [u64]> {
+    /// The `ioctl` requests that the role makes.
+    pub(crate) const fn ioctls(self) -> &'static [u64] {
         match self {
-            // Landlock decides on which devices.
-            Self::Program => None,
-            Self::Control => Some(CONTROL_IOCTLS),
-            Self::Vcpu => Some(VCPU_IOCTLS),
-            Self::FrontEnd | Self::Operator | Self::DataPath | Self::Compiler => Some(USUAL_IOCTLS),
+            Self::Control => CONTROL_IOCTLS,
+            Self::Vcpu => VCPU_IOCTLS,
+            Self::Program | Self::FrontEnd | Self::Operator | Self::DataPath | Self::Compiler => USUAL_IOCTLS,
         }
+    }
+
+    /// May make any `ioctl` request of KVM beside these: a machine is built.
+    pub(crate) const fn machines(self) -> bool {
+        matches!(self, Self::Program)
+    }
+
+    /// The `fcntl` operations that the role makes.
+    pub(crate) const fn fcntls(self) -> &'static [i32] {
+        match self {
+            Self::Compiler => &[],
+            _ => FCNTLS,
+        }
+    }
+
+    /// May take leases on files, whose signal nobody gets.
+    pub(crate) const fn leases(self) -> bool {
+        matches!(self, Self::Program)
     }
 }
 
-/// Of terminals and descriptors: what the standard library asks of any.
-const USUAL_IOCTLS: &[u64] = &[FIONBIO, FIOCLEX, TCGETS, TIOCGWINSZ];
+/// Of terminals and descriptors: what the standard library asks of any. None that puts characters into the input of
+/// the operator's terminal, which the shell would run (`TIOCSTI`), or has a descriptor signal another process
+/// (`FIOSETOWN`): Landlock judges neither for what was open before, and signals not before version 6.
+const USUAL_IOCTLS: &[u64] = &[FIONBIO, FIOCLEX, TCGETS, TCGETS2, TIOCGWINSZ];
 /// Running a vCPU, and where it was when it could not go on.
-const VCPU_IOCTLS: &[u64] = &[FIONBIO, FIOCLEX, TCGETS, TIOCGWINSZ, KVM_RUN, KVM_GET_REGS];
+const VCPU_IOCTLS: &[u64] = &[FIONBIO, FIOCLEX, TCGETS, TCGETS2, TIOCGWINSZ, KVM_RUN, KVM_GET_REGS];
 /// Taking a machine apart: notifications and interrupts are disconnected.
-const CONTROL_IOCTLS: &[u64] = &[FIONBIO, FIOCLEX, TCGETS, TIOCGWINSZ, KVM_RUN, KVM_GET_REGS, KVM_IOEVENTFD, KVM_IRQFD];
+const CONTROL_IOCTLS: &[u64] =
+    &[FIONBIO, FIOCLEX, TCGETS, TCGETS2, TIOCGWINSZ, KVM_RUN, KVM_GET_REGS, KVM_IOEVENTFD, KVM_IRQFD];
 
 // asm-generic/ioctls.h and linux/kvm.h.
 const TCGETS: u64 = 0x5401;
+const TCGETS2: u64 = 0x802c_542a;
 const TIOCGWINSZ: u64 = 0x5413;
 const FIONBIO: u64 = 0x5421;
 const FIOCLEX: u64 = 0x5451;
+/// What all requests of KVM have in common (`KVMIO`), and which bits say so (`_IOC_TYPE`).
+pub(crate) const KVM_TYPE: u64 = 0xae00;
+pub(crate) const IOCTL_TYPE: u64 = 0xff00;
 const KVM_RUN: u64 = 0xae80;
 const KVM_GET_REGS: u64 = 0x8090_ae81;
 const KVM_IRQFD: u64 = 0x4020_ae76;
 const KVM_IOEVENTFD: u64 = 0x4040_ae79;
+
+/// The `fcntl` operations on what is open: duplicates, flags, locks, leases that are there, seals. None that has a
+/// descriptor signal another process: `F_SETOWN` is a way around the condition on `tgkill`.
+pub(crate) const FCNTLS: &[i32] = &[
+    libc::F_DUPFD_CLOEXEC,
+    libc::F_GETFD,
+    libc::F_SETFD,
+    libc::F_GETFL,
+    libc::F_SETFL,
+    libc::F_OFD_GETLK,
+    libc::F_OFD_SETLK,
+    libc::F_GETLEASE,
+    libc::F_SETLEASE,
+    libc::F_ADD_SEALS,
+    libc::F_GET_SEALS,
+];
+
+/// linux/fcntl.h: which signal a descriptor sends. To whom is another question.
+pub(crate) const F_SETSIG: i32 = 10;
 
 /// The `prctl` operations that threads make: their name, the name of memory, and what installing a filter
 /// begins with.
@@ -167,12 +209,11 @@ pub(crate) const SERVING: &[libc::c_long] = &[
     libc::SYS_clock_nanosleep,
     libc::SYS_gettimeofday,
     libc::SYS_nanosleep,
-    // Open files.
+    // Open files. `fcntl` and `ioctl` have conditions of their own.
     libc::SYS_copy_file_range,
     libc::SYS_dup,
     libc::SYS_dup3,
     libc::SYS_fallocate,
-    libc::SYS_fcntl,
     libc::SYS_fdatasync,
     libc::SYS_fstatfs,
     libc::SYS_fsync,

@@ -18,7 +18,10 @@ use seccompiler::{
     SeccompRule,
 };
 
-use crate::calls::{CONNECTING, FATAL, NAMES, NAMES_OF_NOBODY, NARROWING, PRCTLS, Role, SHARING, SOCKETS, STARTING};
+use crate::calls::{
+    CONNECTING, F_SETSIG, FATAL, IOCTL_TYPE, KVM_TYPE, NAMES, NAMES_OF_NOBODY, NARROWING, PRCTLS, Role, SHARING,
+    SOCKETS, STARTING,
+};
 
 /// Who gets a filter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,10 +108,24 @@ fn allowed(role: Role) -> Result<Rules, BackendError> {
     let own = u64::from(std::process::id());
     rules.insert(libc::SYS_tgkill, vec![when(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, own)?]);
     rules.insert(libc::SYS_prctl, any_of(0, PRCTLS.iter().map(|operation| number(*operation)))?);
-    match role.ioctls() {
-        None => rules.insert(libc::SYS_ioctl, Vec::new()),
-        Some(requests) => rules.insert(libc::SYS_ioctl, any_of(1, requests.iter().copied())?),
-    };
+    let mut ioctls = any_of(1, role.ioctls().iter().copied())?;
+    if role.machines() {
+        ioctls.push(when(1, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(IOCTL_TYPE), KVM_TYPE)?);
+    }
+    rules.insert(libc::SYS_ioctl, ioctls);
+    let mut fcntls = any_of(1, role.fcntls().iter().map(|operation| number(*operation)))?;
+    if role.leases() {
+        fcntls.extend(any_of(1, [number(F_SETSIG)].into_iter())?);
+        // An owner of 0 is none.
+        fcntls.push(SeccompRule::new(vec![
+            SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, number(libc::F_SETOWN))?,
+            SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, 0)?,
+        ])?);
+    }
+    // Without a rule it would be allowed whatever it asks for.
+    if !fcntls.is_empty() {
+        rules.insert(libc::SYS_fcntl, fcntls);
+    }
 
     // What is open can be looked at, by the empty name. Other names are for who may have names.
     let empty = number(libc::AT_EMPTY_PATH);
@@ -162,7 +179,7 @@ mod tests {
         assert!(calls(Role::Program).is_superset(&calls(Role::Control)));
         for role in [Role::Operator, Role::Vcpu, Role::DataPath] {
             assert!(calls(Role::Control).is_superset(&calls(role)), "{role:?}");
-            let (all, some) = (Role::Control.ioctls().unwrap(), role.ioctls().unwrap());
+            let (all, some) = (Role::Control.ioctls(), role.ioctls());
             assert!(some.iter().all(|request| all.contains(request)), "{role:?}");
         }
         assert!(calls(Role::Program).is_superset(&calls(Role::FrontEnd)));
@@ -170,7 +187,12 @@ mod tests {
         // The thread of a queue is started by that of a vCPU, or that of a front end.
         for role in [Role::Vcpu, Role::FrontEnd] {
             assert!(calls(role).is_superset(&calls(Role::DataPath)), "{role:?}");
-            assert!(Role::DataPath.ioctls().unwrap().iter().all(|it| role.ioctls().unwrap().contains(it)));
+            assert!(Role::DataPath.ioctls().iter().all(|it| role.ioctls().contains(it)));
+        }
+        for role in Role::ALL {
+            let program = |request: &u64| Role::Program.ioctls().contains(request) || request & IOCTL_TYPE == KVM_TYPE;
+            assert!(role.ioctls().iter().all(program), "{role:?}");
+            assert!(role.fcntls().iter().all(|it| Role::Program.fcntls().contains(it)), "{role:?}");
         }
     }
 

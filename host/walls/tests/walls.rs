@@ -190,6 +190,7 @@ fn the_part() {
                 .unwrap();
             }
             tell("Program open", File::open(&path));
+            what_signals_others("Program", &File::open(&path).unwrap());
             // One that is there before the seal has it as well.
             let (send, receive) = std::sync::mpsc::channel::<()>();
             let early = std::thread::spawn({
@@ -214,6 +215,7 @@ fn the_part() {
             .join()
             .unwrap();
         }
+        "no walls" => what_signals_others("nobody", &File::open(granted.join("file")).unwrap()),
         "compiler" => {
             let path = granted.join("file");
             let open = File::open(&path).unwrap();
@@ -262,12 +264,61 @@ fn what_a_thread_may(who: &str, path: &Path, open: &File) {
     tell(&format!("{who} process"), call(libc::SYS_clone, [libc::SIGCHLD as usize, 0, 0]));
     tell(&format!("{who} signal"), call(libc::SYS_tgkill, [1, 1, 0]));
     tell(&format!("{who} ioctl"), call(libc::SYS_ioctl, [0, 0x5412, 0]));
+    what_signals_others(who, open);
     // What it is for.
     tell(&format!("{who} read"), open.read_at(&mut [0; 4], 0));
     tell(&format!("{who} size"), open.metadata());
     tell(&format!("{who} thread"), std::thread::Builder::new().spawn(|| {}).map(|thread| thread.join().unwrap()));
     let moment = libc::timespec { tv_sec: 0, tv_nsec: 1 };
     tell(&format!("{who} wait"), call(libc::SYS_nanosleep, [std::ptr::from_ref(&moment) as usize, 0, 0]));
+}
+
+/// Ways past `tgkill`, and into the shell that the program was started from.
+fn what_signals_others(who: &str, open: &File) {
+    use std::os::fd::AsRawFd;
+    let (file, stdin) = (open.as_raw_fd() as usize, 0);
+    let first = 1_i32;
+    // F_OWNER_PID, and who.
+    let owner = [1_i32, 1];
+    let at = |words: *const i32| words as usize;
+    let (set_owner, set_owner_ex) = (libc::F_SETOWN as usize, 15);
+    tell(&format!("{who} owner"), call(libc::SYS_fcntl, [file, set_owner, 1]));
+    tell(&format!("{who} group as owner"), call(libc::SYS_fcntl, [file, set_owner, usize::MAX]));
+    tell(&format!("{who} owner as it is put now"), call(libc::SYS_fcntl, [file, set_owner_ex, at(owner.as_ptr())]));
+    let (own_socket, theirs) = std::os::unix::net::UnixStream::pair().map_or((None, None), |(a, b)| (Some(a), Some(b)));
+    let socket = own_socket.as_ref().map_or(stdin, |socket| socket.as_raw_fd() as usize);
+    for (what, request) in [("FIOSETOWN", 0x8901), ("SIOCSPGRP", 0x8902)] {
+        tell(&format!("{who} {what}"), call(libc::SYS_ioctl, [socket, request, at(&raw const first)]));
+    }
+    drop(theirs);
+    for (what, request) in [("TIOCSTI", 0x5412), ("TIOCLINUX", 0x541c), ("TIOCSPGRP", 0x5410)] {
+        tell(&format!("{who} {what}"), call(libc::SYS_ioctl, [stdin, request, at(&raw const first)]));
+    }
+    tell(&format!("{who} nobody as owner"), call(libc::SYS_fcntl, [file, set_owner, 0]));
+    tell(&format!("{who} flags"), call(libc::SYS_fcntl, [file, libc::F_GETFL as usize, 0]));
+}
+
+/// Landlock knows of signals since its version 6, and nothing of a terminal that is open already.
+#[test]
+fn nobody_signals_another_process_or_types_for_the_operator() {
+    let played = play("threads", place().path());
+    let none = libc::ENOSYS.to_string();
+    for who in ["Program", "DataPath", "Vcpu", "FrontEnd", "Control", "sealed"] {
+        for what in ["owner", "group as owner", "owner as it is put now"] {
+            assert_eq!(played.of(&format!("{who} {what}")), none, "{who} {what}");
+        }
+        for what in ["FIOSETOWN", "SIOCSPGRP", "TIOCSTI", "TIOCLINUX", "TIOCSPGRP"] {
+            assert_eq!(played.of(&format!("{who} {what}")), none, "{who} {what}");
+        }
+        let nobody = played.of(&format!("{who} nobody as owner"));
+        assert_eq!(nobody, if who == "Program" { "done" } else { none.as_str() }, "{who}");
+        assert_eq!(played.of(&format!("{who} flags")), "done", "{who}");
+    }
+    // The twin: a process without walls may.
+    let played = play("no walls", place().path());
+    for what in ["owner", "owner as it is put now", "FIOSETOWN", "SIOCSPGRP"] {
+        assert_eq!(played.of(&format!("nobody {what}")), "done", "{what}");
+    }
 }
 
 /// A compiler reads and writes what is open, and nothing else.
@@ -280,7 +331,7 @@ fn a_compiler_has_memory_and_what_is_open() {
     for what in names.iter().chain(&["link", "unlink", "socket"]) {
         assert_eq!(played.of(&format!("Compiler {what}")), libc::EPERM.to_string(), "{what}");
     }
-    for what in ["code", "process", "thread", "signal", "ioctl"] {
+    for what in ["code", "process", "thread", "signal", "ioctl", "owner", "FIOSETOWN", "TIOCSTI", "flags"] {
         assert_ne!(played.of(&format!("Compiler {what}")), "done", "{what}");
     }
     for what in ["ring", "memory", "timer", "limits", "death"] {
