@@ -18,6 +18,7 @@ use vhost::VhostBackend;
 use crate::frontend::{GUEST_BASE, Guest, READ, USER_BASE, WRITE, negotiate};
 use blockhouse_tests::client::Client;
 
+const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;
 const SET_OWNER: u32 = 3;
 const SET_MEM_TABLE: u32 = 5;
@@ -185,6 +186,14 @@ fn messages_that_are_none_end_the_session() {
         send_raw(&stream, &bytes, &[]);
         let _ = stream.shutdown(std::net::Shutdown::Write);
         victim.refuses(stream, why);
+    }
+    // More descriptors than a message can have, whatever it says: nothing of it is skipped, and what follows is not
+    // waited for.
+    let event = file(0);
+    for count in [33, 34, 64] {
+        let stream = victim.connect(&guest);
+        send(&stream, GET_FEATURES, &[], &vec![event.as_fd(); count]);
+        victim.refuses(stream, "GET_FEATURES");
     }
     // Half a header, and half a body.
     for bytes in [vec![1, 0, 0], header(SET_VRING_NUM, VERSION, 8)] {

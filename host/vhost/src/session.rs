@@ -6,8 +6,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use vhost::vhost_user::message::FrontendReq;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
+use vhost::vhost_user::message::{FrontendReq, MAX_ATTACHED_FD_ENTRIES};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use crate::handler::Handler;
@@ -44,9 +44,13 @@ fn messages(
 ) -> Result<(), (Option<FrontendReq>, Error)> {
     let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(handler));
     loop {
-        let (message, channel) = peek(peeked);
+        let Peeked { message, files, channel } = peek(peeked);
         if let Some(message) = message {
             tracing::debug!(disk, "{message:?}");
+        }
+        if files == Files::TooMany {
+            // The crate would drop the header with them, and take what follows for the next message.
+            return Err((message, Error::IncorrectFds));
         }
         match requests.handle_request() {
             Ok(()) => {
@@ -65,29 +69,92 @@ fn messages(
     }
 }
 
-/// What the next message is, if all of its header is there, and the socket that it brings if it brings one
-/// for news about the device. Waits for the message, and leaves it where it is.
-fn peek(stream: &UnixStream) -> (Option<FrontendReq>, Option<OwnedFd>) {
+/// What is known of a message before it is taken.
+struct Peeked {
+    /// What it is, if all of its header is there.
+    message: Option<FrontendReq>,
+    files: Files,
+    /// The socket that it brings, if it brings one for news about the device.
+    channel: Option<OwnedFd>,
+}
+
+/// The descriptors that come with a message.
+#[derive(PartialEq, Eq)]
+enum Files {
+    /// None, or as many as a message may have.
+    Some,
+    /// More than that.
+    TooMany,
+}
+
+/// Looks at the next message: waits for it, and leaves it where it is.
+fn peek(stream: &UnixStream) -> Peeked {
     let mut header = [0; 12];
     let mut nothing = RecvAncillaryBuffer::default();
     let received = recvmsg(stream, &mut [IoSliceMut::new(&mut header)], &mut nothing, RecvFlags::PEEK);
     let [a, b, c, d, ..] = header;
-    let message = received
-        .ok()
-        .filter(|received| received.bytes == header.len())
-        .and_then(|_| FrontendReq::try_from(u32::from_ne_bytes([a, b, c, d])).ok());
-    if message != Some(FrontendReq::SET_BACKEND_REQ_FD) {
-        return (message, None);
+    let whole = received.as_ref().is_ok_and(|received| received.bytes == header.len());
+    let message = FrontendReq::try_from(u32::from_ne_bytes([a, b, c, d])).ok().filter(|_| whole);
+    // There was no room for them.
+    let brings_files = received.is_ok_and(|received| received.flags.contains(ReturnFlags::CTRUNC));
+    if !brings_files {
+        return Peeked { message, files: Files::Some, channel: None };
     }
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_ATTACHED_FD_ENTRIES))];
     let mut files = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC;
     let received = recvmsg(stream, &mut [IoSliceMut::new(&mut header)], &mut files, flags);
-    let channel = received.ok().and_then(|_| {
-        files.drain().find_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-            _ => None,
-        })
+    let cut_off = received.is_ok_and(|received| received.flags.contains(ReturnFlags::CTRUNC));
+    let rights = files.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(files) => Some(files),
+        _ => None,
     });
-    (message, channel)
+    let mut files = rights.flatten();
+    let channel = files.next().filter(|_| message == Some(FrontendReq::SET_BACKEND_REQ_FD));
+    // These are closed here, and taken with the message. There may be room for one more than was asked for.
+    let too_many = cut_off || files.count() >= MAX_ATTACHED_FD_ENTRIES;
+    Peeked { message, files: if too_many { Files::TooMany } else { Files::Some }, channel }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::io::IoSlice;
+    use std::os::fd::AsFd;
+
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+
+    use super::*;
+
+    /// A message that is a header alone, with so many descriptors of the same file.
+    fn sent(message: FrontendReq, files: usize) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let header = [u32::from(message), 1, 0].map(u32::to_ne_bytes).concat();
+        let file = tempfile::tempfile().unwrap();
+        let all = vec![file.as_fd(); files];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(files == 0 || control.push(SendAncillaryMessage::ScmRights(&all)));
+        sendmsg(&ours, &[IoSlice::new(&header)], &mut control, SendFlags::empty()).unwrap();
+        theirs
+    }
+
+    #[test]
+    fn descriptors_are_counted_before_a_message_is_taken() {
+        let most = MAX_ATTACHED_FD_ENTRIES;
+        for (files, too_many) in [(0, false), (1, false), (most, false), (most + 1, true), (most + 2, true), (64, true)]
+        {
+            let stream = sent(FrontendReq::SET_MEM_TABLE, files);
+            // It stays where it is.
+            for _ in 0..2 {
+                let peeked = peek(&stream);
+                assert_eq!(peeked.message, Some(FrontendReq::SET_MEM_TABLE));
+                assert_eq!(peeked.files == Files::TooMany, too_many, "{files}");
+                assert!(peeked.channel.is_none());
+            }
+        }
+        assert!(peek(&sent(FrontendReq::SET_BACKEND_REQ_FD, 0)).channel.is_none());
+        assert!(peek(&sent(FrontendReq::SET_BACKEND_REQ_FD, 1)).channel.is_some());
+    }
 }
