@@ -88,6 +88,7 @@ fn nothing_beside_sockets_and_metrics_can_be_removed() {
         assert!(planned.is_empty(), "{planned:?}");
         let at_first = format!("planned until components are loaded path={} uses=[MakeSockets]", directory.display());
         assert!(outcome.stderr.contains(&at_first), "{}", outcome.stderr);
+        assert!(!outcome.stderr.contains(" WARN ") && !outcome.stderr.contains(" ERROR "), "{}", outcome.stderr);
         assert_eq!(names(&directory), left);
     }
     let text = std::fs::read_to_string(directory.join("text")).unwrap();

@@ -497,6 +497,10 @@ fn while_a_front_end_is_served_no_thread_of_it_names_a_file() {
         }
     }
     assert!(filtered >= 2, "no thread has a filter of its own:\n{}", trace.text);
+    for call in trace.after_start_up() {
+        // What a front end sent is looked at.
+        assert!(call.names().iter().all(|name| name.starts_with("/proc/self/fd")), "after start-up: {call:?}");
+    }
     trace.assert_rings_are_restricted();
     tally::image_served();
 }

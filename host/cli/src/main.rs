@@ -154,7 +154,7 @@ fn main() -> ExitCode {
         Command::Map(args) => commands::map::run(&args),
         Command::Read(args) => commands::read::run(&args),
         Command::Serve(args) => commands::serve::run(&args, &walls),
-        Command::Run(args) => commands::run::run(args, walls),
+        Command::Run(args) => commands::run::run(args, &walls),
         Command::Create(args) => commands::create::run(&args),
         Command::Check(args) => commands::check::run(&args),
         Command::Resize(args) => commands::resize::run(&args),

@@ -16,8 +16,11 @@ pub enum Role {
     /// Every thread from the moment the walls are raised: opens files (Landlock says which), compiles components,
     /// listens on sockets. Starts no program.
     Program,
-    /// Every thread once all is open: speaks on sockets it has, moves bytes. Opens nothing.
+    /// Every thread of a machine once all is open: speaks on sockets it has, moves bytes. Opens nothing.
     Control,
+    /// Every thread of a server once all is open: as [`Control`](Self::Control), without a machine, and with what those
+    /// need that come from it ([`FrontEnd`](Self::FrontEnd)). Opens nothing.
+    Server,
     /// Speaks with a front end (vhost-user): takes descriptors and memory from it, sees what kind they are, and
     /// makes memory to share. Opens nothing.
     FrontEnd,
@@ -40,8 +43,16 @@ pub enum Role {
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 7] =
-        [Self::Program, Self::Control, Self::FrontEnd, Self::Operator, Self::Vcpu, Self::DataPath, Self::Compiler];
+    pub const ALL: [Self; 8] = [
+        Self::Program,
+        Self::Control,
+        Self::Server,
+        Self::FrontEnd,
+        Self::Operator,
+        Self::Vcpu,
+        Self::DataPath,
+        Self::Compiler,
+    ];
 
     /// What it may do without a condition, beside what the other functions say.
     pub(crate) fn base(self) -> impl Iterator<Item = libc::c_long> {
@@ -74,14 +85,19 @@ impl Role {
         matches!(self, Self::Program)
     }
 
+    /// May wait for the end of processes that were started before.
+    pub(crate) const fn waits(self) -> bool {
+        matches!(self, Self::Program | Self::Control | Self::Server)
+    }
+
     /// May use sockets that are there.
     pub(crate) const fn sockets(self) -> bool {
-        matches!(self, Self::Program | Self::Control | Self::FrontEnd | Self::Operator)
+        matches!(self, Self::Program | Self::Control | Self::Server | Self::FrontEnd | Self::Operator)
     }
 
     /// May see what a descriptor is that it was sent (a link of `/proc`), and make memory to be shared.
     pub(crate) const fn sharing(self) -> bool {
-        matches!(self, Self::Program | Self::FrontEnd)
+        matches!(self, Self::Program | Self::Server | Self::FrontEnd)
     }
 
     /// May make sockets of its own.
@@ -94,7 +110,9 @@ impl Role {
         match self {
             Self::Control => CONTROL_IOCTLS,
             Self::Vcpu => VCPU_IOCTLS,
-            Self::Program | Self::FrontEnd | Self::Operator | Self::DataPath | Self::Compiler => USUAL_IOCTLS,
+            Self::Program | Self::Server | Self::FrontEnd | Self::Operator | Self::DataPath | Self::Compiler => {
+                USUAL_IOCTLS
+            }
         }
     }
 
@@ -308,8 +326,7 @@ pub(crate) const NAMES_OF_NOBODY: &[libc::c_long] = &[
     libc::SYS_symlink,
 ];
 
-/// What a program does beside opening files: who it is, what its limits are, and how a process ended that it
-/// started before.
+/// What a program does beside opening files: who it is, and what its limits are.
 pub(crate) const STARTING: &[libc::c_long] = &[
     libc::SYS_getegid,
     libc::SYS_geteuid,
@@ -319,11 +336,12 @@ pub(crate) const STARTING: &[libc::c_long] = &[
     libc::SYS_sysinfo,
     libc::SYS_umask,
     libc::SYS_uname,
-    libc::SYS_wait4,
-    libc::SYS_waitid,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_getrlimit,
 ];
+
+/// How a process ended that was started before.
+pub(crate) const WAITING: &[libc::c_long] = &[libc::SYS_wait4, libc::SYS_waitid];
 
 /// Speaking on sockets that are there. Descriptors of a guest's memory come through them.
 pub(crate) const SOCKETS: &[libc::c_long] = &[

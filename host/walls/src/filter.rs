@@ -20,7 +20,7 @@ use seccompiler::{
 
 use crate::calls::{
     CONNECTING, F_SETSIG, FATAL, IOCTL_TYPE, KVM_TYPE, NAMES, NAMES_OF_NOBODY, NARROWING, PRCTLS, Role, SHARING,
-    SOCKETS, STARTING,
+    SOCKETS, STARTING, WAITING,
 };
 
 /// Who gets a filter.
@@ -84,10 +84,11 @@ fn refused(role: Role) -> impl Iterator<Item = libc::c_long> {
 /// The calls that are made, and when.
 fn allowed(role: Role) -> Result<Rules, BackendError> {
     let mut rules = unconditional(role.base());
-    let tables: [(bool, &[libc::c_long]); 6] = [
+    let tables: [(bool, &[libc::c_long]); 7] = [
         (role.narrowing(), NARROWING),
         (role.names(), NAMES),
         (role.names(), STARTING),
+        (role.waits(), WAITING),
         (role.sockets(), SOCKETS),
         (role.sharing(), SHARING),
         (role.connecting(), CONNECTING),
@@ -176,13 +177,18 @@ mod tests {
     #[test]
     fn each_role_has_less_than_the_one_it_comes_from() {
         let calls = |role| allowed(role).unwrap().into_keys().collect::<BTreeSet<_>>();
-        assert!(calls(Role::Program).is_superset(&calls(Role::Control)));
+        for role in [Role::Control, Role::Server] {
+            assert!(calls(Role::Program).is_superset(&calls(role)), "{role:?}");
+        }
+        for role in [Role::FrontEnd, Role::Operator, Role::DataPath] {
+            assert!(calls(Role::Server).is_superset(&calls(role)), "{role:?}");
+            assert!(role.ioctls().iter().all(|it| Role::Server.ioctls().contains(it)), "{role:?}");
+        }
         for role in [Role::Operator, Role::Vcpu, Role::DataPath] {
             assert!(calls(Role::Control).is_superset(&calls(role)), "{role:?}");
             let (all, some) = (Role::Control.ioctls(), role.ioctls());
             assert!(some.iter().all(|request| all.contains(request)), "{role:?}");
         }
-        assert!(calls(Role::Program).is_superset(&calls(Role::FrontEnd)));
         assert!(calls(Role::DataPath).is_superset(&calls(Role::Compiler)));
         // The thread of a queue is started by that of a vCPU, or that of a front end.
         for role in [Role::Vcpu, Role::FrontEnd] {

@@ -15,7 +15,7 @@
 //!  Walls ─ Landlock        once more, without what was planned for the beginning alone
 //!    │ seal                                      after start-up: all is open and compiled
 //!    ▼
-//!  Role::Control           every thread: no call that takes the name of a file, no new code
+//!  Role::Control, Server   every thread: no call that takes the name of a file, no new code
 //!    │ thread_start                              at the start of each thread that serves a guest
 //!    ▼
 //!  Role::FrontEnd, Role::Vcpu, Role::DataPath    takes a front end's memory; runs a vCPU; moves bytes
@@ -127,12 +127,20 @@ impl Walls {
         }
     }
 
-    /// Closes the program: from here on no thread opens a file by name, starts a program, or makes new code. To
-    /// be called when all that will be needed is open and compiled.
-    pub fn seal(&mut self) {
-        if self.filters {
-            self.note("seccomp after start-up", filter::install(Role::Control, filter::Threads::All));
+    /// Closes the program: from here on every thread has this role, [`Role::Control`] or [`Role::Server`], or less: no
+    /// thread opens a file by name, starts a program, or makes new code. To be called when all that will be needed is
+    /// open and compiled, and no thread has narrowed itself yet.
+    ///
+    /// # Errors
+    /// [`Missing`], if seccomp stands around the program and cannot be made narrower.
+    pub fn seal(&self, role: Role) -> Result<(), Missing> {
+        if !self.filters {
+            return Ok(());
         }
+        filter::install(role, filter::Threads::All).map_err(|error| {
+            let why = format!("it cannot be made narrower after start-up: {error}");
+            Missing { wall: "seccomp", why, partial: true }
+        })
     }
 
     /// What a thread with this role calls first: it narrows its own filter to what the role needs.

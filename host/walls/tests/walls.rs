@@ -177,7 +177,8 @@ fn the_part() {
         }
         "threads" => {
             plan.read("/");
-            let mut walls = Walls::raise(&plan);
+            let mut child = Command::new("sleep").arg("0").spawn().unwrap();
+            let walls = Walls::raise(&plan);
             let path = granted.join("file");
             for role in [Role::DataPath, Role::Vcpu, Role::FrontEnd] {
                 let (start, path) = (walls.thread_start(role), path.clone());
@@ -201,11 +202,12 @@ fn the_part() {
                 }
             });
             let open = File::open(&path).unwrap();
-            walls.seal();
             assert!(walls.missing().iter().all(|missing| missing.wall == "Landlock"), "{:?}", walls.missing());
+            walls.seal(Role::Control).unwrap();
             drop(send);
             early.join().unwrap();
             what_a_thread_may("Control", &path, &open);
+            tell("Control child", child.wait());
             // Threads can still be started, and narrow themselves.
             let start = walls.thread_start(Role::DataPath);
             std::thread::spawn(move || {
@@ -216,6 +218,37 @@ fn the_part() {
             .unwrap();
         }
         "no walls" => what_signals_others("nobody", &File::open(granted.join("file")).unwrap()),
+        "server" => {
+            plan.read("/");
+            let mut child = Command::new("sleep").arg("0").spawn().unwrap();
+            let walls = Walls::raise(&plan);
+            let path = granted.join("file");
+            let open = File::open(&path).unwrap();
+            walls.seal(Role::Server).unwrap();
+            what_a_thread_may("Server", &path, &open);
+            tell("Server child", child.wait());
+            for role in [Role::FrontEnd, Role::Operator, Role::DataPath] {
+                let (start, path, open) = (walls.thread_start(role), path.clone(), open.try_clone().unwrap());
+                std::thread::spawn(move || {
+                    start();
+                    what_a_thread_may(&format!("sealed {role:?}"), &path, &open);
+                })
+                .join()
+                .unwrap();
+            }
+            // A filter for all threads is none for those that have gone their own way.
+            let (start, (send, receive)) = (walls.thread_start(Role::DataPath), std::sync::mpsc::channel::<()>());
+            let (narrowed, wait) = std::sync::mpsc::channel::<()>();
+            let other = std::thread::spawn(move || {
+                start();
+                drop(narrowed);
+                let _ = receive.recv();
+            });
+            let _ = wait.recv();
+            println!("sealed again: {:?}", walls.seal(Role::Server).map_err(|missing| missing.wall));
+            drop(send);
+            other.join().unwrap();
+        }
         "compiler" => {
             let path = granted.join("file");
             let open = File::open(&path).unwrap();
@@ -459,6 +492,32 @@ fn a_thread_of_the_data_path_opens_nothing_and_does_its_work() {
             assert_eq!(played.of(&format!("{who} {what}")), "done", "{who} {what}");
         }
     }
+}
+
+/// As the threads of a machine are, so are those of a server, whatever they are for.
+#[test]
+fn no_thread_of_a_server_opens_anything() {
+    let place = place();
+    let played = play("server", place.path());
+    let (refused, unknown) = (libc::EPERM.to_string(), libc::ENOSYS.to_string());
+    for who in ["Server", "sealed FrontEnd", "sealed Operator", "sealed DataPath"] {
+        for what in ["openat", "openat2", "unlink", "socket"] {
+            assert_eq!(played.of(&format!("{who} {what}")), refused, "{who} {what}");
+        }
+        for what in ["code", "process", "signal", "ioctl", "owner", "FIOSETOWN", "TIOCSTI"] {
+            assert_eq!(played.of(&format!("{who} {what}")), unknown, "{who} {what}");
+        }
+        for what in ["read", "size", "thread", "wait"] {
+            assert_eq!(played.of(&format!("{who} {what}")), "done", "{who} {what}");
+        }
+        // What front ends send is looked at.
+        let link = played.of(&format!("{who} link"));
+        assert_eq!(link, if matches!(who, "Server" | "sealed FrontEnd") { "done" } else { &refused }, "{who}");
+    }
+    assert_eq!(played.of("sealed again"), "Err(\"seccomp\")");
+    // Processes that were started before are waited for.
+    assert_eq!(played.of("Server child"), "done");
+    assert_eq!(play("threads", place.path()).of("Control child"), "done");
 }
 
 /// Who speaks with a front end is sent descriptors, and sees what they are.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use blockhouse_sandbox::LockMode;
 use blockhouse_vmm::{ConsoleInput, DiskConfig, DiskReport, DiskResult, ExitReason, Machine, MachineConfig, Payload};
 use blockhouse_walls::{Plan, Role, Use, Walls};
@@ -98,10 +98,10 @@ impl Args {
     }
 }
 
-pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
+pub(crate) fn run(args: Args, walls: &Walls) -> anyhow::Result<ExitCode> {
     let outlet = args.metrics.as_ref().map(Outlet::open).transpose()?;
     let control = args.control.as_ref().map(|socket| listen(socket)).transpose()?;
-    let opened = OpenDisk::open_all(&args.host, &args.disks, LockMode::Enforce, &walls)?;
+    let opened = OpenDisk::open_all(&args.host, &args.disks, LockMode::Enforce, walls)?;
     let disks = opened.iter().zip(&args.disks).map(|(opened, disk)| {
         Ok(DiskConfig {
             read_only: disk.readonly,
@@ -110,7 +110,7 @@ pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
             poll: disk.poll,
             limits: disk.limits(),
             queues: disk.queues,
-            beginning: beginning(&walls, Role::DataPath),
+            beginning: beginning(walls, Role::DataPath),
             ..DiskConfig::new(opened.backend()?, &opened.serial)
         })
     });
@@ -138,11 +138,11 @@ pub(crate) fn run(args: Args, mut walls: Walls) -> anyhow::Result<ExitCode> {
             ControlledDisk::new(disk, move || handle.stats(), tell)
         })
         .collect();
-    let machine = machine.vcpus_beginning_with(beginning(&walls, Role::Vcpu));
+    let machine = machine.vcpus_beginning_with(beginning(walls, Role::Vcpu));
     // All is open and compiled.
-    walls.seal();
-    let metrics = outlet.map(|outlet| outlet.start(&walls, prometheus_of(&disks))).transpose()?;
-    let control = control.map(|listener| control::start(listener, &walls, Arc::clone(&disks))).transpose()?;
+    walls.seal(Role::Control).context("the guest was not started")?;
+    let metrics = outlet.map(|outlet| outlet.start(walls, prometheus_of(&disks))).transpose()?;
+    let control = control.map(|listener| control::start(listener, walls, Arc::clone(&disks))).transpose()?;
     let ended = machine.run();
     drop((control, metrics));
     // A guest that was switched off, or killed, may not have flushed what it wrote.

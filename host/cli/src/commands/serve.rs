@@ -117,6 +117,8 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
             ControlledDisk::new(disk, move || stats.stats(), move || news.config_changed())
         })
         .collect();
+    // All is open and compiled.
+    walls.seal(Role::Server).context("no disk is served")?;
     let metrics = outlet.map(|outlet| outlet.start(walls, prometheus_of(&disks))).transpose()?;
     let control = control.map(|listener| control::start(listener, walls, Arc::clone(&disks))).transpose()?;
     stop_on(signals, handles.clone())?;
