@@ -106,8 +106,8 @@ impl Command {
             Self::Snapshot(command) => command.plan(&mut plan)?,
             Self::Plugin(command) => command.plan(&mut plan)?,
             Self::Probe(args) => args.plan(&mut plan),
-            // It opens no file.
-            Self::Control(_) => {}
+            // It opens no file, and connects.
+            Self::Control(_) => plan.sockets(),
         }
         Ok(plan)
     }

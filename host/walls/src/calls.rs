@@ -13,9 +13,13 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Role {
-    /// Every thread from the moment the walls are raised: opens files (Landlock says which), compiles components,
-    /// listens on sockets. Starts no program.
+    /// Every thread from the moment the walls are raised, in a program that makes sockets or connects: opens files
+    /// (Landlock says which), compiles components. Starts no program.
     Program,
+    /// Every thread once an image may be opened, or, in a program that has no use for sockets, from the moment the walls
+    /// are raised: as [`Program`](Self::Program), and neither connects nor listens. Landlock knows nothing of a socket
+    /// that has a name in the file system: an agent's, a container engine's.
+    Images,
     /// Every thread of a machine once all is open: speaks on sockets it has, moves bytes. Opens nothing.
     Control,
     /// Every thread of a server once all is open: as [`Control`](Self::Control), without a machine, and with what those
@@ -43,8 +47,9 @@ pub enum Role {
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Program,
+        Self::Images,
         Self::Control,
         Self::Server,
         Self::FrontEnd,
@@ -62,7 +67,7 @@ impl Role {
 
     /// Is the first role of a process.
     pub(crate) const fn is_first(self) -> bool {
-        matches!(self, Self::Program | Self::Compiler)
+        matches!(self, Self::Program | Self::Images | Self::Compiler)
     }
 
     /// May be given threads.
@@ -72,32 +77,32 @@ impl Role {
 
     /// May pass the kernel the name of a file.
     pub(crate) const fn names(self) -> bool {
-        matches!(self, Self::Program)
+        matches!(self, Self::Program | Self::Images)
     }
 
     /// May add to the restrictions of Landlock: `narrow`.
     pub(crate) const fn narrowing(self) -> bool {
-        matches!(self, Self::Program)
+        matches!(self, Self::Program | Self::Images)
     }
 
     /// May make memory executable.
     pub(crate) const fn code(self) -> bool {
-        matches!(self, Self::Program)
+        matches!(self, Self::Program | Self::Images)
     }
 
     /// May wait for the end of processes that were started before.
     pub(crate) const fn waits(self) -> bool {
-        matches!(self, Self::Program | Self::Control | Self::Server)
+        matches!(self, Self::Program | Self::Images | Self::Control | Self::Server)
     }
 
     /// May use sockets that are there.
     pub(crate) const fn sockets(self) -> bool {
-        matches!(self, Self::Program | Self::Control | Self::Server | Self::FrontEnd | Self::Operator)
+        matches!(self, Self::Program | Self::Images | Self::Control | Self::Server | Self::FrontEnd | Self::Operator)
     }
 
     /// May see what a descriptor is that it was sent (a link of `/proc`), and make memory to be shared.
     pub(crate) const fn sharing(self) -> bool {
-        matches!(self, Self::Program | Self::Server | Self::FrontEnd)
+        matches!(self, Self::Program | Self::Images | Self::Server | Self::FrontEnd)
     }
 
     /// May make sockets of its own.
@@ -110,15 +115,19 @@ impl Role {
         match self {
             Self::Control => CONTROL_IOCTLS,
             Self::Vcpu => VCPU_IOCTLS,
-            Self::Program | Self::Server | Self::FrontEnd | Self::Operator | Self::DataPath | Self::Compiler => {
-                USUAL_IOCTLS
-            }
+            Self::Program
+            | Self::Images
+            | Self::Server
+            | Self::FrontEnd
+            | Self::Operator
+            | Self::DataPath
+            | Self::Compiler => USUAL_IOCTLS,
         }
     }
 
     /// May make any `ioctl` request of KVM beside these: a machine is built.
     pub(crate) const fn machines(self) -> bool {
-        matches!(self, Self::Program)
+        matches!(self, Self::Program | Self::Images)
     }
 
     /// The `fcntl` operations that the role makes.
@@ -131,7 +140,7 @@ impl Role {
 
     /// May take leases on files, whose signal nobody gets.
     pub(crate) const fn leases(self) -> bool {
-        matches!(self, Self::Program)
+        matches!(self, Self::Program | Self::Images)
     }
 }
 

@@ -56,6 +56,8 @@ pub struct Plan {
     paths: BTreeMap<PathBuf, Vec<Use>>,
     /// Those that end with [`Walls::narrow`](crate::Walls::narrow).
     at_first: BTreeMap<PathBuf, Vec<Use>>,
+    /// Sockets are made, until then.
+    sockets: bool,
 }
 
 impl Plan {
@@ -73,6 +75,17 @@ impl Plan {
     /// at anything of a stranger.
     pub fn add_at_first(&mut self, path: impl Into<PathBuf>, what: Use) {
         add(&mut self.at_first, path.into(), what);
+    }
+
+    /// The program makes sockets, or connects, until [`Walls::narrow`](crate::Walls::narrow). Where their names are is
+    /// planned beside this.
+    pub fn sockets(&mut self) {
+        self.sockets = true;
+    }
+
+    /// Whether it does.
+    pub(crate) fn has_sockets(&self) -> bool {
+        self.sockets
     }
 
     /// As [`add`](Self::add), to read.
@@ -97,7 +110,7 @@ impl Plan {
 
     /// What is left of it once the program has begun.
     pub(crate) fn narrowed(&self) -> Self {
-        Self { paths: self.paths.clone(), at_first: BTreeMap::new() }
+        Self { paths: self.paths.clone(), at_first: BTreeMap::new(), sockets: false }
     }
 
     fn rules(&self) -> impl Iterator<Item = (PathFd, BitFlags<AccessFs>)> {

@@ -8,11 +8,12 @@
 //!    │ raise                                     before the first thread, before the first image
 //!    ▼
 //!  Walls ─ Landlock        no file outside of the plan, no program, no TCP, no foreign process
-//!    │     seccomp         Role::Program: the calls that this program makes at all
+//!    │     seccomp         Role::Program: the calls that this program makes at all; Images, if it makes no sockets
 //!    │     no new privileges, no core dump, no debugger
 //!    │ narrow                                    components are compiled, no image is open yet
 //!    ▼
 //!  Walls ─ Landlock        once more, without what was planned for the beginning alone
+//!    │     seccomp         Role::Images: no new socket, no connection
 //!    │ seal                                      after start-up: all is open and compiled
 //!    ▼
 //!  Role::Control, Server   every thread: no call that takes the name of a file, no new code
@@ -84,7 +85,7 @@ impl Walls {
     /// What cannot be raised is left out and recorded in [`missing`](Self::missing).
     pub fn raise(plan: &Plan) -> Self {
         process::prepare();
-        Self::raise_for(plan, Role::Program)
+        Self::raise_for(plan, if plan.has_sockets() { Role::Program } else { Role::Images })
     }
 
     /// Raises walls around this whole process, which from here on computes, reads and writes what is open, and ends
@@ -110,21 +111,27 @@ impl Walls {
     }
 
     /// Takes away what `plan`, which they were raised with, has for the beginning alone
-    /// ([`Plan::add_at_first`]). To be called while the process still has one thread, as [`raise`](Self::raise), and
+    /// ([`Plan::add_at_first`], [`Plan::sockets`]). To be called while the process still has one thread, as [`raise`](Self::raise), and
     /// once at most: Landlock takes 16 layers.
     ///
     /// # Errors
-    /// [`Missing`], if Landlock stands around the program and cannot be made narrower.
+    /// [`Missing`], if a wall stands around the program and cannot be made narrower.
     pub fn narrow(&self, plan: &Plan) -> Result<(), Missing> {
-        if self.landlock.is_none() || plan.paths_at_first().next().is_none() {
+        if self.landlock.is_some() && plan.paths_at_first().next().is_some() {
+            files::restrict(&plan.narrowed()).map_err(|why| not_narrower("Landlock", &why))?;
+        }
+        if plan.has_sockets() {
+            self.take_away(Role::Images)?;
+        }
+        Ok(())
+    }
+
+    /// Has every thread that there is, and those to come, have this role, or less.
+    fn take_away(&self, role: Role) -> Result<(), Missing> {
+        if !self.filters {
             return Ok(());
         }
-        match files::restrict(&plan.narrowed()) {
-            Ok(_) => Ok(()),
-            Err(why) => {
-                Err(Missing { wall: "Landlock", why: format!("it cannot be made narrower: {why}"), partial: true })
-            }
-        }
+        filter::install(role, filter::Threads::All).map_err(|error| not_narrower("seccomp", &error))
     }
 
     /// Closes the program: from here on every thread has this role, [`Role::Control`] or [`Role::Server`], or less: no
@@ -134,13 +141,7 @@ impl Walls {
     /// # Errors
     /// [`Missing`], if seccomp stands around the program and cannot be made narrower.
     pub fn seal(&self, role: Role) -> Result<(), Missing> {
-        if !self.filters {
-            return Ok(());
-        }
-        filter::install(role, filter::Threads::All).map_err(|error| {
-            let why = format!("it cannot be made narrower after start-up: {error}");
-            Missing { wall: "seccomp", why, partial: true }
-        })
+        self.take_away(role)
     }
 
     /// What a thread with this role calls first: it narrows its own filter to what the role needs.
@@ -175,6 +176,10 @@ impl Walls {
             }
         }
     }
+}
+
+fn not_narrower(wall: &'static str, why: &dyn fmt::Display) -> Missing {
+    Missing { wall, why: format!("it cannot be made narrower: {why}"), partial: true }
 }
 
 impl fmt::Display for Walls {

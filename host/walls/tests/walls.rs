@@ -143,6 +143,7 @@ fn the_part() {
             plan.add(granted.join("other"), Use::Read);
             plan.add(&outside, Use::MakeFiles);
             plan.read("");
+            plan.sockets();
             Walls::raise(&plan);
             tell("write file", File::options().write(true).truncate(true).open(granted.join("file")));
             tell("read other", std::fs::read(granted.join("other")));
@@ -158,7 +159,9 @@ fn the_part() {
             plan.read(&granted);
             plan.read(&outside);
             plan.add_at_first(&outside, Use::MakeFiles);
+            plan.sockets();
             let walls = Walls::raise(&plan);
+            what_sockets_there_are("at first");
             tell("make at first", File::create_new(outside.join("new")));
             println!("narrow: {:?}", walls.narrow(&plan).map_err(|missing| missing.to_string()));
             for who in ["here", "in a thread"] {
@@ -171,12 +174,14 @@ fn the_part() {
                     tell(&format!("remove {who}"), std::fs::remove_file(outside.join("new")));
                     tell(&format!("read {who}"), std::fs::read(outside.join("new")));
                     tell(&format!("granted {who}"), std::fs::read(granted.join("file")));
+                    what_sockets_there_are(who);
                 };
                 if who == "here" { try_all() } else { std::thread::spawn(try_all).join().unwrap() }
             }
         }
         "threads" => {
             plan.read("/");
+            plan.sockets();
             let mut child = Command::new("sleep").arg("0").spawn().unwrap();
             let walls = Walls::raise(&plan);
             let path = granted.join("file");
@@ -216,6 +221,15 @@ fn the_part() {
             })
             .join()
             .unwrap();
+        }
+        "no sockets" => {
+            // A socket that is there can be used.
+            let (one, other) = std::os::unix::net::UnixStream::pair().unwrap();
+            let walls = Walls::raise(&plan);
+            what_sockets_there_are("planned");
+            tell("planned use", (&one).write(b"x").and_then(|_| io::Read::read(&mut &other, &mut [0; 1])));
+            println!("narrow: {:?}", walls.narrow(&plan).map_err(|missing| missing.to_string()));
+            what_sockets_there_are("narrow");
         }
         "no walls" => what_signals_others("nobody", &File::open(granted.join("file")).unwrap()),
         "server" => {
@@ -306,6 +320,17 @@ fn what_a_thread_may(who: &str, path: &Path, open: &File) {
     tell(&format!("{who} wait"), call(libc::SYS_nanosleep, [std::ptr::from_ref(&moment) as usize, 0, 0]));
 }
 
+/// Of which kinds sockets can be made, and whether they reach anybody.
+fn what_sockets_there_are(who: &str) {
+    use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+    tell(&format!("{who} pair"), UnixStream::pair());
+    tell(&format!("{who} datagram"), UnixDatagram::unbound());
+    tell(&format!("{who} udp"), std::net::UdpSocket::bind("127.0.0.1:0"));
+    // Nobody is there, which is said by who has been asked.
+    tell(&format!("{who} connect"), UnixStream::connect("/nowhere/socket"));
+    tell(&format!("{who} listen"), UnixListener::bind("/nowhere/socket"));
+}
+
 /// Ways past `tgkill`, and into the shell that the program was started from.
 fn what_signals_others(who: &str, open: &File) {
     use std::os::fd::AsRawFd;
@@ -329,6 +354,32 @@ fn what_signals_others(who: &str, open: &File) {
     }
     tell(&format!("{who} nobody as owner"), call(libc::SYS_fcntl, [file, set_owner, 0]));
     tell(&format!("{who} flags"), call(libc::SYS_fcntl, [file, libc::F_GETFL as usize, 0]));
+}
+
+const SOCKETS: [&str; 5] = ["pair", "datagram", "udp", "connect", "listen"];
+
+/// A program that has no use for sockets makes none, and one that has makes them before it looks at an image: an
+/// agent or a container engine listens at a name that Landlock says nothing about.
+#[test]
+fn nobody_connects_who_has_an_image_open() {
+    let refused = libc::EPERM.to_string();
+    let played = play("no sockets", place().path());
+    for what in SOCKETS {
+        assert_eq!(played.of(&format!("planned {what}")), refused, "{what}");
+        assert_eq!(played.of(&format!("narrow {what}")), refused, "{what}");
+    }
+    assert_eq!(played.of("planned use"), "done");
+    assert_eq!(played.of("narrow"), "Ok(())");
+
+    let without_landlock = play_on("narrow", place().path(), |command| without(command, LANDLOCK, libc::ENOSYS));
+    for played in [play("narrow", place().path()), without_landlock] {
+        for what in SOCKETS {
+            assert_ne!(played.of(&format!("at first {what}")), refused, "{what}");
+            for who in ["here", "in a thread"] {
+                assert_eq!(played.of(&format!("{who} {what}")), refused, "{who} {what}");
+            }
+        }
+    }
 }
 
 /// Landlock knows of signals since its version 6, and nothing of a terminal that is open already.

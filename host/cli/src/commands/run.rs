@@ -94,6 +94,9 @@ impl Args {
         self.kernel.iter().chain(&self.initrd).for_each(|path| plan.read(path));
         plan.add("/dev/kvm", Use::Device);
         self.host.plan(plan)?;
+        if self.control.is_some() || self.metrics.is_some() {
+            plan.sockets();
+        }
         attendant::plan(plan, self.control.iter(), self.metrics.as_ref())
     }
 }

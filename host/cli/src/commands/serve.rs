@@ -77,6 +77,7 @@ impl Args {
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         OpenDisk::plan_all(plan, &self.host, &self.disks)?;
         self.host.plan(plan)?;
+        plan.sockets();
         let sockets = self.socket.iter().chain(self.disks.iter().filter_map(|disk| disk.socket.as_ref()));
         attendant::plan(plan, sockets.chain(&self.control), self.metrics.as_ref())
     }
