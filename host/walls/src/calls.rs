@@ -6,19 +6,22 @@
 //! |---|---|---|
 //! | it is made | what the role needs | |
 //! | `ENOSYS` | what no table names | a library that tries a newer call finds a kernel without it, and falls back to an older one that is named here. So `clone3`, whose flags no filter can see, becomes `clone`, whose flags one can |
-//! | `EPERM` | calls of [`NAMES`], [`SOCKETS`], [`SHARING`] and [`CONNECTING`] that the role does not have | code that can cope makes them (a panic looks for its own program); the error says what is the matter |
+//! | `EPERM` | calls of [`OPENING`], [`NAMING`], [`SOCKETS`], [`SHARING`] and [`CONNECTING`] that the role does not have, and [`NAMES_OF_NOBODY`] | code that can cope makes them (a panic looks for its own program); the error says what is the matter |
 //! | the process ends | calls of [`FATAL`] | nothing in the program makes one: who does has taken it over |
 
 /// What a thread is for, which decides what it may ask of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Role {
-    /// Every thread from the moment the walls are raised, in a program that makes sockets or connects: opens files
-    /// (Landlock says which), compiles components. Starts no program.
+    /// Every thread from the moment the walls are raised, in a program that makes sockets or connects: all that
+    /// [`Program`](Self::Program) may, and that.
+    Sockets,
+    /// Every thread from the moment the walls are raised: opens files and gives them names (Landlock says which),
+    /// compiles components. Starts no program, and has no use for new sockets: Landlock knows nothing of one that has
+    /// a name in the file system, an agent's or a container engine's.
     Program,
-    /// Every thread once an image may be opened, or, in a program that has no use for sockets, from the moment the walls
-    /// are raised: as [`Program`](Self::Program), and neither connects nor listens. Landlock knows nothing of a socket
-    /// that has a name in the file system: an agent's, a container engine's.
+    /// Every thread once an image may be opened: opens files, and neither makes, renames or removes any nor changes
+    /// their rights, of which Landlock knows nothing either.
     Images,
     /// Every thread of a machine once all is open: speaks on sockets it has, moves bytes. Opens nothing.
     Control,
@@ -47,7 +50,8 @@ pub enum Role {
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
+        Self::Sockets,
         Self::Program,
         Self::Images,
         Self::Control,
@@ -67,7 +71,7 @@ impl Role {
 
     /// Is the first role of a process.
     pub(crate) const fn is_first(self) -> bool {
-        matches!(self, Self::Program | Self::Images | Self::Compiler)
+        matches!(self, Self::Sockets | Self::Program | Self::Compiler)
     }
 
     /// May be given threads.
@@ -75,39 +79,53 @@ impl Role {
         !matches!(self, Self::Compiler)
     }
 
-    /// May pass the kernel the name of a file.
+    /// May pass the kernel the name of a file, to open it or to look at it.
     pub(crate) const fn names(self) -> bool {
-        matches!(self, Self::Program | Self::Images)
+        matches!(self, Self::Sockets | Self::Program | Self::Images)
+    }
+
+    /// May make, rename and remove files.
+    pub(crate) const fn naming(self) -> bool {
+        matches!(self, Self::Sockets | Self::Program)
     }
 
     /// May add to the restrictions of Landlock: `narrow`.
     pub(crate) const fn narrowing(self) -> bool {
-        matches!(self, Self::Program | Self::Images)
+        matches!(self, Self::Sockets | Self::Program)
     }
 
     /// May make memory executable.
     pub(crate) const fn code(self) -> bool {
-        matches!(self, Self::Program | Self::Images)
+        matches!(self, Self::Sockets | Self::Program | Self::Images)
     }
 
     /// May wait for the end of processes that were started before.
     pub(crate) const fn waits(self) -> bool {
-        matches!(self, Self::Program | Self::Images | Self::Control | Self::Server)
+        matches!(self, Self::Sockets | Self::Program | Self::Images | Self::Control | Self::Server)
     }
 
     /// May use sockets that are there.
     pub(crate) const fn sockets(self) -> bool {
-        matches!(self, Self::Program | Self::Images | Self::Control | Self::Server | Self::FrontEnd | Self::Operator)
+        matches!(
+            self,
+            Self::Sockets
+                | Self::Program
+                | Self::Images
+                | Self::Control
+                | Self::Server
+                | Self::FrontEnd
+                | Self::Operator
+        )
     }
 
     /// May see what a descriptor is that it was sent (a link of `/proc`), and make memory to be shared.
     pub(crate) const fn sharing(self) -> bool {
-        matches!(self, Self::Program | Self::Images | Self::Server | Self::FrontEnd)
+        matches!(self, Self::Sockets | Self::Program | Self::Images | Self::Server | Self::FrontEnd)
     }
 
     /// May make sockets of its own.
     pub(crate) const fn connecting(self) -> bool {
-        matches!(self, Self::Program)
+        matches!(self, Self::Sockets)
     }
 
     /// The `ioctl` requests that the role makes.
@@ -115,7 +133,8 @@ impl Role {
         match self {
             Self::Control => CONTROL_IOCTLS,
             Self::Vcpu => VCPU_IOCTLS,
-            Self::Program
+            Self::Sockets
+            | Self::Program
             | Self::Images
             | Self::Server
             | Self::FrontEnd
@@ -127,7 +146,7 @@ impl Role {
 
     /// May make any `ioctl` request of KVM beside these: a machine is built.
     pub(crate) const fn machines(self) -> bool {
-        matches!(self, Self::Program | Self::Images)
+        matches!(self, Self::Sockets | Self::Program | Self::Images)
     }
 
     /// The `fcntl` operations that the role makes.
@@ -140,7 +159,7 @@ impl Role {
 
     /// May take leases on files, whose signal nobody gets.
     pub(crate) const fn leases(self) -> bool {
-        matches!(self, Self::Program | Self::Images)
+        matches!(self, Self::Sockets | Self::Program | Self::Images)
     }
 }
 
@@ -277,60 +296,65 @@ pub(crate) const SERVING: &[libc::c_long] = &[
 pub(crate) const NARROWING: &[libc::c_long] =
     &[libc::SYS_landlock_add_rule, libc::SYS_landlock_create_ruleset, libc::SYS_landlock_restrict_self];
 
-/// Calls that take the name of a file, and those that only a program makes that opens some.
-pub(crate) const NAMES: &[libc::c_long] = &[
-    libc::SYS_chdir,
+/// Opening files by their names, and looking at them.
+pub(crate) const OPENING: &[libc::c_long] = &[
     libc::SYS_faccessat,
     libc::SYS_faccessat2,
-    libc::SYS_fchmod,
-    libc::SYS_fchmodat,
-    libc::SYS_fchown,
-    libc::SYS_flock,
     libc::SYS_getcwd,
-    libc::SYS_getdents64,
-    libc::SYS_linkat,
-    libc::SYS_mkdirat,
     libc::SYS_openat,
     libc::SYS_openat2,
-    libc::SYS_renameat,
-    libc::SYS_renameat2,
     libc::SYS_statfs,
-    libc::SYS_symlinkat,
-    libc::SYS_truncate,
-    libc::SYS_unlinkat,
-    libc::SYS_utimensat,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_access,
     #[cfg(target_arch = "x86_64")]
-    libc::SYS_chmod,
+    libc::SYS_lstat,
     #[cfg(target_arch = "x86_64")]
-    libc::SYS_creat,
+    libc::SYS_open,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_stat,
+];
+
+/// Giving names and taking them away, and what goes with it: the cache of compiled components, new files.
+pub(crate) const NAMING: &[libc::c_long] = &[
+    libc::SYS_getdents64,
+    libc::SYS_linkat,
+    libc::SYS_mkdirat,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_unlinkat,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_link,
     #[cfg(target_arch = "x86_64")]
-    libc::SYS_lstat,
-    #[cfg(target_arch = "x86_64")]
     libc::SYS_mkdir,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_open,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_rename,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_rmdir,
     #[cfg(target_arch = "x86_64")]
-    libc::SYS_stat,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_symlink,
-    #[cfg(target_arch = "x86_64")]
     libc::SYS_unlink,
 ];
 
-/// Of [`NAMES`], those that no program of ours makes, and that Landlock does not judge or did not always.
+/// Of the same kind, those that no program of ours makes. Landlock does not judge most of them: who has an image may
+/// otherwise change the rights of every file that is the user's.
 pub(crate) const NAMES_OF_NOBODY: &[libc::c_long] = &[
+    libc::SYS_chdir,
+    libc::SYS_fchdir,
+    libc::SYS_fchmodat,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_fsetxattr,
+    libc::SYS_setxattr,
     libc::SYS_symlinkat,
     libc::SYS_truncate,
+    libc::SYS_utimensat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_chmod,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_chown,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_creat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_lchown,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_symlink,
 ];
@@ -374,9 +398,16 @@ pub(crate) const SHARING: &[libc::c_long] = &[
     libc::SYS_readlink,
 ];
 
-/// Making sockets.
-pub(crate) const CONNECTING: &[libc::c_long] =
-    &[libc::SYS_bind, libc::SYS_connect, libc::SYS_listen, libc::SYS_socket, libc::SYS_socketpair];
+/// Making sockets, and giving them to one user and in one piece.
+pub(crate) const CONNECTING: &[libc::c_long] = &[
+    libc::SYS_bind,
+    libc::SYS_connect,
+    libc::SYS_fchmod,
+    libc::SYS_flock,
+    libc::SYS_listen,
+    libc::SYS_socket,
+    libc::SYS_socketpair,
+];
 
 /// What nothing in the program ever asks for.
 pub(crate) const FATAL: &[libc::c_long] = &[

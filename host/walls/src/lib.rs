@@ -8,12 +8,12 @@
 //!    │ raise                                     before the first thread, before the first image
 //!    ▼
 //!  Walls ─ Landlock        no file outside of the plan, no program, no TCP, no foreign process
-//!    │     seccomp         Role::Program: the calls that this program makes at all; Images, if it makes no sockets
+//!    │     seccomp         Role::Program: the calls that this program makes at all; Sockets, if it makes any
 //!    │     no new privileges, no core dump, no debugger
 //!    │ narrow                                    components are compiled, no image is open yet
 //!    ▼
 //!  Walls ─ Landlock        once more, without what was planned for the beginning alone
-//!    │     seccomp         Role::Images: no new socket, no connection
+//!    │     seccomp         Role::Images: files are opened, and none is made, renamed or removed; no new socket
 //!    │ seal                                      after start-up: all is open and compiled
 //!    ▼
 //!  Role::Control, Server   every thread: no call that takes the name of a file, no new code
@@ -85,7 +85,7 @@ impl Walls {
     /// What cannot be raised is left out and recorded in [`missing`](Self::missing).
     pub fn raise(plan: &Plan) -> Self {
         process::prepare();
-        Self::raise_for(plan, if plan.has_sockets() { Role::Program } else { Role::Images })
+        Self::raise_for(plan, if plan.has_sockets() { Role::Sockets } else { Role::Program })
     }
 
     /// Raises walls around this whole process, which from here on computes, reads and writes what is open, and ends
@@ -110,9 +110,9 @@ impl Walls {
         walls
     }
 
-    /// Takes away what `plan`, which they were raised with, has for the beginning alone
-    /// ([`Plan::add_at_first`], [`Plan::sockets`]). To be called while the process still has one thread, as [`raise`](Self::raise), and
-    /// once at most: Landlock takes 16 layers.
+    /// Takes away what is for the beginning alone: what `plan`, which they were raised with, has for that
+    /// ([`Plan::add_at_first`], [`Plan::sockets`]), and giving files names or taking them away at all. To be called
+    /// while the process still has one thread, as [`raise`](Self::raise), and once at most: Landlock takes 16 layers.
     ///
     /// # Errors
     /// [`Missing`], if a wall stands around the program and cannot be made narrower.
@@ -120,10 +120,7 @@ impl Walls {
         if self.landlock.is_some() && plan.paths_at_first().next().is_some() {
             files::restrict(&plan.narrowed()).map_err(|why| not_narrower("Landlock", &why))?;
         }
-        if plan.has_sockets() {
-            self.take_away(Role::Images)?;
-        }
-        Ok(())
+        self.take_away(Role::Images)
     }
 
     /// Has every thread that there is, and those to come, have this role, or less.

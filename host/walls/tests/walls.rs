@@ -162,6 +162,7 @@ fn the_part() {
             plan.sockets();
             let walls = Walls::raise(&plan);
             what_sockets_there_are("at first");
+            what_becomes_of_names("at first", &granted);
             tell("make at first", File::create_new(outside.join("new")));
             println!("narrow: {:?}", walls.narrow(&plan).map_err(|missing| missing.to_string()));
             for who in ["here", "in a thread"] {
@@ -175,6 +176,7 @@ fn the_part() {
                     tell(&format!("read {who}"), std::fs::read(outside.join("new")));
                     tell(&format!("granted {who}"), std::fs::read(granted.join("file")));
                     what_sockets_there_are(who);
+                    what_becomes_of_names(who, &granted);
                 };
                 if who == "here" { try_all() } else { std::thread::spawn(try_all).join().unwrap() }
             }
@@ -227,6 +229,7 @@ fn the_part() {
             let (one, other) = std::os::unix::net::UnixStream::pair().unwrap();
             let walls = Walls::raise(&plan);
             what_sockets_there_are("planned");
+            tell("planned fchmod", call(libc::SYS_fchmod, [0, 0o600, 0]));
             tell("planned use", (&one).write(b"x").and_then(|_| io::Read::read(&mut &other, &mut [0; 1])));
             println!("narrow: {:?}", walls.narrow(&plan).map_err(|missing| missing.to_string()));
             what_sockets_there_are("narrow");
@@ -329,6 +332,29 @@ fn what_sockets_there_are(who: &str) {
     // Nobody is there, which is said by who has been asked.
     tell(&format!("{who} connect"), UnixStream::connect("/nowhere/socket"));
     tell(&format!("{who} listen"), UnixListener::bind("/nowhere/socket"));
+}
+
+/// Rights and names of what is in a directory, and of what is open. Each would be refused by the file system as well:
+/// with another error.
+fn what_becomes_of_names(who: &str, granted: &Path) {
+    let name = CString::new(granted.join("nowhere").to_str().unwrap()).unwrap();
+    let name = name.as_ptr() as usize;
+    let (here, nobody, no_file) = (libc::AT_FDCWD as usize, usize::MAX, usize::MAX);
+    #[cfg(target_arch = "x86_64")]
+    {
+        tell(&format!("{who} chmod"), call(libc::SYS_chmod, [name, 0o777, 0]));
+        tell(&format!("{who} chown"), call(libc::SYS_chown, [name, nobody, nobody]));
+    }
+    tell(&format!("{who} fchmodat"), call(libc::SYS_fchmodat, [here, name, 0o777]));
+    tell(&format!("{who} fchownat"), call(libc::SYS_fchownat, [here, name, nobody]));
+    tell(&format!("{who} fchown"), call(libc::SYS_fchown, [no_file, nobody, nobody]));
+    tell(&format!("{who} xattr"), call(libc::SYS_setxattr, [name, name, name]));
+    tell(&format!("{who} times"), call(libc::SYS_utimensat, [here, name, 0]));
+    tell(&format!("{who} chdir"), call(libc::SYS_chdir, [name, 0, 0]));
+    tell(&format!("{who} fchmod"), call(libc::SYS_fchmod, [no_file, 0o777, 0]));
+    tell(&format!("{who} mkdir"), call(libc::SYS_mkdirat, [no_file, 0, 0]));
+    tell(&format!("{who} link"), call(libc::SYS_linkat, [no_file, name, no_file]));
+    tell(&format!("{who} list"), call(libc::SYS_getdents64, [no_file, 0, 0]));
 }
 
 /// Ways past `tgkill`, and into the shell that the program was started from.
@@ -477,9 +503,10 @@ fn what_is_for_the_beginning_ends() {
     let played = play("narrow", place.path());
     assert_eq!(played.of("make at first"), "done");
     assert_eq!(played.of("narrow"), "Ok(())");
+    let (denied, refused) = (libc::EACCES.to_string(), libc::EPERM.to_string());
     for who in ["here", "in a thread"] {
-        for what in ["make", "write", "rename", "remove"] {
-            assert_eq!(played.of(&format!("{what} {who}")), libc::EACCES.to_string(), "{what} {who}");
+        for (what, expected) in [("make", &denied), ("write", &denied), ("rename", &refused), ("remove", &refused)] {
+            assert_eq!(played.of(&format!("{what} {who}")), expected, "{what} {who}");
         }
         for what in ["read", "granted"] {
             assert_eq!(played.of(&format!("{what} {who}")), "done", "{what} {who}");
@@ -489,6 +516,32 @@ fn what_is_for_the_beginning_ends() {
     let played = play_on("narrow", self::place().path(), |command| without(command, LANDLOCK, libc::ENOSYS));
     assert_eq!(played.of("narrow"), "Ok(())");
     assert_eq!(played.of("make here"), "done");
+    for what in ["rename", "remove"] {
+        assert_eq!(played.of(&format!("{what} here")), refused, "{what}");
+    }
+}
+
+/// Rights of files, of which Landlock knows nothing; and names, once an image may be open.
+#[test]
+fn nobody_changes_the_rights_of_a_file() {
+    let refused = libc::EPERM.to_string();
+    let without_landlock = play_on("narrow", place().path(), |command| without(command, LANDLOCK, libc::ENOSYS));
+    for played in [play("narrow", place().path()), without_landlock] {
+        for who in ["at first", "here", "in a thread"] {
+            let by_name: &[&str] = if cfg!(target_arch = "x86_64") { &["chmod", "chown"] } else { &[] };
+            for what in by_name.iter().chain(&["fchmodat", "fchownat", "fchown", "xattr", "times", "chdir"]) {
+                assert_eq!(played.of(&format!("{who} {what}")), refused, "{who} {what}");
+            }
+        }
+        for what in ["fchmod", "mkdir", "link", "list"] {
+            assert_ne!(played.of(&format!("at first {what}")), refused, "{what}");
+            for who in ["here", "in a thread"] {
+                assert_eq!(played.of(&format!("{who} {what}")), refused, "{who} {what}");
+            }
+        }
+    }
+    // A program without sockets sets no rights from the beginning.
+    assert_eq!(play("no sockets", place().path()).of("planned fchmod"), refused);
 }
 
 /// The test that fails where there are no walls at all.

@@ -13,6 +13,7 @@ use serde::Serialize;
 use crate::compiler;
 use crate::output;
 use crate::target::{NewFile, Target};
+use crate::walls;
 
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
@@ -68,6 +69,8 @@ impl Command {
 
 pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
     let sandbox = compiler::sandbox(Limits::default())?;
+    // What is looked at may be a stranger's.
+    walls::narrow()?;
     match command {
         Command::Inspect { file, json } => {
             let inspection = sandbox.inspect_file(file)?;

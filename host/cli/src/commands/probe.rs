@@ -10,7 +10,7 @@ use blockhouse_formats::PROBER;
 use blockhouse_sandbox::{Limits, PROBE_HEAD, PROBE_TAIL, Sandbox};
 use blockhouse_walls::Plan;
 
-use crate::output;
+use crate::{output, walls};
 
 /// Guess the format of a file, open nothing else, and act on nothing
 ///
@@ -36,6 +36,7 @@ impl Args {
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    walls::narrow()?;
     let name = args.file.display();
     let metadata = std::fs::metadata(&args.file).with_context(|| format!("cannot open {name}"))?;
     if !metadata.is_file() {
