@@ -130,13 +130,31 @@ impl Trace {
         layers[1]
     }
 
+    /// Where filters for all threads at once are installed: three with the walls, two before the first image is
+    /// opened, and two more after start-up.
+    fn filters(&self) -> Vec<usize> {
+        let for_all = |call: &Call| call.name == "seccomp" && call.arguments.contains("FLAG_TSYNC");
+        (0..self.calls.len()).filter(|at| for_all(&self.calls[*at])).collect()
+    }
+
     /// The calls after start-up: after the last filter for all threads at once.
     fn after_start_up(&self) -> &[Call] {
-        let filters: Vec<usize> = (0..self.calls.len())
-            .filter(|at| self.calls[*at].name == "seccomp" && self.calls[*at].arguments.contains("FLAG_TSYNC"))
-            .collect();
-        assert!(filters.len() >= 5, "the program was not sealed: {}", self.text);
-        &self.calls[*filters.last().unwrap()..]
+        let filters = self.filters();
+        assert_eq!(filters.len(), 7, "the program was not sealed: {}", self.text);
+        &self.calls[filters[6]..]
+    }
+
+    /// So many rings are made, all of them before the first image is opened.
+    #[track_caller]
+    fn assert_rings_are_made_first(&self, count: usize) {
+        let is_ring = |call: &&Call| call.name == "io_uring_setup";
+        let all = self.calls.iter().filter(is_ring).count();
+        if all == 1 && self.calls.iter().any(|call| is_ring(&call) && call.arguments.contains(") = -1")) {
+            // Not on this kernel: it was asked once.
+            return;
+        }
+        assert_eq!(all, count, "{}", self.text);
+        assert_eq!(self.calls[self.filters()[3]..].iter().filter(is_ring).count(), 0, "{}", self.text);
     }
 
     /// The threads with names like this.
@@ -441,6 +459,7 @@ fn while_a_guest_runs_no_thread_names_a_file() {
     }
     trace.assert_compilers_name_nothing(1);
     trace.assert_rings_are_restricted();
+    trace.assert_rings_are_made_first(disks.len());
     tally::component_stopped();
     tally::image_served();
 }

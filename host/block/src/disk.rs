@@ -14,7 +14,7 @@ use crate::file::ImageFile;
 use crate::files::FileId;
 use crate::flat::{Flat, Target};
 use crate::inflight::InFlight;
-use crate::lane::{DiskLane, Lane, Pool};
+use crate::lane::{DiskLane, Lane, Pool, Rings};
 use crate::layer::{Layer, LayerInfo};
 use crate::map::{ExtentMap, MapStats};
 use crate::runs::Runs;
@@ -110,6 +110,7 @@ pub struct Disk {
     pub(crate) closed: AtomicBool,
     topology: Topology,
     pool: Pool,
+    rings: Rings,
     engine: Engine,
 }
 
@@ -158,6 +159,7 @@ impl Disk {
             closed: AtomicBool::new(false),
             topology: Topology { physical_block_size, optimal_io_size },
             pool: Pool::new(),
+            rings: Rings::default(),
             engine: options.engine,
         })
     }
@@ -193,6 +195,12 @@ impl Disk {
         Self { pool, ..self }
     }
 
+    /// Has lanes use these rings, and make some of their own only where there are not enough.
+    #[must_use]
+    pub fn with_rings(self, rings: Rings) -> Self {
+        Self { rings, ..self }
+    }
+
     pub(crate) fn set_capacity(&self, capacity: u64) {
         self.capacity.store(capacity, Ordering::Release);
     }
@@ -203,6 +211,10 @@ impl Disk {
 
     pub(crate) fn pool(&self) -> &Pool {
         &self.pool
+    }
+
+    pub(crate) fn rings(&self) -> &Rings {
+        &self.rings
     }
 
     /// The end of a request that starts at `offset`.

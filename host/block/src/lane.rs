@@ -29,6 +29,7 @@ use vm_memory::VolatileSlice;
 
 pub(crate) use self::disk::DiskLane;
 pub use self::pool::{Pool, PoolLane};
+pub use self::ring::Rings;
 use crate::error::Result;
 
 /// Requests that a lane takes at a time: the largest queue that a device offers.

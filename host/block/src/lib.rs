@@ -71,7 +71,7 @@ pub use error::{Error, ErrorKind, Result};
 pub use file::{Access, FileIdentity, ImageFile, MAX_FILE_OFFSET};
 pub use files::MAX_FILES;
 pub use guard::HeaderGuard;
-pub use lane::{LANE_REQUESTS, Lane, LaneRequest, Operation, Pool, PoolLane};
+pub use lane::{LANE_REQUESTS, Lane, LaneRequest, Operation, Pool, PoolLane, Rings};
 pub use layer::{Allocation, Extent, FileIndex, Freed, Layer, LayerInfo, LayerPacker, LayerWriter, Located, Placement};
 pub use map::{EXTENT_BYTES, MapStats};
 pub use runs::{Run, RunKind, Runs};

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use blockhouse_block::{
     Access, BlockBackend, Disk, DiskOptions, Engine, ErrorKind, ImageFile, LANE_REQUESTS, Lane, LaneRequest, Layer,
-    Operation, Pool, PoolLane, Result,
+    Operation, Pool, PoolLane, Result, Rings,
 };
 use support::growing::{CLUSTER, Growing};
 use support::{Script, data, file, pattern, read, writable, zero};
@@ -88,6 +88,62 @@ fn raw(bytes: &[u8], engine: Engine) -> (Arc<Disk>, std::fs::File) {
     let layer = Script::honest(vec![writable(size, 0)], 1).file(image).overwritable();
     let options = DiskOptions { writable: true, engine, ..DiskOptions::default() };
     (Arc::new(Disk::new(vec![Arc::new(layer)], options).unwrap()), outside)
+}
+
+/// The files that are open in this process as often as a disk and its lanes have `outside` open.
+fn opened(outside: &std::fs::File) -> usize {
+    use std::os::unix::fs::MetadataExt;
+    let of = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+    let wanted = of(outside.metadata().unwrap());
+    let all = std::fs::read_dir("/proc/self/fd").unwrap();
+    all.filter(|entry| {
+        entry.as_ref().is_ok_and(|entry| std::fs::metadata(entry.path()).is_ok_and(|it| of(it) == wanted))
+    })
+    .count()
+}
+
+/// Rings that were made beforehand are used one after the other, by any thread, and are empty in between.
+#[test]
+fn lanes_take_rings_that_are_there_and_give_them_back() {
+    if io_uring::IoUring::new(1).is_err() {
+        return;
+    }
+    let uses_ring = |client: &Client| format!("{:?}", client.lane).contains("io_uring: true");
+    let rings = Rings::make(2);
+    assert_eq!(rings.left(), 2);
+    let bytes = pattern(1 << 20, 1);
+    for round in 0..3 {
+        let (disk, outside) = raw(&bytes, Engine::Auto);
+        let disk = Arc::new(Arc::into_inner(disk).unwrap().with_rings(rings.clone()));
+        let mut clients = [Client::new(&disk), Client::new(&disk)];
+        assert_eq!(rings.left(), 0);
+        // One more makes its own, if it may; there are no more than there were for that.
+        let third = Client::new(&disk);
+        assert!(uses_ring(&third) && rings.left() == 0);
+        drop(third);
+        thread::scope(|scope| {
+            for client in &mut clients {
+                scope.spawn(|| {
+                    assert!(uses_ring(client));
+                    for number in 0..64u64 {
+                        let read = client.once(Operation::Read, number * 4096, vec![0; 4096]).unwrap();
+                        assert!(read == bytes[number as usize * 4096..][..4096], "round {round}");
+                    }
+                });
+            }
+        });
+        drop(clients);
+        assert_eq!(rings.left(), 2);
+        // And they have no file any more, which would be open for as long as they are: the disk has the last ones.
+        drop(disk);
+        assert_eq!(opened(&outside), 1);
+        let lock = rustix::fs::fcntl_lock(&outside, rustix::fs::FlockOperation::NonBlockingLockExclusive);
+        assert!(lock.is_ok(), "{lock:?}");
+    }
+    // Where none is wanted, there is none.
+    let (disk, _outside) = raw(&bytes, Engine::Threads);
+    let disk = Arc::new(Arc::into_inner(disk).unwrap().with_rings(rings.clone()));
+    assert!(!uses_ring(&Client::new(&disk)) && rings.left() == 2);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use blockhouse_block::{Access, BlockBackend, Disk, DiskOptions, Error, ErrorKind, HeaderGuard, Pool};
+use blockhouse_block::{Access, BlockBackend, Disk, DiskOptions, Engine, Error, ErrorKind, HeaderGuard, Pool, Rings};
 use blockhouse_sandbox::{AuditList, GrantReport, LockMode, OpenEvent, OpenRequest, Opener, Outcome, Tally};
 use blockhouse_vhost::DeviceStats;
 use blockhouse_walls::{Plan, Role, Use, Walls};
@@ -55,9 +55,11 @@ impl OpenDisk {
         locks: LockMode,
         walls: &Walls,
     ) -> anyhow::Result<Vec<Self>> {
+        // Before anything of a stranger is looked at: later no ring is made.
+        let rings: Vec<Rings> = disks.iter().map(rings).collect();
         let (sandbox, formats) = host.components()?;
         let audit = host.audit()?;
-        let open = |(number, disk): (usize, &DiskArg)| {
+        let open = |(number, (disk, rings)): (usize, (&DiskArg, Rings))| {
             let access = if disk.readonly { Access::ReadOnly } else { Access::ReadWrite };
             let grants = host.grants(&disk.allow, &disk.allow_write, access)?;
             let granted = grants.list();
@@ -81,10 +83,11 @@ impl OpenDisk {
             let begin = walls.thread_start(Role::DataPath);
             let (name, guard_header) = (disk.file.display().to_string(), disk.guard_header);
             let format = disk.format.clone();
-            let disk = Arc::new(opened.disk.with_pool(Pool::beginning_with(move || begin())));
+            let disk = opened.disk.with_rings(rings).with_pool(Pool::beginning_with(move || begin()));
+            let disk = Arc::new(disk);
             Ok(Self { number, name, disk, guard_header, format, events, tally, granted, serial })
         };
-        disks.iter().enumerate().map(open).collect()
+        disks.iter().zip(rings).enumerate().map(open).collect()
     }
 
     /// The disk as a device sees it.
@@ -252,6 +255,14 @@ pub(crate) struct DiskRow {
 
 /// Space that is reserved ahead of a guest that writes without gaps: a call of the component for megabytes.
 const ALLOCATE_AHEAD: u64 = 8 << 20;
+
+/// One for each queue.
+fn rings(disk: &DiskArg) -> Rings {
+    match disk.engine {
+        Engine::Auto => Rings::make(disk.queues.into()),
+        Engine::Threads => Rings::default(),
+    }
+}
 
 fn disk_options(disk: &DiskArg) -> DiskOptions {
     let usual = DiskOptions::default();

@@ -38,10 +38,10 @@ pub enum Role {
     Vcpu,
     /// Moves bytes between files and a guest: queue workers, threads of an I/O pool.
     ///
-    /// Whoever uses `io_uring` in such a thread restricts each ring before the first request
-    /// (`IORING_SETUP_R_DISABLED`, `IORING_REGISTER_RESTRICTIONS`) to operations on open files: reads,
-    /// writes, syncs, `FALLOCATE`, `POLL`. A ring without restrictions opens files for a thread whose filter
-    /// forbids it to open any. The test `tests/hostile/traces.rs` looks at every ring that the program makes.
+    /// A ring of `io_uring` is made before, in a thread with the first role of its process, and restricted there
+    /// (`IORING_SETUP_R_DISABLED`, `IORING_REGISTER_RESTRICTIONS`) to reads and writes of files that are registered
+    /// with it: one without restrictions opens files and connects for a thread whose filter forbids that. The test
+    /// `tests/hostile/traces.rs` looks at every ring that the program makes.
     DataPath,
     /// A whole process that turns bytes that it reads into bytes that it writes: a compiler. Opens nothing, and has
     /// no part of the others' calls that it does not need. Not a thread of a program with other roles.
@@ -86,6 +86,11 @@ impl Role {
 
     /// May make, rename and remove files.
     pub(crate) const fn naming(self) -> bool {
+        matches!(self, Self::Sockets | Self::Program)
+    }
+
+    /// May make rings of `io_uring`, and restrict them.
+    pub(crate) const fn rings(self) -> bool {
         matches!(self, Self::Sockets | Self::Program)
     }
 
@@ -282,15 +287,20 @@ pub(crate) const SERVING: &[libc::c_long] = &[
     libc::SYS_timerfd_create,
     libc::SYS_timerfd_gettime,
     libc::SYS_timerfd_settime,
-    // What passes through a ring is seen by no filter: see `Role::DataPath`.
+    // What passes through a ring is seen by no filter: so none is made once an image may be open, and those that are
+    // there are restricted (`Role::DataPath`). `io_uring_register` has a condition of its own.
     libc::SYS_io_uring_enter,
-    libc::SYS_io_uring_register,
-    libc::SYS_io_uring_setup,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_epoll_wait,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_poll,
 ];
+
+/// Making rings, with whatever can be registered with one.
+pub(crate) const RINGS: &[libc::c_long] = &[libc::SYS_io_uring_register, libc::SYS_io_uring_setup];
+
+/// What is registered with a ring that is there: files (`IORING_REGISTER_FILES_UPDATE` of linux/io_uring.h).
+pub(crate) const RING_FILES: u64 = 6;
 
 /// A further layer of Landlock, which only takes away.
 pub(crate) const NARROWING: &[libc::c_long] =

@@ -19,8 +19,8 @@ use seccompiler::{
 };
 
 use crate::calls::{
-    CONNECTING, F_SETSIG, FATAL, IOCTL_TYPE, KVM_TYPE, NAMES_OF_NOBODY, NAMING, NARROWING, OPENING, PRCTLS, Role,
-    SHARING, SOCKETS, STARTING, WAITING,
+    CONNECTING, F_SETSIG, FATAL, IOCTL_TYPE, KVM_TYPE, NAMES_OF_NOBODY, NAMING, NARROWING, OPENING, PRCTLS, RING_FILES,
+    RINGS, Role, SHARING, SOCKETS, STARTING, WAITING,
 };
 
 /// Who gets a filter.
@@ -85,10 +85,11 @@ fn refused(role: Role) -> impl Iterator<Item = libc::c_long> {
 /// The calls that are made, and when.
 fn allowed(role: Role) -> Result<Rules, BackendError> {
     let mut rules = unconditional(role.base());
-    let tables: [(bool, &[libc::c_long]); 8] = [
+    let tables: [(bool, &[libc::c_long]); 9] = [
         (role.narrowing(), NARROWING),
         (role.names(), OPENING),
         (role.naming(), NAMING),
+        (role.rings(), RINGS),
         (role.names(), STARTING),
         (role.waits(), WAITING),
         (role.sockets(), SOCKETS),
@@ -106,6 +107,9 @@ fn allowed(role: Role) -> Result<Rules, BackendError> {
     let thread = number(libc::CLONE_THREAD);
     if role.threads() {
         rules.insert(libc::SYS_clone, vec![when(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(thread), thread)?]);
+    }
+    if role.threads() && !role.rings() {
+        rules.insert(libc::SYS_io_uring_register, any_of(1, [RING_FILES].into_iter())?);
     }
     // The signal that wakes a vCPU, and that of `abort`.
     let own = u64::from(std::process::id());

@@ -198,6 +198,8 @@ fn the_part() {
                 .unwrap();
             }
             tell("Program open", File::open(&path));
+            tell("Program ring", call(libc::SYS_io_uring_setup, [1, 0, 0]));
+            tell("Program restrictions", call(libc::SYS_io_uring_register, [usize::MAX, 11, 0]));
             what_signals_others("Program", &File::open(&path).unwrap());
             // One that is there before the seal has it as well.
             let (send, receive) = std::sync::mpsc::channel::<()>();
@@ -229,10 +231,12 @@ fn the_part() {
             let (one, other) = std::os::unix::net::UnixStream::pair().unwrap();
             let walls = Walls::raise(&plan);
             what_sockets_there_are("planned");
+            tell("planned ring", call(libc::SYS_io_uring_setup, [1, 0, 0]));
             tell("planned fchmod", call(libc::SYS_fchmod, [0, 0o600, 0]));
             tell("planned use", (&one).write(b"x").and_then(|_| io::Read::read(&mut &other, &mut [0; 1])));
             println!("narrow: {:?}", walls.narrow(&plan).map_err(|missing| missing.to_string()));
             what_sockets_there_are("narrow");
+            tell("narrow ring", call(libc::SYS_io_uring_setup, [1, 0, 0]));
         }
         "no walls" => what_signals_others("nobody", &File::open(granted.join("file")).unwrap()),
         "server" => {
@@ -315,6 +319,12 @@ fn what_a_thread_may(who: &str, path: &Path, open: &File) {
     tell(&format!("{who} signal"), call(libc::SYS_tgkill, [1, 1, 0]));
     tell(&format!("{who} ioctl"), call(libc::SYS_ioctl, [0, 0x5412, 0]));
     what_signals_others(who, open);
+    // Without memory that it could use, or a ring: other errors.
+    let no_file = usize::MAX;
+    tell(&format!("{who} ring"), call(libc::SYS_io_uring_setup, [1, 0, 0]));
+    tell(&format!("{who} restrictions"), call(libc::SYS_io_uring_register, [no_file, 11, 0]));
+    tell(&format!("{who} ring begins"), call(libc::SYS_io_uring_register, [no_file, 12, 0]));
+    tell(&format!("{who} files of a ring"), call(libc::SYS_io_uring_register, [no_file, 6, 0]));
     // What it is for.
     tell(&format!("{who} read"), open.read_at(&mut [0; 4], 0));
     tell(&format!("{who} size"), open.metadata());
@@ -596,6 +606,30 @@ fn a_thread_of_the_data_path_opens_nothing_and_does_its_work() {
             assert_eq!(played.of(&format!("{who} {what}")), "done", "{who} {what}");
         }
     }
+}
+
+/// A ring of `io_uring` that nothing restricts does what it is asked to, past every filter: files are opened, sockets
+/// connected. So there is none but those that were made first.
+#[test]
+fn no_ring_is_made_later() {
+    let unknown = libc::ENOSYS.to_string();
+    let (threads, server) = (play("threads", place().path()), play("server", place().path()));
+    if threads.of("Program ring") == unknown {
+        // Not on this kernel.
+        return;
+    }
+    assert_ne!(threads.of("Program restrictions"), unknown);
+    let of_machine = ["DataPath", "Vcpu", "FrontEnd", "Control", "sealed"].map(|who| (&threads, who));
+    let of_server = ["Server", "sealed FrontEnd", "sealed Operator", "sealed DataPath"].map(|who| (&server, who));
+    for (played, who) in of_machine.into_iter().chain(of_server) {
+        for what in ["ring", "restrictions", "ring begins"] {
+            assert_eq!(played.of(&format!("{who} {what}")), unknown, "{who} {what}");
+        }
+        assert_ne!(played.of(&format!("{who} files of a ring")), unknown, "{who}");
+    }
+    let played = play("no sockets", place().path());
+    assert_ne!(played.of("planned ring"), unknown);
+    assert_eq!(played.of("narrow ring"), unknown);
 }
 
 /// As the threads of a machine are, so are those of a server, whatever they are for.

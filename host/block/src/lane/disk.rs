@@ -133,9 +133,11 @@ impl DiskLane {
         let slow = PoolLane::new(Arc::clone(&disk) as Arc<dyn BlockBackend>, disk.pool().clone())?;
         let ring = match disk.engine() {
             Engine::Threads => None,
-            Engine::Auto => Ring::new()
-                .inspect_err(|error| tracing::info!(%error, "no io_uring here: threads read and write instead"))
-                .ok(),
+            Engine::Auto => disk.rings().take().or_else(|| {
+                Ring::new()
+                    .inspect_err(|error| tracing::info!(%error, "no io_uring here: threads read and write instead"))
+                    .ok()
+            }),
         };
         let slots = (0..LANE_REQUESTS).map(|_| Slot::default()).collect();
         Ok(Self {
@@ -446,6 +448,9 @@ impl Drop for DiskLane {
                 std::thread::sleep(std::time::Duration::from_millis(10));
             }
             self.reap(&mut |_, _| {});
+        }
+        if let Some(ring) = self.ring.take() {
+            self.disk.rings().give_back(ring);
         }
     }
 }

@@ -6,8 +6,10 @@
 
 #![allow(unsafe_code)]
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode, squeue, types};
@@ -152,16 +154,78 @@ impl Ring {
     }
 }
 
+impl Ring {
+    /// Gives the files back, while nothing is in the kernel.
+    fn release(&mut self) -> io::Result<()> {
+        let none: Vec<RawFd> = vec![-1; usize::try_from(self.files).unwrap_or_default()];
+        if !none.is_empty() {
+            self.ring.submitter().register_files_update(0, &none)?;
+            self.files = 0;
+        }
+        Ok(())
+    }
+}
+
 impl Drop for Ring {
     /// Gives the files back now. The kernel takes a ring apart some time after its descriptor was closed, and
     /// until then its files would stay open, and locked for everybody else.
     fn drop(&mut self) {
-        let none: Vec<RawFd> = vec![-1; usize::try_from(self.files).unwrap_or_default()];
-        if !none.is_empty()
-            && let Err(error) = self.ring.submitter().register_files_update(0, &none)
-        {
+        if let Err(error) = self.release() {
             tracing::warn!(%error, "the kernel keeps the files of a ring for a while");
         }
+    }
+}
+
+/// Rings that are made before they are needed, for a program that gives up the right to make any: a lane takes one,
+/// and gives it back. A clone is the same ones. None by default.
+#[derive(Clone, Default)]
+pub struct Rings(Arc<Made>);
+
+#[derive(Default)]
+struct Made {
+    /// Those that no lane has.
+    left: Mutex<Vec<Ring>>,
+    count: usize,
+}
+
+impl Rings {
+    /// Makes `count` rings, one for each lane that there is at a time; fewer where the host has none or no more.
+    pub fn make(count: usize) -> Self {
+        let rings = (0..count).map_while(|_| {
+            Ring::new().inspect_err(|error| tracing::info!(%error, "no io_uring here: threads read and write")).ok()
+        });
+        let rings: Vec<Ring> = rings.collect();
+        Self(Arc::new(Made { count: rings.len(), left: Mutex::new(rings) }))
+    }
+
+    /// How many there are that no lane has.
+    pub fn left(&self) -> usize {
+        self.lock().len()
+    }
+
+    pub(super) fn take(&self) -> Option<Ring> {
+        self.lock().pop()
+    }
+
+    /// Takes a ring back, of which nothing is in the kernel any more. One that a lane made for itself ends.
+    pub(super) fn give_back(&self, mut ring: Ring) {
+        let mut left = self.lock();
+        if left.len() < self.0.count {
+            match ring.release() {
+                Ok(()) => left.push(ring),
+                Err(error) => tracing::warn!(%error, "a ring is not used again"),
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Ring>> {
+        self.0.left.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Rings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rings").field("left", &self.left()).finish()
     }
 }
 
