@@ -82,3 +82,50 @@ fn a_component_that_stalls_delays_its_own_disk_only() {
     assert!(outcome.stderr.contains("no answer within 10s"), "{}", outcome.stderr);
     tally::component_stopped();
 }
+
+/// A component that fills the log: whoever is to read that has no room for it, or does not read it. The guest does
+/// not notice, and neither does another disk.
+#[test]
+fn a_log_that_takes_nothing_costs_nothing() {
+    if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
+        skip("/dev/kvm cannot be opened");
+        return;
+    }
+    let place = Place::new();
+    // A line of 4 KiB in each answer, of which there are 64 in four times what a pipe holds.
+    let mut bytes = b"log-long-at-locate 1 5000\n".to_vec();
+    bytes.resize(4 << 20, b'.');
+    let image = place.write("images/vm/talks.img", &bytes);
+    let good = place.write("images/vm/good.raw", noise(3, 1 << 20));
+    let (unread, pipe) = std::io::pipe().unwrap();
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    for stderr in [std::process::Stdio::from(full), pipe.into()] {
+        let mut program = limited();
+        program.args(["run", "--memory", "64M", "--plugin"]);
+        program.arg(format!("hostile={}", component("hostile").display()));
+        program.arg("--disk").arg(format!("file={},format=hostile,readonly=on", image.display()));
+        program.arg("--disk").arg(format!("file={},format=raw,readonly=on", good.display()));
+        let mut child = program.stdout(std::process::Stdio::piped()).stderr(stderr).spawn().unwrap();
+        let started = std::time::Instant::now();
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            if started.elapsed() > blockhouse_tests::COMMAND_LIMIT {
+                child.kill().unwrap();
+                panic!("it waits for somebody to read its log");
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        };
+        let output = child.wait_with_output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(status.success(), "{status}: {text}");
+        for content in [&bytes, &noise(3, 1 << 20)] {
+            assert!(text.contains(&sha256(content)), "{text}");
+        }
+        tally::component_stopped();
+    }
+    // As much as the pipe holds is there, and the last line says what is not.
+    let said = std::io::read_to_string(unread).unwrap();
+    assert!(said.len() > 32 << 10, "{} bytes", said.len());
+}

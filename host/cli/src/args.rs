@@ -203,7 +203,7 @@ impl HostArgs {
             let mut progress = None;
             let mut tell = |done: u64, total: u64| {
                 let bar = progress.get_or_insert_with(|| Progress::new(total, false));
-                let _ = bar.at(done);
+                bar.at(done);
             };
             let added = grants.add(grant, &mut tell);
             progress.into_iter().for_each(Progress::finish);

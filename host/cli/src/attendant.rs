@@ -28,6 +28,7 @@ use rustix::io::Errno;
 
 use crate::args::directory_of;
 use crate::helper::{self, Helper, answer};
+use crate::log;
 use crate::outlet::MetricsArg;
 
 /// The first argument of an attendant. Not for people, and in no help. After it come the file for metrics, or an empty
@@ -140,7 +141,7 @@ pub(crate) fn serve_if_asked() -> Option<ExitCode> {
     Some(match helper::begin().and_then(|()| serve(metrics, &sockets)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("blockhouse: the process that removes sockets: {error}");
+            log::line(format_args!("blockhouse: the process that removes sockets: {error}"));
             ExitCode::FAILURE
         }
     })

@@ -119,10 +119,11 @@ impl CopyJob<'_> {
                 for_each_part(start, end, chunk, |start, end| {
                     self.part(start, end, unit, &mut buffers, &mut copied, &mut zeroed)?;
                     done = end;
-                    progress.at(end)
+                    progress.at(end);
+                    Ok(())
                 })?;
             }
-            progress.at(source.end.min(capacity))?;
+            progress.at(source.end.min(capacity));
         }
         self.insist(&zeroed)?;
         Ok(copied)
@@ -233,10 +234,11 @@ pub(crate) fn merge(overlay: &Disk, base: &Disk, progress: &mut Progress) -> any
                 let bytes = buffer.read(Some(overlay), start, end)?;
                 base.write(&[VolatileSlice::from(&mut *bytes)], start)?;
                 copied.written = copied.written.saturating_add(end - start);
-                progress.at(end)
+                progress.at(end);
+                Ok(())
             })?;
         }
-        progress.at(end)?;
+        progress.at(end);
     }
     Ok(copied)
 }

@@ -12,12 +12,15 @@
 //! | `requested.rs` | what was asked for against what was granted |
 //! | `compiler.rs` | compilers for components of strangers, as processes |
 //! | `walls.rs` | the walls around the program: what each command will open |
-//! | `output.rs`, `size.rs`, `progress.rs` | JSON, exit codes; sizes; how far long work has come |
+//! | `output.rs`, `size.rs`, `progress.rs` | standard output, JSON, exit codes; sizes; how far long work has come |
+//! | `log.rs` | standard error: the log, and what people are told |
 //! | `new_image.rs`, `target.rs`, `namer.rs` | a new image, which has its name once it is complete; who gives that |
 //! | `segments.rs`, `copy.rs` | what of a disk is worth reading; its content moved to another disk |
 //! | `commands/` | one file per command |
 
 #![deny(unsafe_code)]
+// They panic where nothing can be written: `output.rs` and `log.rs` do not.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod args;
 mod attendant;
@@ -30,6 +33,7 @@ mod disk_arg;
 mod error_report;
 mod grant_arg;
 mod helper;
+mod log;
 mod metrics;
 mod namer;
 mod new_image;
@@ -135,7 +139,9 @@ fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| log::Stderr)
+        // Whoever panics for a line of the log takes a disk with it.
+        .log_internal_errors(false)
         // Colours are for a terminal; in a file or a pipe they are escape sequences in the log.
         .with_ansi(std::io::stderr().is_terminal())
         .without_time()

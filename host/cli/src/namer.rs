@@ -26,6 +26,7 @@ use rustix::io::Errno;
 
 use crate::args::directory_of;
 use crate::helper::{self, Helper, answer};
+use crate::log;
 
 /// The first argument of a namer. Not for people, and in no help.
 const ARGUMENT: &str = "--name-for-parent";
@@ -107,7 +108,7 @@ pub(crate) fn serve_if_asked() -> Option<ExitCode> {
     Some(match serve(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("blockhouse: the process that gives names: {error}");
+            log::line(format_args!("blockhouse: the process that gives names: {error}"));
             ExitCode::FAILURE
         }
     })
@@ -203,7 +204,7 @@ impl Name {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(error) => {
                 let path = self.parent.join(&self.name);
-                eprintln!("blockhouse: the unfinished file {path:?} could not be removed: {error}");
+                log::line(format_args!("blockhouse: the unfinished file {path:?} could not be removed: {error}"));
             }
         }
     }

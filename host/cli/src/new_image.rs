@@ -180,13 +180,9 @@ impl NewArgs {
         };
         let opened = made.open()?;
         let mut progress = Progress::new(opened.disk.capacity(), false);
-        let mut told = Ok(());
         opened.disk.preallocate(how, |done| {
-            if told.is_ok() {
-                told = progress.at(done);
-            }
+            progress.at(done);
         })?;
-        told?;
         opened.disk.flush()?;
         opened.disk.close()?;
         progress.finish();

@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::args::HostArgs;
 use crate::control_line::Controlled;
 use crate::disk_arg::DiskArg;
+use crate::log;
 use crate::metrics::{self, Figures};
 use crate::outlet;
 use crate::output::printable;
@@ -129,7 +130,7 @@ impl OpenDisk {
             let events = disk.events.events();
             if !(events.is_empty() && disk.granted.is_empty()) {
                 let (asked, granted) = (requested::requested(&events), requested::granted(&disk.granted));
-                eprintln!("{}: {asked}; {granted}", printable(&disk.name));
+                log::line(format_args!("{}: {asked}; {granted}", printable(&disk.name)));
             }
         }
     }

@@ -1,12 +1,13 @@
 //! What people and programs read: sizes, JSON, errors, exit codes.
 
-use std::io::{self, Write};
+use std::fmt;
+use std::io::{self, StdoutLock, Write};
 use std::process::ExitCode;
 
-use anyhow::Context;
 use blockhouse_block::{Error, ErrorKind};
 use serde::Serialize;
 
+use crate::log;
 use crate::walls::MissingWalls;
 
 /// The exit code of `check` if space is lost and nothing else is wrong.
@@ -34,19 +35,75 @@ pub(crate) fn printable(text: &str) -> String {
     blockhouse_sandbox::clean(text, usize::MAX)
 }
 
+/// Standard output. Errors say that it is.
+pub(crate) struct Stdout(StdoutLock<'static>);
+
+pub(crate) fn stdout() -> Stdout {
+    Stdout(io::stdout().lock())
+}
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.write(bytes).map_err(of_stdout)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush().map_err(of_stdout)
+    }
+}
+
+/// Standard output cannot be written.
+#[derive(Debug)]
+struct StdoutError(io::Error);
+
+impl fmt::Display for StdoutError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cannot write to standard output: {}", self.0)
+    }
+}
+
+impl std::error::Error for StdoutError {}
+
+fn of_stdout(error: io::Error) -> io::Error {
+    match error.kind() {
+        // Whoever writes tries again.
+        io::ErrorKind::Interrupted => error,
+        kind => io::Error::new(kind, StdoutError(error)),
+    }
+}
+
+/// Whether somebody who read standard output does not any more.
+fn is_reader_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::BrokenPipe && error.get_ref().is_some_and(|error| error.is::<StdoutError>())
+}
+
+/// Prints a text. Whoever has read enough of what came before makes no difference to a command that did its work.
+pub(crate) fn text(text: &str) -> anyhow::Result<()> {
+    let mut out = stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if is_reader_gone(&error) => Ok(()),
+        written => Ok(written?),
+    }
+}
+
+/// Prints a line.
+pub(crate) fn line(line: fmt::Arguments<'_>) -> anyhow::Result<()> {
+    text(&format!("{line}\n"))
+}
+
 /// Prints an error with its causes on standard error, and gives the exit code for it.
 pub(crate) fn fail(error: &anyhow::Error) -> ExitCode {
     // A reader that closed its end of a pipe has what it wanted.
-    if error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe) {
+    if error.chain().any(|cause| cause.downcast_ref::<io::Error>().is_some_and(is_reader_gone)) {
         return ExitCode::SUCCESS;
     }
-    eprintln!("blockhouse: {}", printable(&error.to_string()));
+    log::line(format_args!("blockhouse: {}", printable(&error.to_string())));
     let mut shown = error.to_string();
     for cause in error.chain().skip(1) {
         let cause = cause.to_string();
         // Causes that the message already contains add nothing.
         if !shown.contains(&cause) && cause.len() < 2000 && !cause.contains('\n') {
-            eprintln!("  because: {}", printable(&cause));
+            log::line(format_args!("  because: {}", printable(&cause)));
         }
         shown = cause;
     }
@@ -61,18 +118,12 @@ pub(crate) fn fail(error: &anyhow::Error) -> ExitCode {
 
 /// Prints a value as JSON.
 pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
-    let mut out = io::stdout().lock();
-    serde_json::to_writer_pretty(&mut out, value).map_err(io::Error::from)?;
-    writeln!(out)?;
-    out.flush().context("cannot write to standard output")
+    text(&format!("{}\n", serde_json::to_string_pretty(value)?))
 }
 
 /// Prints a value as one line of JSON.
 pub(crate) fn json_line(value: &impl Serialize) -> anyhow::Result<()> {
-    let mut out = io::stdout().lock();
-    serde_json::to_writer(&mut out, value).map_err(io::Error::from)?;
-    writeln!(out)?;
-    out.flush().context("cannot write to standard output")
+    text(&format!("{}\n", serde_json::to_string(value)?))
 }
 
 /// A size for people: `1.5 GiB (1610612736 bytes)`.

@@ -38,17 +38,17 @@ impl Progress {
         Self { bar, json, total, done: 0, told_percent: 0 }
     }
 
-    /// All up to `done` is done.
-    pub(crate) fn at(&mut self, done: u64) -> anyhow::Result<()> {
+    /// All up to `done` is done. If that cannot be told, the work goes on, in silence: its result is what fails then.
+    pub(crate) fn at(&mut self, done: u64) {
         self.done = self.done.max(done);
         self.bar.set_position(self.done);
         let percent = u128::from(self.done) * 100 / u128::from(self.total.max(1));
         let percent = u64::try_from(percent).unwrap_or(100);
         if self.json && percent > self.told_percent {
             self.told_percent = percent;
-            output::json_line(&Event::Progress { done_bytes: self.done, total_bytes: self.total })?;
+            let event = Event::Progress { done_bytes: self.done, total_bytes: self.total };
+            self.json = output::json_line(&event).is_ok();
         }
-        Ok(())
     }
 
     /// Takes the bar away.

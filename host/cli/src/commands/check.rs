@@ -1,7 +1,6 @@
 //! `blockhouse check`: whether an image is consistent.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -82,7 +81,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.json {
         output::json(&report)?;
     } else {
-        std::io::stdout().lock().write_all(render(&report).as_bytes())?;
+        output::text(&render(&report))?;
     }
     Ok(if left(report.corruptions, report.corruptions_repaired) > 0 {
         ExitCode::from(exit_code(blockhouse_block::ErrorKind::Corrupt))

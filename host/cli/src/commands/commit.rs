@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::args::{GrantArgs, HostArgs};
 use crate::copy::{Copied, merge};
-use crate::output::{printable, size};
+use crate::output::{self, printable, size};
 use crate::progress::{Progress, done};
 use crate::target::identity;
 
@@ -106,13 +106,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.json {
         done(&Report { base: args.base.clone(), virtual_size_bytes: base.capacity(), copied })?;
     } else {
-        println!(
+        output::line(format_args!(
             "{}: {}; {} written, {} made zero",
             printable(&args.base.display().to_string()),
             size(base.capacity()),
             size(copied.written),
             size(copied.zeroed)
-        );
+        ))?;
     }
     Ok(ExitCode::SUCCESS)
 }

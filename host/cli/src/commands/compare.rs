@@ -96,14 +96,16 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         output::json(&Report { equal, first_difference, size_a_bytes: size_a, size_b_bytes: size_b })?;
     } else {
         match first_difference {
-            Some(at) => println!("different: the first difference is at byte {at}"),
-            None if sizes_count => println!("different: the sizes are {} and {}", size(size_a), size(size_b)),
-            None if size_a != size_b => println!(
+            Some(at) => output::line(format_args!("different: the first difference is at byte {at}"))?,
+            None if sizes_count => {
+                output::line(format_args!("different: the sizes are {} and {}", size(size_a), size(size_b)))?
+            }
+            None if size_a != size_b => output::line(format_args!(
                 "equal, but the sizes are {} and {}: the rest of the longer one reads as zero",
                 size(size_a),
                 size(size_b)
-            ),
-            None => println!("equal"),
+            ))?,
+            None => output::line(format_args!("equal"))?,
         }
     }
     Ok(if equal { ExitCode::SUCCESS } else { ExitCode::from(DIFFERENT) })
@@ -125,13 +127,14 @@ fn first_difference(a: &Disk, b: &Disk) -> anyhow::Result<Option<u64>> {
                     let alike = a.iter().zip(b.iter()).take_while(|(a, b)| a == b).count();
                     found = Some(start.saturating_add(u64::try_from(alike)?));
                 }
-                progress.at(end)
+                progress.at(end);
+                Ok(())
             })?;
             if found.is_some() {
                 return Ok(found);
             }
         }
-        progress.at(one.end)?;
+        progress.at(one.end);
     }
     progress.finish();
     Ok(None)

@@ -9,6 +9,7 @@ use anyhow::{Context, bail};
 use serde_json::Value;
 
 use crate::control_line::Command;
+use crate::log;
 use crate::output::{self, printable, size};
 
 /// Speak with a running `blockhouse run` or `serve`
@@ -83,13 +84,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let bytes = |row: &Value, key: &str| size(row.get(key).and_then(Value::as_u64).unwrap_or(0));
     for row in result.as_array().into_iter().flatten() {
         let (disk, image, format) = (text(row, "disk"), text(row, "image"), text(row, "format"));
-        println!("{disk}: {image} ({format}), {}", bytes(row, "virtual_size_bytes"));
+        output::line(format_args!("{disk}: {image} ({format}), {}", bytes(row, "virtual_size_bytes")))?;
     }
     if let Action::Resize { disk, .. } = &args.action {
         let (now, before) = (bytes(&result, "virtual_size_bytes"), bytes(&result, "virtual_size_bytes_before"));
-        println!("{}: {now}, before {before}", printable(disk));
+        output::line(format_args!("{}: {now}, before {before}", printable(disk)))?;
         if result.get("told") == Some(&Value::Bool(false)) {
-            eprintln!("blockhouse: the guest could not be told; it finds the new size when it starts next");
+            log::line(format_args!(
+                "blockhouse: the guest could not be told; it finds the new size when it starts next"
+            ));
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::args::ImageArgs;
 use crate::copy::{Copied, CopyJob};
 use crate::new_image::{Made, MadeReport, NewArgs};
-use crate::output::{printable, size};
+use crate::output::{self, printable, size};
 use crate::progress::{Progress, done};
 use crate::target::files_in_use;
 
@@ -103,14 +103,14 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         let made = args.new.report(&args.target, &args.to_format, virtual_size);
         done(&Report { made, copied })?;
     } else {
-        println!(
+        output::line(format_args!(
             "{}: {}, {}; {} written, {} compressed",
             printable(&args.target.display().to_string()),
             printable(&args.to_format),
             size(virtual_size),
             size(copied.written),
             size(copied.packed)
-        );
+        ))?;
     }
     Ok(ExitCode::SUCCESS)
 }

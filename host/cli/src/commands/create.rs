@@ -102,11 +102,11 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         if args.json {
             output::json(&options)?;
         } else if options.is_empty() {
-            println!("images of the format {} have no options", printable(&args.format));
+            output::line(format_args!("images of the format {} have no options", printable(&args.format)))?;
         } else {
             for option in options {
                 let line = format!("{:<17} {} (default {})", option.name, option.values, option.default);
-                println!("{}\n    {}", printable(&line), printable(&option.about));
+                output::line(format_args!("{}\n    {}", printable(&line), printable(&option.about)))?;
             }
         }
         return Ok(ExitCode::SUCCESS);
@@ -135,7 +135,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.json {
         output::json(&args.new.report(image, &args.format, virtual_size))?;
     } else {
-        println!("{}: {}, {}", printable(&image.display().to_string()), printable(&args.format), size(virtual_size));
+        output::line(format_args!(
+            "{}: {}, {}",
+            printable(&image.display().to_string()),
+            printable(&args.format),
+            size(virtual_size)
+        ))?;
     }
     Ok(ExitCode::SUCCESS)
 }

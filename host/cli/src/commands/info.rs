@@ -1,7 +1,6 @@
 //! `blockhouse info`: an image and its chain, layer by layer.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::process::ExitCode;
 
 use blockhouse_sandbox::{ChainReport, LayerReport, Outcome};
@@ -47,7 +46,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.json {
         output::json(&Report { chain: &chain, error: error.as_ref().map(ErrorReport::from) })?;
     } else {
-        std::io::stdout().lock().write_all(render(&chain).as_bytes())?;
+        output::text(&render(&chain))?;
     }
     match error {
         None => Ok(ExitCode::SUCCESS),

@@ -8,7 +8,7 @@ use blockhouse_walls::Plan;
 use serde::Serialize;
 
 use crate::args::{ImageArgs, RangeArgs};
-use crate::output::printable;
+use crate::output::{self, printable};
 
 /// Show where the bytes of a disk live, range by range
 ///
@@ -75,7 +75,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         Some(length) => args.range.offset.saturating_add(length).min(opened.disk.capacity()),
         None => opened.disk.capacity(),
     };
-    let mut out = BufWriter::new(io::stdout().lock());
+    let mut out = BufWriter::new(output::stdout());
     if !args.json {
         writeln!(out, "{:>18} {:>18} {:>5}  what", "start", "length", "layer")?;
     }

@@ -79,7 +79,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
             } else {
                 // The names in it come out of the component; the line ends are ours.
                 for line in render(&inspection).lines() {
-                    println!("{}", output::printable(line));
+                    output::line(format_args!("{}", output::printable(line)))?;
                 }
             }
             let loadable = inspection.world.is_some();
@@ -126,10 +126,13 @@ fn list(json: bool) -> anyhow::Result<ExitCode> {
         output::json(&rows)?;
         return Ok(ExitCode::SUCCESS);
     }
-    println!("{:<8} {:<18} {:>8}  sha256", "name", "world", "bytes");
+    output::line(format_args!("{:<8} {:<18} {:>8}  sha256", "name", "world", "bytes"))?;
     for row in rows {
         let world = row.inspection.world.map_or("none", Authority::world);
-        println!("{:<8} {:<18} {:>8}  {}", row.name, world, row.inspection.size_bytes, row.inspection.sha256);
+        output::line(format_args!(
+            "{:<8} {:<18} {:>8}  {}",
+            row.name, world, row.inspection.size_bytes, row.inspection.sha256
+        ))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -59,10 +59,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.json {
         output::json(&guesses)?;
     } else if guesses.is_empty() {
-        println!("nothing recognised; a raw disk looks like that");
+        output::line(format_args!("nothing recognised; a raw disk looks like that"))?;
     } else {
         for guess in guesses {
-            println!("{:<10} {:>3}%  {}", guess.format, guess.confidence, guess.evidence);
+            output::line(format_args!("{:<10} {:>3}%  {}", guess.format, guess.confidence, guess.evidence))?;
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -11,6 +11,7 @@ use blockhouse_block::{BlockBackend, VolatileSlice};
 use blockhouse_walls::Plan;
 
 use crate::args::{ImageArgs, RangeArgs};
+use crate::output;
 use crate::progress::Progress;
 use crate::target::{NewFile, Target, files_in_use, identity};
 
@@ -83,7 +84,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
                     file.write_all_at(bytes, at).with_context(|| format!("cannot write {}", path.display()))?;
                 }
                 at += bytes.len() as u64;
-                progress.at(at)
+                progress.at(at);
+                Ok(())
             });
             written?;
             file.set_len(length).with_context(|| format!("cannot set the size of {}", path.display()))?;
@@ -95,8 +97,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             }
         }
         None => {
-            let mut out = io::stdout().lock();
-            if out.is_terminal() {
+            let mut out = output::stdout();
+            if io::stdout().is_terminal() {
                 bail!("standard output is a terminal; use --output FILE, or a pipe");
             }
             copy(&opened.disk, args.range.offset, length, |bytes| Ok(out.write_all(bytes)?))?;

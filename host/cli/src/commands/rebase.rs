@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::args::{GrantArgs, HostArgs, beside};
 use crate::copy::{Copied, CopyJob};
 use crate::new_image::open_backing;
-use crate::output::{printable, size};
+use crate::output::{self, printable, size};
 use crate::progress::{Progress, done};
 use crate::target::{files_in_use, identity};
 
@@ -124,13 +124,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         done(&Report { backing, copied })?;
     } else {
         let name = backing.map_or_else(|| "none".to_owned(), |backing| format!("{:?}", backing.name));
-        println!(
+        output::line(format_args!(
             "{}: backing file {}; {} written, {} made zero",
             printable(&args.overlay.display().to_string()),
             printable(&name),
             size(copied.written),
             size(copied.zeroed)
-        );
+        ))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -108,7 +108,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     if args.json {
         output::json(&Report { virtual_size_bytes: after, virtual_size_bytes_before: before })?;
     } else {
-        println!("{}: {}, before {}", printable(&args.image.display().to_string()), size(after), size(before));
+        output::line(format_args!(
+            "{}: {}, before {}",
+            printable(&args.image.display().to_string()),
+            size(after),
+            size(before)
+        ))?;
     }
     Ok(ExitCode::SUCCESS)
 }

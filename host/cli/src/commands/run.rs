@@ -15,6 +15,7 @@ use crate::args::HostArgs;
 use crate::attendant;
 use crate::control;
 use crate::disk_arg::{self, DiskArg, User};
+use crate::log;
 use crate::open_disk::{ControlledDisk, DiskRow, OpenDisk, prometheus_of};
 use crate::outlet::{MetricsArg, Outlet, listen};
 use crate::output;
@@ -144,6 +145,7 @@ pub(crate) fn run(args: Args, walls: &Walls) -> anyhow::Result<ExitCode> {
     let machine = machine.vcpus_beginning_with(beginning(walls, Role::Vcpu));
     // All is open and compiled.
     walls.seal(Role::Control).context("the guest was not started")?;
+    log::never_wait();
     let metrics = outlet.map(|outlet| outlet.start(walls, prometheus_of(&disks))).transpose()?;
     let control = control.map(|listener| control::start(listener, walls, Arc::clone(&disks))).transpose()?;
     let ended = machine.run();
@@ -164,7 +166,7 @@ pub(crate) fn run(args: Args, walls: &Walls) -> anyhow::Result<ExitCode> {
         ExitReason::Guest(1) => bail!("the guest could not read every disk"),
         ExitReason::Guest(code) => bail!("the built-in guest failed with code {code}"),
         ExitReason::Reset => {
-            eprintln!("blockhouse: the guest reset the machine");
+            log::line(format_args!("blockhouse: the guest reset the machine"));
             Ok(ExitCode::SUCCESS)
         }
         other => bail!("the machine ended in an unknown way: {other:?}"),

@@ -15,6 +15,7 @@ use crate::args::HostArgs;
 use crate::attendant;
 use crate::control;
 use crate::disk_arg::{self, DiskArg, User};
+use crate::log;
 use crate::open_disk::{ControlledDisk, OpenDisk, prometheus_of};
 use crate::outlet::{MetricsArg, Outlet, listen};
 use crate::output;
@@ -120,11 +121,16 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
         .collect();
     // All is open and compiled.
     walls.seal(Role::Server).context("no disk is served")?;
+    log::never_wait();
     let metrics = outlet.map(|outlet| outlet.start(walls, prometheus_of(&disks))).transpose()?;
     let control = control.map(|listener| control::start(listener, walls, Arc::clone(&disks))).transpose()?;
     stop_on(signals, handles.clone())?;
     for (disk, socket) in args.disks.iter().zip(&sockets) {
-        eprintln!("blockhouse: {} is served at {}", output::printable(&disk.file.display().to_string()), socket);
+        log::line(format_args!(
+            "blockhouse: {} is served at {}",
+            output::printable(&disk.file.display().to_string()),
+            socket
+        ));
     }
 
     let ended = thread::scope(|scope| {
@@ -188,7 +194,7 @@ fn stop_on(mut signals: Signals, handles: Vec<Handle>) -> anyhow::Result<()> {
             handles.iter().for_each(Handle::stop);
         }
         if signals.next().is_some() {
-            eprintln!("blockhouse: stopped by a second signal; what was not flushed may be lost");
+            log::line(format_args!("blockhouse: stopped by a second signal; what was not flushed may be lost"));
             std::process::exit(1);
         }
     };

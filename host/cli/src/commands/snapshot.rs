@@ -1,7 +1,6 @@
 //! `blockhouse snapshot`: the snapshots inside an image.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -172,7 +171,7 @@ fn create(image: &Edited, name: &str, json: bool) -> anyhow::Result<ExitCode> {
     if json {
         output::json(&Created { id: &id, name })?;
     } else {
-        println!("id {}", printable(&id));
+        output::line(format_args!("id {}", printable(&id)))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -198,7 +197,7 @@ fn list(args: ListArgs) -> anyhow::Result<ExitCode> {
     if json {
         output::json(&layer.snapshots)?;
     } else {
-        std::io::stdout().lock().write_all(render(&layer.snapshots).as_bytes())?;
+        output::text(&render(&layer.snapshots))?;
     }
     Ok(ExitCode::SUCCESS)
 }
