@@ -84,9 +84,9 @@ fn long_row(count: usize) -> Vec<u8> {
     function(2, &body)
 }
 
-/// Slow enough for any machine, and never large.
+/// Slow enough for any machine, and never large: small functions, many of them.
 fn for_ever() -> Vec<u8> {
-    with_module(&vec![blocks(10_000); 300])
+    with_module(&vec![blocks(500); 3000])
 }
 
 /// What reads an image with this component, under a policy with these limits.
