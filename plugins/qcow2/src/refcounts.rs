@@ -431,14 +431,30 @@ impl Refcounts {
             self.table = next;
             self.next_table = None;
             self.new_entries.clear();
-        } else if !self.new_entries.is_empty() {
-            for index in &self.new_entries {
-                let offset = self.blocks.get(index).copied().unwrap_or_default();
-                image.write_at(self.table.offset.saturating_add(index.saturating_mul(8)), &offset.to_be_bytes())?;
-            }
-            sync()?;
-            self.new_entries.clear();
+        } else {
+            self.write_entries(image, sync)?;
         }
+        Ok(())
+    }
+
+    /// Has the present table name the new blocks. One whose own cluster is counted in another new block is named once
+    /// that is named durably: wherever this ends, by an error or a power cut, what is named is owned. Blocks are added
+    /// at the end of the file, so the other one has a higher index.
+    fn write_entries(&mut self, image: &File, sync: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let mut written = BTreeSet::new();
+        for index in self.new_entries.iter().rev() {
+            let offset = self.blocks.get(index).copied().unwrap_or_default();
+            if written.contains(&((offset >> self.cluster_bits) / self.per_block())) {
+                sync()?;
+                written.clear();
+            }
+            image.write_at(self.table.offset.saturating_add(index.saturating_mul(8)), &offset.to_be_bytes())?;
+            written.insert(*index);
+        }
+        if !written.is_empty() {
+            sync()?;
+        }
+        self.new_entries.clear();
         Ok(())
     }
 
