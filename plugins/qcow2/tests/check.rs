@@ -16,11 +16,11 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use blockhouse_plugin::testing::{Change, Storage};
+use blockhouse_plugin::testing::Storage;
 use blockhouse_plugin::{Access, CheckReport, Checker, Error, Repair, Writer};
 use blockhouse_qcow2::Qcow2;
 
-use crate::support::{Handmade, Lab, Random, have_qemu, material};
+use crate::support::{Handmade, Lab, Random, have_qemu, material, torn};
 
 const IMAGE: &str = "/images/top.qcow2";
 const COPIED: u64 = 1 << 63;
@@ -315,32 +315,6 @@ fn same(bytes: &[u8], made: &Made, shape: &Shape, clusters: &[usize]) -> Result<
     Ok(())
 }
 
-/// A state that a power cut after `changes` could leave: of what was not synced any sector may be missing.
-fn state(mut bytes: Vec<u8>, changes: &[Change], random: &mut Random) -> Vec<u8> {
-    let synced = changes.iter().rposition(|change| *change == Change::Sync).map_or(0, |at| at + 1);
-    for change in &changes[..synced] {
-        change.apply(&mut bytes);
-    }
-    let kept = [5, 50, 95][random.below(3) as usize];
-    for change in &changes[synced..] {
-        match change {
-            Change::Write(offset, new) => {
-                let mut at = 0;
-                while at < new.len() {
-                    let end = new.len().min(at + 512 - (*offset as usize + at) % 512);
-                    if random.below(100) < kept {
-                        Change::Write(offset + at as u64, new[at..end].to_vec()).apply(&mut bytes);
-                    }
-                    at = end;
-                }
-            }
-            other if random.below(100) < kept => other.apply(&mut bytes),
-            _ => {}
-        }
-    }
-    bytes
-}
-
 /// Where QEMU finds nothing and we do, in words that our findings have.
 const STRICTER: &[&str] = &["reserved bits are set", "the offset in the disk"];
 
@@ -405,7 +379,7 @@ fn run_seed(seed: u64, made: &[Made], directory: &Path, log: &Mutex<[usize; 4]>)
     let changes = disk.take_changes(IMAGE);
     for _ in 0..2 {
         let cut = random.below(changes.len() as u64 + 1) as usize;
-        let cut_off = state(bytes.clone(), &changes[..cut], &mut random);
+        let cut_off = torn(&bytes, &changes[..cut], &mut random);
         let context = |why: String| context(format!("cut at {cut} of {}: {why}", changes.len()));
         if had.is_ok() {
             same(&cut_off, made, &shape, &good).map_err(context)?;

@@ -8,11 +8,11 @@ mod support;
 
 use std::process::Command;
 
-use blockhouse_plugin::testing::{Change, Disk};
+use blockhouse_plugin::testing::Disk;
 use blockhouse_plugin::{Access, Result, Writer};
 use blockhouse_qcow2::Qcow2;
 
-use crate::support::{Lab, Random, have_qemu};
+use crate::support::{Lab, Random, have_qemu, torn};
 
 /// States of each cut.
 const STATES: usize = 4;
@@ -52,15 +52,8 @@ fn tables_that_a_failed_flush_named_are_named() {
         }
         let changes = [first.clone(), storage.take_changes(&path)].concat();
         for cut in first.len()..=changes.len() {
-            let synced = changes[..cut].iter().rposition(|change| *change == Change::Sync).map_or(0, |at| at + 1);
             for _ in 0..STATES {
-                let kept = [10, 50, 90][random.below(3) as usize];
-                let mut bytes = before.clone();
-                for (number, change) in changes[..cut].iter().enumerate() {
-                    if number < synced || random.below(100) < kept {
-                        change.apply(&mut bytes);
-                    }
-                }
+                let bytes = torn(&before, &changes[..cut], &mut random);
                 lab.write("cut.qcow2", &bytes);
                 let output = Command::new("qemu-img")
                     .args(["check", "-U", "-f", "qcow2", "--output=json", "cut.qcow2"])

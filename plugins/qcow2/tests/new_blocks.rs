@@ -5,11 +5,11 @@
 
 mod support;
 
-use blockhouse_plugin::testing::{Change, Disk, Failure, Storage};
+use blockhouse_plugin::testing::{Disk, Failure, Storage};
 use blockhouse_plugin::{Access, Checker, Creator, NewImage, Writer};
 use blockhouse_qcow2::Qcow2;
 
-use crate::support::Random;
+use crate::support::{Random, torn};
 
 const IMAGE: &str = "/image";
 const CLUSTER: usize = 512;
@@ -99,15 +99,8 @@ fn a_power_cut_at_any_change_leaves_what_is_named_owned() {
         let changes = storage.take_changes(IMAGE);
         let mut leaks = 0;
         for cut in 0..=changes.len() {
-            let synced = changes[..cut].iter().rposition(|change| *change == Change::Sync).map_or(0, |at| at + 1);
             for _ in 0..STATES {
-                let kept = [10, 50, 90][random.below(3) as usize];
-                let mut bytes = before.clone();
-                for (number, change) in changes[..cut].iter().enumerate() {
-                    if number < synced || random.below(100) < kept {
-                        change.apply(&mut bytes);
-                    }
-                }
+                let bytes = torn(&before, &changes[..cut], &mut random);
                 leaks += check(bytes, &format!("{end} clusters, cut at {cut} of {}", changes.len()));
             }
         }

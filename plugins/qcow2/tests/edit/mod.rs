@@ -10,9 +10,8 @@ use blockhouse_plugin::testing::{Change, Disk, Storage};
 use blockhouse_plugin::{Access, BackingReference, Result, Snapshots, Writer};
 use blockhouse_qcow2::Qcow2;
 
-use crate::support::{Lab, Random};
+use crate::support::{Lab, Random, torn};
 
-const SECTOR: usize = 512;
 pub const IMAGE: &str = "/images/top.qcow2";
 
 /// Everything that an image shows: the disk, and each snapshot.
@@ -148,33 +147,6 @@ pub fn write(lab: &Lab, base: &[u8], offset: u64, bytes: &[u8]) {
     lab.write("top.qcow2", &storage.bytes(IMAGE));
 }
 
-/// A state that a power cut after `changes` to a file of `bytes` could leave: of what came after the last
-/// sync any sector may be missing.
-fn state(mut bytes: Vec<u8>, changes: &[Change], random: &mut Random) -> Vec<u8> {
-    let synced = changes.iter().rposition(|change| *change == Change::Sync).map_or(0, |at| at + 1);
-    for change in &changes[..synced] {
-        change.apply(&mut bytes);
-    }
-    let kept = [5, 50, 95][random.below(3) as usize];
-    for change in &changes[synced..] {
-        match change {
-            Change::Write(offset, new) => {
-                let mut at = 0;
-                while at < new.len() {
-                    let end = new.len().min(at + SECTOR - (*offset as usize + at) % SECTOR);
-                    if random.below(100) < kept {
-                        Change::Write(offset + at as u64, new[at..end].to_vec()).apply(&mut bytes);
-                    }
-                    at = end;
-                }
-            }
-            other if random.below(100) < kept => other.apply(&mut bytes),
-            _ => {}
-        }
-    }
-    bytes
-}
-
 /// Makes a change, and looks at `states` of the states that a power cut in the middle of it could leave: each
 /// is the old image or the new one, and without a flaw. Returns the image with the change.
 pub fn cut(
@@ -204,7 +176,7 @@ pub fn cut(
             0 => random.below(changes.len() as u64 + 1) as usize,
             _ => syncs.get(random.below(syncs.len() as u64) as usize).copied().unwrap_or(0),
         };
-        let bytes = state(image.to_vec(), &changes[..at], &mut random);
+        let bytes = torn(image, &changes[..at], &mut random);
         std::fs::write(directory.path().join("top.qcow2"), &bytes).unwrap();
         let context = || format!("seed {seed}, state {number}, cut at {at} of {}", changes.len());
         if let Some(flaws) = flaws(directory.path()) {

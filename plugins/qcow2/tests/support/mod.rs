@@ -1,14 +1,18 @@
 //! What the tests share: images by qemu-img, images by hand, and a small host that reads chains.
 
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
+#![allow(dead_code, unreachable_pub, clippy::cast_possible_truncation)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use blockhouse_plugin::testing::{Disk, Storage};
+use blockhouse_plugin::testing::{Change, Disk, Storage};
 use blockhouse_plugin::{Access, Format, Placement, Snapshots};
 use blockhouse_qcow2::Qcow2;
+
+/// Bytes of a sector, which a power cut leaves whole or not at all.
+const SECTOR: usize = 512;
 
 /// True if QEMU's tools are here. Else it says that the calling test is skipped, and why: on standard error,
 /// and in the file that `cargo xtask test` counts skips from.
@@ -458,4 +462,32 @@ pub struct Walk {
     pub unallocated: usize,
     pub packed: usize,
     pub end: u64,
+}
+
+/// A state that a power cut after `changes` to a file of these bytes could leave: of what came after the last sync
+/// any sector may be missing.
+pub fn torn(before: &[u8], changes: &[Change], random: &mut Random) -> Vec<u8> {
+    let mut bytes = before.to_vec();
+    let synced = changes.iter().rposition(|change| *change == Change::Sync).map_or(0, |at| at + 1);
+    for change in &changes[..synced] {
+        change.apply(&mut bytes);
+    }
+    let kept = [5, 50, 95][random.below(3) as usize];
+    for change in &changes[synced..] {
+        match change {
+            Change::Write(offset, new) => {
+                let mut at = 0;
+                while at < new.len() {
+                    let end = new.len().min(at + SECTOR - (*offset as usize + at) % SECTOR);
+                    if random.below(100) < kept {
+                        Change::Write(offset + at as u64, new[at..end].to_vec()).apply(&mut bytes);
+                    }
+                    at = end;
+                }
+            }
+            other if random.below(100) < kept => other.apply(&mut bytes),
+            _ => {}
+        }
+    }
+    bytes
 }
