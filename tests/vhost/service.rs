@@ -5,9 +5,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 
 use blockhouse_tests::serve::Serve;
-use blockhouse_tests::{blockhouse, noise, run, scratch};
+use blockhouse_tests::{blockhouse, noise, program, run, scratch};
 use rustix::process::Signal;
 
 use crate::frontend::{Guest, SLOTS, WRITE};
@@ -152,6 +153,51 @@ fn a_socket_can_be_passed() {
         assert!(socket.exists(), "the name is its owner's");
         assert!(!directory.path().join("control").exists());
     }
+}
+
+/// Whoever starts a server may have a directory open, or a file that is none of the server's business.
+#[test]
+fn what_was_passed_and_is_not_named_is_closed() {
+    let directory = scratch();
+    let path = |name: &str| directory.path().join(name);
+    std::fs::write(path("secret"), "secret").unwrap();
+    raw(directory.path(), "disk.raw", 8);
+    let script = r#"exec "$0" -v serve --disk file=/dev/fd/9,format=raw --socket "$1/socket" \
+        7<"$1" 8<>"$1/secret" 9<>"$1/disk.raw""#;
+    let mut command = Command::new("sh");
+    command.args(["-c", script]).arg(program()).arg(directory.path());
+    let serve = Serve::start(&mut command, &path("log"));
+    assert_eq!(Client::connect(&path("socket"), 1).read_all(), noise(8, SIZE), "what is named is not closed");
+    let files = std::fs::read_dir(format!("/proc/{}/fd", serve.id())).unwrap();
+    let open: Vec<_> = files.filter_map(|file| std::fs::read_link(file.unwrap().path()).ok()).collect();
+    assert!(open.contains(&path("disk.raw")), "{open:?}");
+    assert!(!open.contains(&path("secret")) && !open.iter().any(|file| file == directory.path()), "{open:?}");
+    serve.terminate();
+}
+
+/// As a program starts it that takes its own signals from a descriptor, or does not wait for its processes.
+#[test]
+fn signals_arrive_whatever_was_blocked_or_ignored() {
+    let directory = scratch();
+    let socket = directory.path().join("socket");
+    let mut command = blockhouse();
+    command.args(["-v", "serve", "--disk", &raw(directory.path(), "disk.raw", 9), "--socket"]).arg(&socket);
+    // SAFETY: these calls are async-signal-safe, and the set is the child's own.
+    unsafe {
+        command.pre_exec(|| {
+            let mut all = std::mem::zeroed::<libc::sigset_t>();
+            libc::sigfillset(&raw mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut());
+            libc::signal(libc::SIGCHLD, libc::SIG_IGN);
+            Ok(())
+        });
+    }
+    let mut serve = Serve::start(&mut command, &directory.path().join("log"));
+    assert_eq!(Client::connect(&socket, 1).read_all(), noise(9, SIZE));
+    serve.signal(Signal::TERM);
+    assert_eq!(serve.wait().code(), Some(0), "{}", serve.log());
+    // The process that removes sockets was waited for, and how it ended is known.
+    assert!(!socket.exists() && !serve.log().contains("does not end"), "{}", serve.log());
 }
 
 /// Sockets that are open in the process that removes sockets, if there is one.

@@ -58,7 +58,7 @@ impl Drop for Helper {
 /// program's and closed when it ends. Signals do nothing: what ends the program is heard of through the pipe, and a
 /// terminal sends them to all.
 pub(crate) fn begin() -> io::Result<()> {
-    blockhouse_walls::close_inherited();
+    blockhouse_walls::close_inherited([]);
     for signal in [SIGHUP, SIGINT, SIGQUIT, SIGTERM] {
         signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
     }

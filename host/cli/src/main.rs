@@ -8,6 +8,7 @@
 //! | `control.rs` | the control interface: commands on a socket |
 //! | `metrics.rs`, `outlet.rs` | what disks did, as JSON and for Prometheus; the socket or file where that goes |
 //! | `attendant.rs` | a process that removes sockets and writes the metrics file |
+//! | `inherited.rs` | what the program was started with: open files, signals |
 //! | `helper.rs` | what that process and the one of `namer.rs` have in common |
 //! | `requested.rs` | what was asked for against what was granted |
 //! | `compiler.rs` | compilers for components of strangers, as processes |
@@ -33,6 +34,7 @@ mod disk_arg;
 mod error_report;
 mod grant_arg;
 mod helper;
+mod inherited;
 mod log;
 mod metrics;
 mod namer;
@@ -129,6 +131,7 @@ fn main() -> ExitCode {
     if let Some(code) = compiler::serve_if_asked().or_else(namer::serve_if_asked).or_else(attendant::serve_if_asked) {
         return code;
     }
+    inherited::put_in_order(std::env::args_os());
     let cli = Cli::parse();
     let default = match cli.verbose {
         // Refused opens are in the error message already.

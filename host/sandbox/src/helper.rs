@@ -43,8 +43,10 @@ use crate::compiler::{Compiler, compile_here};
 use crate::limits::Limits;
 use crate::text::clean;
 
-/// What an answer begins with that is machine code. Another one is a text.
+/// What an answer begins with that is machine code, the length of which comes next.
 const CODE: &[u8; 8] = b"BHMADE1\n";
+/// What one begins with that is a reason not to compile. Anything else is the last words of a process.
+const REFUSAL: &[u8; 8] = b"BHDENY1\n";
 /// The most of a text.
 const MAX_TEXT: usize = 4096;
 /// How much longer than the program's patience a process lives.
@@ -101,7 +103,7 @@ impl CompilerProcess {
         let waiting = std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner));
         for Process { mut child, component, answer } in waiting {
             drop((component, answer));
-            if ended(&mut child, Instant::now() + GRACE).is_none() {
+            if ended(&mut child, Instant::now() + GRACE) == End::None {
                 tracing::warn!("a process for the compiler does not end");
             }
         }
@@ -166,10 +168,10 @@ impl Process {
         let talked = talk(&mut self.component, &mut self.answer, component, most(limits), until);
         let whole = matches!(&talked, Ok(Some(answer)) if answer.len() <= most(limits));
         // Who has said all ends.
-        let status = if whole { ended(&mut self.child, until) } else { None };
+        let end = if whole { ended(&mut self.child, until) } else { End::None };
         // Whoever is still there is killed by this.
         drop(self.component);
-        if status.is_none() {
+        if end == End::None {
             let _ = ended(&mut self.child, Instant::now() + GRACE);
         }
         let answer = match talked {
@@ -181,17 +183,22 @@ impl Process {
             let why = format!("it is more than {} bytes of machine code, and is not loaded", limits.compiled_bytes);
             return Err((ErrorKind::Limit, why));
         }
-        let Some(status) = status else { return Err(too_long()) };
-        if let Some(code) = answer.strip_prefix(CODE)
-            && status.success()
+        let (status, how) = match end {
+            End::None => return Err(too_long()),
+            End::With(status) => (Some(status), status.to_string()),
+            End::Unknown => (None, "how is not known, since it is not ours to wait for".to_owned()),
+        };
+        let text = |answer: &[u8]| clean(String::from_utf8_lossy(answer).trim(), MAX_TEXT);
+        if status.is_none_or(|status| status.success())
+            && let Some(code) = machine_code(&answer)
         {
             return Ok(code.to_vec());
         }
-        let text = clean(String::from_utf8_lossy(&answer).trim(), MAX_TEXT);
-        if status.code() == Some(REFUSED) {
-            return Err((ErrorKind::Component, text));
+        if let Some(why) = answer.strip_prefix(REFUSAL) {
+            return Err((ErrorKind::Component, text(why)));
         }
-        let by = |signal: Signal| status.signal() == Some(signal.as_raw());
+        let text = text(&answer);
+        let by = |signal: Signal| status.and_then(|status| status.signal()) == Some(signal.as_raw());
         if by(Signal::ALARM) || by(Signal::XCPU) {
             return Err(too_long());
         }
@@ -201,14 +208,20 @@ impl Process {
             return Err((ErrorKind::Limit, why));
         }
         let words = if text.is_empty() { String::new() } else { format!(": {text}") };
-        let why = format!("the compiler broke down over it ({status}), and it is not loaded{words}");
+        let why = format!("the compiler broke down over it ({how}), and it is not loaded{words}");
         Err((ErrorKind::Component, why))
     }
 }
 
 /// The longest answer.
 fn most(limits: &Limits) -> usize {
-    usize::try_from(limits.compiled_bytes).unwrap_or(usize::MAX).saturating_add(CODE.len())
+    usize::try_from(limits.compiled_bytes).unwrap_or(usize::MAX).saturating_add(CODE.len() + size_of::<u64>())
+}
+
+/// The machine code of an answer, if that is what it is, and whole.
+fn machine_code(answer: &[u8]) -> Option<&[u8]> {
+    let (length, code) = answer.strip_prefix(CODE)?.split_first_chunk()?;
+    (u64::try_from(code.len()) == Ok(u64::from_le_bytes(*length))).then_some(code)
 }
 
 /// Hands over the component, and takes the answer: what is above `most` bytes of it is not the end of it. `None` if
@@ -260,19 +273,26 @@ fn is_temporary(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
-/// How a process ended, if it does in time.
-fn ended(child: &mut Child, until: Instant) -> Option<ExitStatus> {
+/// The end of a process.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    With(ExitStatus),
+    /// It is over, and nobody can say how: whoever embeds the sandbox ignores `SIGCHLD`, or waits for all processes.
+    Unknown,
+    None,
+}
+
+/// How a process ends, if it does in time.
+fn ended(child: &mut Child, until: Instant) -> End {
     loop {
         match child.try_wait() {
-            Ok(Some(status)) => return Some(status),
+            Ok(Some(status)) => return End::With(status),
             Ok(None) if Instant::now() < until => std::thread::sleep(Duration::from_millis(1)),
-            Ok(None) | Err(_) => return None,
+            Ok(None) => return End::None,
+            Err(_) => return End::Unknown,
         }
     }
 }
-
-/// The exit code of a process that says why a component cannot be compiled.
-const REFUSED: i32 = 3;
 
 /// What a process is told: [`Limits`], as far as they concern it.
 #[derive(Debug, PartialEq, Eq)]
@@ -310,8 +330,9 @@ pub fn serve_compiler(arguments: impl IntoIterator<Item = OsString>, walls: impl
     match serve(arguments, walls) {
         Ok(()) => 0,
         Err(why) => {
-            let _ = io::stderr().write_all(why.as_bytes());
-            u8::try_from(REFUSED).unwrap_or(u8::MAX)
+            let mut out = io::stdout().lock();
+            let _ = out.write_all(REFUSAL).and_then(|()| out.write_all(why.as_bytes())).and_then(|()| out.flush());
+            1
         }
     }
 }
@@ -333,8 +354,10 @@ fn serve(arguments: impl IntoIterator<Item = OsString>, walls: impl FnOnce()) ->
     end_after(limits.compile_time + GRACE);
     walls();
     let code = compile_here(&component, &limits).map_err(|error| error.to_string())?;
+    let length = u64::try_from(code.len()).map_err(failed("answer"))?.to_le_bytes();
     let mut out = io::stdout().lock();
-    out.write_all(CODE).and_then(|()| out.write_all(&code)).and_then(|()| out.flush()).map_err(failed("answer"))
+    let mut answer = [CODE, &length, code.as_slice()].into_iter();
+    answer.try_for_each(|part| out.write_all(part)).and_then(|()| out.flush()).map_err(failed("answer"))
 }
 
 /// Gives up what a compiler does not need.
@@ -399,6 +422,7 @@ fn end_after(time: Duration) {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use rustix::process::WaitOptions;
 
     #[test]
     fn terms_arrive_as_they_were_set() {
@@ -435,19 +459,39 @@ mod tests {
         let limits = Limits::default();
         // More than a pipe holds, both ways.
         let component = vec![b'x'; 3 << 20];
-        let code = compile("head -c 8 >/dev/null; printf 'BHMADE1\\n'; head -c 3145728", &component, &limits).unwrap();
-        assert_eq!(code, component);
+        let script = "head -c 8 >/dev/null; printf 'BHMADE1\\n\\0\\0\\060\\0\\0\\0\\0\\0'; head -c 3145728";
+        assert_eq!(compile(script, &component, &limits).unwrap(), component);
         let refused = |script: &str| compile(script, &component, &limits).unwrap_err();
-        assert_eq!(refused("head -c 1000000 >/dev/null; echo no >&2; exit 3"), (ErrorKind::Component, "no".to_owned()));
+        let no = "head -c 1000000 >/dev/null; printf 'BHDENY1\\nno\\n'; exit 1";
+        assert_eq!(refused(no), (ErrorKind::Component, "no".to_owned()));
+        let (kind, why) = refused("printf 'BHMADE1\\n\\5\\0\\0\\0\\0\\0\\0\\0code'");
+        assert!(kind == ErrorKind::Component && why.contains("broke down"), "less than it says: {why}");
         let (kind, why) = refused("echo 'memory allocation of 5 bytes failed' >&2; kill -ABRT $$");
         assert!(kind == ErrorKind::Limit && why.contains("2147483648 bytes of memory"), "{why}");
         let (kind, why) = refused("kill -KILL $$");
         assert!(kind == ErrorKind::Component && why.contains("signal: 9"), "{why}");
-        let (_, why) = refused("head -c 100000 /dev/zero; exit 3");
+        let (_, why) = refused("head -c 100000 /dev/zero; exit 1");
         assert!(why.len() <= 2 * MAX_TEXT, "{}", why.len());
         for signal in ["ALRM", "XCPU"] {
             let (kind, why) = refused(&format!("kill -{signal} $$"));
             assert!(kind == ErrorKind::Limit && why.contains("longer than 30s"), "{why}");
+        }
+    }
+
+    /// As where `SIGCHLD` is ignored, or somebody waits for all processes of a program.
+    #[test]
+    fn an_answer_is_one_if_nobody_can_say_how_the_process_ended() {
+        let compile = |script: &str| {
+            let process = process(script);
+            rustix::process::waitpid(Some(rustix::process::Pid::from_child(&process.child)), WaitOptions::empty())
+                .unwrap();
+            process.compile(b"", &Limits::default())
+        };
+        assert_eq!(compile("printf 'BHMADE1\\n\\4\\0\\0\\0\\0\\0\\0\\0code'").unwrap(), b"code");
+        assert_eq!(compile("printf 'BHDENY1\\nno'; exit 1").unwrap_err(), (ErrorKind::Component, "no".to_owned()));
+        for script in ["printf 'BHMADE1\\n\\5\\0\\0\\0\\0\\0\\0\\0code'", "kill -KILL $$"] {
+            let (kind, why) = compile(script).unwrap_err();
+            assert!(kind == ErrorKind::Component && why.contains("how is not known"), "{why}");
         }
     }
 

@@ -48,7 +48,7 @@ use std::sync::Arc;
 
 pub use calls::Role;
 pub use files::{Landlock, Plan, Use};
-pub use process::close_inherited;
+pub use process::{close_inherited, heed_signals};
 
 /// What is called at the start of a thread.
 pub type ThreadStart = Arc<dyn Fn() + Send + Sync>;

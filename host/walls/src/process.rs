@@ -1,6 +1,8 @@
 //! What a process gives up by itself, on every kernel.
 
+use std::collections::BTreeSet;
 use std::io;
+use std::ops::Range;
 
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 use rustix::thread::set_no_new_privs;
@@ -16,11 +18,39 @@ pub(crate) fn settle() -> io::Result<()> {
     Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
 }
 
-/// Closes what a process was started with past its standard input, output and errors: what another one holds open by
-/// mistake stays open when its owner ends. To be called before the process opens anything.
-pub fn close_inherited() {
-    // SAFETY: it closes descriptors that nobody in this process owns, since it has opened none.
-    if unsafe { libc::close_range(3, libc::c_uint::MAX, 0) } == -1 {
+/// Closes what a process was started with, but for its standard input, output and errors and the descriptors in `keep`:
+/// what another one holds open by mistake stays open when its owner ends, and no wall stands before it. To be called
+/// before the process opens anything.
+pub fn close_inherited(keep: impl IntoIterator<Item = libc::c_uint>) {
+    let keep: BTreeSet<_> = keep.into_iter().filter(|number| *number > 2).collect();
+    let mut first = 3;
+    for number in keep {
+        close_range(first..number);
+        first = number.saturating_add(1);
+    }
+    close_range(first..libc::c_uint::MAX);
+}
+
+/// Has signals arrive, and the end of a process that this one starts: what whoever started this one had blocked, and
+/// that it ignored `SIGCHLD`, is inherited. To be called before there is a second thread.
+pub fn heed_signals() {
+    // SAFETY: the set is initialised by `sigemptyset` before it is used, and lives on this stack; no handler is set,
+    // and none of the calls fails with a signal that exists.
+    unsafe {
+        let mut none = std::mem::zeroed::<libc::sigset_t>();
+        libc::sigemptyset(&raw mut none);
+        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+    }
+}
+
+/// Closes descriptors that nobody in this process owns.
+fn close_range(numbers: Range<libc::c_uint>) {
+    if numbers.is_empty() {
+        return;
+    }
+    // SAFETY: they are what the process was started with: it has opened nothing.
+    if unsafe { libc::close_range(numbers.start, numbers.end.saturating_sub(1), 0) } == -1 {
         tracing::debug!(error = %io::Error::last_os_error(), "what was inherited stays open");
     }
 }
