@@ -20,8 +20,9 @@ pub enum Role {
     /// compiles components. Starts no program, and has no use for new sockets: Landlock knows nothing of one that has
     /// a name in the file system, an agent's or a container engine's.
     Program,
-    /// Every thread once an image may be opened: opens files, and neither makes, renames or removes any nor changes
-    /// their rights, of which Landlock knows nothing either.
+    /// Every thread once an image may be opened: opens files, gives and takes no names, and changes no rights, of which
+    /// Landlock knows nothing either. Whether an open makes or empties a file is for Landlock to say: the flags of
+    /// `openat2` are in memory, which no filter sees.
     Images,
     /// Every thread of a machine once all is open: speaks on sockets it has, moves bytes. Opens nothing.
     Control,
@@ -154,12 +155,17 @@ impl Role {
         matches!(self, Self::Sockets | Self::Program | Self::Images)
     }
 
-    /// The `fcntl` operations that the role makes.
+    /// The `fcntl` operations that the role makes, whatever their argument.
     pub(crate) const fn fcntls(self) -> &'static [i32] {
         match self {
             Self::Compiler => &[],
             _ => FCNTLS,
         }
+    }
+
+    /// May set the flags of what is open, but for one that has it send signals.
+    pub(crate) const fn flags(self) -> bool {
+        !matches!(self, Self::Compiler)
     }
 
     /// May take leases on files, whose signal nobody gets.
@@ -193,13 +199,13 @@ const KVM_IRQFD: u64 = 0x4020_ae76;
 const KVM_IOEVENTFD: u64 = 0x4040_ae79;
 
 /// The `fcntl` operations on what is open: duplicates, flags, locks, leases that are there, seals. None that has a
-/// descriptor signal another process: `F_SETOWN` is a way around the condition on `tgkill`.
+/// descriptor signal another process: `F_SETOWN` is a way around the condition on `tgkill`, and so is `F_SETFL` with
+/// `O_ASYNC`, which makes whoever is in the foreground the owner of a terminal. It has a condition of its own.
 pub(crate) const FCNTLS: &[i32] = &[
     libc::F_DUPFD_CLOEXEC,
     libc::F_GETFD,
     libc::F_SETFD,
     libc::F_GETFL,
-    libc::F_SETFL,
     libc::F_OFD_GETLK,
     libc::F_OFD_SETLK,
     libc::F_GETLEASE,
@@ -369,13 +375,12 @@ pub(crate) const NAMES_OF_NOBODY: &[libc::c_long] = &[
     libc::SYS_symlink,
 ];
 
-/// What a program does beside opening files: who it is, and what its limits are.
+/// What a program does beside opening files: who it is. What its limits are (`prlimit64`) has a condition.
 pub(crate) const STARTING: &[libc::c_long] = &[
     libc::SYS_getegid,
     libc::SYS_geteuid,
     libc::SYS_getgid,
     libc::SYS_getuid,
-    libc::SYS_prlimit64,
     libc::SYS_sysinfo,
     libc::SYS_umask,
     libc::SYS_uname,

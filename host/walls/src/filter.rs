@@ -103,6 +103,12 @@ fn allowed(role: Role) -> Result<Rules, BackendError> {
     }
     let number = |value: i32| u64::from(value.unsigned_abs());
 
+    // Its own limits, which it does not change: with those of another process it can end that.
+    if role.names() {
+        let own = SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, 0)?;
+        let unchanged = SeccompCondition::new(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
+        rules.insert(libc::SYS_prlimit64, vec![SeccompRule::new(vec![own, unchanged])?]);
+    }
     // A thread, and no process.
     let thread = number(libc::CLONE_THREAD);
     if role.threads() {
@@ -121,6 +127,13 @@ fn allowed(role: Role) -> Result<Rules, BackendError> {
     }
     rules.insert(libc::SYS_ioctl, ioctls);
     let mut fcntls = any_of(1, role.fcntls().iter().map(|operation| number(*operation)))?;
+    if role.flags() {
+        let asynchronous = number(libc::O_ASYNC);
+        fcntls.push(SeccompRule::new(vec![
+            SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, number(libc::F_SETFL))?,
+            SeccompCondition::new(2, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(asynchronous), 0)?,
+        ])?);
+    }
     if role.leases() {
         fcntls.extend(any_of(1, [number(F_SETSIG)].into_iter())?);
         // An owner of 0 is none.

@@ -390,6 +390,16 @@ fn what_signals_others(who: &str, open: &File) {
     }
     tell(&format!("{who} nobody as owner"), call(libc::SYS_fcntl, [file, set_owner, 0]));
     tell(&format!("{who} flags"), call(libc::SYS_fcntl, [file, libc::F_GETFL as usize, 0]));
+    let set_flags = libc::F_SETFL as usize;
+    tell(&format!("{who} own flags"), call(libc::SYS_fcntl, [file, set_flags, libc::O_NONBLOCK as usize]));
+    let signals = (libc::O_NONBLOCK | libc::O_ASYNC) as usize;
+    tell(&format!("{who} signals for whom is in the foreground"), call(libc::SYS_fcntl, [file, set_flags, signals]));
+    // Processor time of another process, which ends it. There is none with this number.
+    let (nobody, time, nowhere) = (i32::MAX as usize, libc::RLIMIT_CPU as usize, 1);
+    tell(&format!("{who} limits of another"), call(libc::SYS_prlimit64, [nobody, time, at(owner.as_ptr())]));
+    tell(&format!("{who} sight of another"), call(libc::SYS_prlimit64, [nobody, time, 0]));
+    tell(&format!("{who} other limits"), call(libc::SYS_prlimit64, [0, time, nowhere]));
+    tell(&format!("{who} own limits"), call(libc::SYS_prlimit64, [0, time, 0]));
 }
 
 const SOCKETS: [&str; 5] = ["pair", "datagram", "udp", "connect", "listen"];
@@ -432,13 +442,23 @@ fn nobody_signals_another_process_or_types_for_the_operator() {
         }
         let nobody = played.of(&format!("{who} nobody as owner"));
         assert_eq!(nobody, if who == "Program" { "done" } else { none.as_str() }, "{who}");
+        for what in ["signals for whom is in the foreground", "limits of another", "sight of another", "other limits"] {
+            assert_eq!(played.of(&format!("{who} {what}")), none, "{who} {what}");
+        }
         assert_eq!(played.of(&format!("{who} flags")), "done", "{who}");
+        assert_eq!(played.of(&format!("{who} own flags")), "done", "{who}");
+        let own = played.of(&format!("{who} own limits"));
+        assert_eq!(own, if who == "Program" { "done" } else { none.as_str() }, "{who}");
     }
     // The twin: a process without walls may.
     let played = play("no walls", place().path());
-    for what in ["owner", "owner as it is put now", "FIOSETOWN", "SIOCSPGRP"] {
+    for what in ["owner", "owner as it is put now", "FIOSETOWN", "SIOCSPGRP", "signals for whom is in the foreground"] {
         assert_eq!(played.of(&format!("nobody {what}")), "done", "{what}");
     }
+    for what in ["limits of another", "sight of another"] {
+        assert_eq!(played.of(&format!("nobody {what}")), libc::ESRCH.to_string(), "{what}");
+    }
+    assert_eq!(played.of("nobody other limits"), libc::EFAULT.to_string());
 }
 
 /// A compiler reads and writes what is open, and nothing else.
