@@ -93,6 +93,14 @@ impl Guest {
     /// Connects, and has the queue served: from where its used ring is, which is all that a front end knows
     /// after a crash. What was in flight is handed over.
     pub(crate) fn connect(&mut self, socket: &Path) -> Frontend {
+        let mut frontend = self.set_up(socket);
+        frontend.set_vring_call(0, &self.call).unwrap();
+        self.begin(&mut frontend);
+        frontend
+    }
+
+    /// As [`connect`](Self::connect), without saying where interrupts go, and without beginning.
+    pub(crate) fn set_up(&mut self, socket: &Path) -> Frontend {
         let mut frontend = negotiate(socket);
         let (told, file) = match self.inflight.take() {
             Some(kept) => kept,
@@ -105,11 +113,14 @@ impl Guest {
         frontend.set_vring_addr(0, &Self::ring()).unwrap();
         let used_idx: u16 = self.load(USED + 2);
         frontend.set_vring_base(0, used_idx).unwrap();
-        frontend.set_vring_call(0, &self.call).unwrap();
         frontend.set_vring_err(0, &self.err).unwrap();
+        frontend
+    }
+
+    /// Has the queue be served, which was set up.
+    pub(crate) fn begin(&self, frontend: &mut Frontend) {
         frontend.set_vring_kick(0, &self.kick).unwrap();
         frontend.set_vring_enable(0, true).unwrap();
-        frontend
     }
 
     /// The memory for requests in flight.

@@ -6,6 +6,7 @@ mod disks;
 mod frontend;
 mod frozen;
 mod hostile;
+mod interrupts;
 mod limits;
 mod metrics;
 mod restarts;

@@ -240,6 +240,66 @@ fn requests_of_another_back_end_are_executed() {
     assert_eq!(std::fs::read(&image).unwrap()[..3 * 512], expected);
 }
 
+/// Whoever goes on from where a queue ended may have no record of what was in flight.
+#[test]
+fn what_another_back_end_left_is_done_before_a_queue_ends() {
+    const LEFT: u16 = 12;
+    let directory = scratch();
+    let image = directory.path().join("disk.raw");
+    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+    let socket = directory.path().join("socket");
+    let fields = format!("file={},format=raw", image.display());
+    let mut guest = Guest::new();
+    let serve = Serve::disk(&socket, &fields);
+    drop(guest.connect(&socket));
+    serve.kill();
+    for slot in 0..LEFT {
+        guest.prepare(slot, WRITE, slot.into(), &[7; 512]);
+        guest.offer(slot);
+        let entry = 16 + 16 * 3 * u64::from(slot);
+        guest.inflight().write_all_at(&u64::from(slot + 1).to_ne_bytes(), entry + 8).unwrap();
+        guest.inflight().write_all_at(&[1], entry).unwrap();
+    }
+    // At this rate it would take them an hour.
+    let serve = Serve::disk(&socket, &format!("{fields},bps=1"));
+    let frontend = guest.connect(&socket);
+    assert_eq!(frontend.get_vring_base(0).unwrap(), u32::from(LEFT));
+    assert_eq!(usize::from(guest.waiting()), usize::from(LEFT));
+    assert!(guest.answered().iter().all(|(_, status)| *status == 0));
+    assert!(marked(&guest).is_empty());
+    // A front end that leaves is another matter: the record is there for the next one.
+    drop(frontend);
+    serve.terminate();
+    assert_eq!(std::fs::read(&image).unwrap()[..512 * usize::from(LEFT)], [7; 512 * LEFT as usize]);
+}
+
+/// A front end that moves a region of memory, or makes it larger, takes it away first.
+#[test]
+fn a_queue_rests_while_its_memory_is_away() {
+    let directory = scratch();
+    let image = directory.path().join("disk.raw");
+    std::fs::write(&image, noise(4, 1 << 20)).unwrap();
+    let socket = directory.path().join("socket");
+    let serve = Serve::disk(&socket, &format!("file={},format=raw", image.display()));
+    let (mut guest, other) = (Guest::new(), Guest::new());
+    let mut frontend = guest.connect(&socket);
+    let apart = 1 << 40;
+    let (mut elsewhere, region) = (other.region(), guest.region());
+    elsewhere.guest_phys_addr += apart;
+    elsewhere.userspace_addr += apart;
+    frontend.add_mem_region(&elsewhere).unwrap();
+    frontend.remove_mem_region(&region).unwrap();
+    guest.submit(0, READ, 0, &[0; 512]);
+    // Other messages are answered all the same.
+    frontend.set_vring_call(0, &guest.call).unwrap();
+    frontend.get_features().unwrap();
+    assert_eq!(guest.waiting(), 0);
+    frontend.add_mem_region(&region).unwrap();
+    assert_eq!(guest.wait(1), [(0, 0)]);
+    assert_eq!(guest.data(0, 512), noise(4, 1 << 20)[..512]);
+    serve.terminate();
+}
+
 /// A front end that leaves, rather than a back end: nothing is in flight afterwards, and the same memory can
 /// be served on.
 #[test]

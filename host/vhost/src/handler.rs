@@ -45,9 +45,20 @@ impl Handler {
         }
     }
 
-    /// Starts what is complete. Every message that changes something ends with this.
+    /// Starts what is complete. Every message that changes something for all rings ends with this.
+    ///
+    /// A ring whose memory is away is not complete: a front end that changes a region takes it away first.
     fn settle(&mut self) -> refusal::Result<()> {
-        self.rings.iter_mut().try_for_each(|ring| ring.settle(&self.common))
+        let Self { common, rings } = self;
+        for ring in rings {
+            if ring.is_in(&common.memory) {
+                ring.settle(common)?;
+            } else {
+                let (disk, queue) = (&common.name, ring.index());
+                tracing::info!(disk, queue, "a queue rests: the memory that it lies in was taken away");
+            }
+        }
+        Ok(())
     }
 
     fn change_ring(
@@ -55,8 +66,9 @@ impl Handler {
         index: impl Into<u32>,
         change: impl FnOnce(&mut Ring) -> refusal::Result<()>,
     ) -> Result<()> {
-        change(self.ring(index.into())?)?;
-        Ok(self.settle()?)
+        let ring = ring(&mut self.rings, index.into())?;
+        change(ring)?;
+        Ok(ring.settle(&self.common)?)
     }
 
     /// Changes what all rings use, while none is served.
@@ -64,12 +76,6 @@ impl Handler {
         self.stop();
         change(&mut self.common)?;
         Ok(self.settle()?)
-    }
-
-    fn ring(&mut self, index: u32) -> refusal::Result<&mut Ring> {
-        let count = self.rings.len();
-        let ring = usize::try_from(index).ok().and_then(|index| self.rings.get_mut(index));
-        ring.ok_or_else(|| Refusal::new(format!("there is no queue {index}: the disk has {count}")))
     }
 
     /// What the front end said about `writeback` stays: QEMU sends this when its guest starts again, shows the
@@ -82,6 +88,12 @@ impl Handler {
         self.common.features = None;
         self.common.device.reset();
     }
+}
+
+fn ring(rings: &mut [Ring], index: u32) -> refusal::Result<&mut Ring> {
+    let count = rings.len();
+    let ring = usize::try_from(index).ok().and_then(|index| rings.get_mut(index));
+    ring.ok_or_else(|| Refusal::new(format!("there is no queue {index}: the disk has {count}")))
 }
 
 /// For messages of features that are not offered.
@@ -169,7 +181,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
-        let next_avail = self.ring(index)?.end();
+        let next_avail = ring(&mut self.rings, index)?.end();
         Ok(VhostUserVringState::new(index, next_avail.into()))
     }
 
@@ -178,11 +190,11 @@ impl VhostUserBackendReqHandlerMut for Handler {
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        self.change_ring(index, |ring| ring.lines().set_call(fd))
+        Ok(ring(&mut self.rings, index.into())?.set_call(fd)?)
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
-        self.change_ring(index, |ring| ring.lines().set_err(fd))
+        Ok(ring(&mut self.rings, index.into())?.set_err(fd)?)
     }
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {

@@ -2,17 +2,20 @@
 //! news about the device.
 //!
 //! All of them were sent by the front end, which keeps the other end and may do anything with it. Nothing
-//! here waits for it: a signal that does not fit is dropped, as one is there already.
+//! here waits for it: a signal that does not fit is dropped, as one is there already. That it does not fit can be
+//! seen, but not together with the write; so a front end can make the worker of its queue wait, and no one else: who
+//! stops the worker makes room ([`release`](Notifier::release)).
 
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use blockhouse_virtio::Notifier;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use rustix::io::{ReadWriteFlags, preadv2};
 use rustix::net::{SendFlags, send};
 use vhost::vhost_user::message::BackendReq;
 
@@ -21,24 +24,42 @@ use crate::refusal::{Refusal, Result, refuse};
 /// An eventfd that is signalled.
 struct Line {
     fd: File,
-    /// A write can wait for somebody to read.
+    /// A write can wait for somebody to read. Without this one can as well, once the front end has changed that.
     blocking: bool,
+    /// It is not signalled any more.
+    closed: AtomicBool,
 }
 
 impl Line {
     fn new(fd: File) -> Result<Self> {
         check_eventfd(&fd)?;
         let blocking = !fcntl_getfl(&fd).map_err(Refusal::because)?.contains(OFlags::NONBLOCK);
-        Ok(Self { fd, blocking })
+        Ok(Self { fd, blocking, closed: AtomicBool::new(false) })
+    }
+
+    fn has_room(&self) -> bool {
+        let mut fds = [PollFd::new(&self.fd, PollFlags::OUT)];
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut fds, Some(&at_once)).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Ends a signal that waits for room.
+    fn release(&self) {
+        if self.has_room() {
+            return;
+        }
+        self.closed.store(true, Ordering::Release);
+        // A plain read could wait, for the front end may have read it by now.
+        let (here, now) = (u64::MAX, ReadWriteFlags::NOWAIT);
+        match preadv2(&self.fd, &mut [IoSliceMut::new(&mut [0; 8])], here, now) {
+            Ok(_) | Err(rustix::io::Errno::AGAIN) => {}
+            Err(error) => tracing::warn!(%error, "the front end holds up the worker of a queue"),
+        }
     }
 
     fn signal(&self) {
-        if self.blocking {
-            let mut fds = [PollFd::new(&self.fd, PollFlags::OUT)];
-            let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-            if !poll(&mut fds, Some(&at_once)).is_ok_and(|ready| ready > 0) {
-                return;
-            }
+        if self.closed.load(Ordering::Acquire) || (self.blocking && !self.has_room()) {
+            return;
         }
         match rustix::io::write(&self.fd, &1_u64.to_ne_bytes()) {
             Ok(_) | Err(rustix::io::Errno::AGAIN) => {}
@@ -64,21 +85,55 @@ pub(crate) fn check_eventfd(fd: &File) -> Result<()> {
 /// exchanges them when its guest masks an interrupt.
 #[derive(Default)]
 pub(crate) struct Lines {
-    call: Mutex<Option<Line>>,
-    err: Mutex<Option<Line>>,
+    call: Exchangeable,
+    err: Exchangeable,
     broken: AtomicBool,
+}
+
+/// A line that may be exchanged for another one, or for none, while somebody signals it.
+#[derive(Default)]
+struct Exchangeable(Mutex<Exchange>);
+
+#[derive(Default)]
+struct Exchange {
+    now: Option<Arc<Line>>,
+    /// Those before, as long as a signal is on its way.
+    before: Vec<Arc<Line>>,
+}
+
+impl Exchangeable {
+    fn set(&self, line: Option<Line>) {
+        let mut exchange = lock(&self.0);
+        let before = std::mem::replace(&mut exchange.now, line.map(Arc::new));
+        exchange.before.extend(before);
+        // Who signals has it from here, under the lock.
+        exchange.before.retain(|line| Arc::strong_count(line) > 1);
+    }
+
+    /// Without the lock: whoever exchanges it must not wait for a signal.
+    fn signal(&self) {
+        let now = lock(&self.0).now.clone();
+        if let Some(line) = now {
+            line.signal();
+        }
+    }
+
+    fn release(&self) {
+        let exchange = lock(&self.0);
+        exchange.now.iter().chain(&exchange.before).for_each(|line| line.release());
+    }
 }
 
 impl Lines {
     /// Interrupts go to `fd` from now on, or nowhere: then the driver polls.
     pub(crate) fn set_call(&self, fd: Option<File>) -> Result<()> {
-        *lock(&self.call) = fd.map(Line::new).transpose()?;
+        self.call.set(fd.map(Line::new).transpose()?);
         Ok(())
     }
 
     /// Errors go to `fd` from now on, or nowhere.
     pub(crate) fn set_err(&self, fd: Option<File>) -> Result<()> {
-        *lock(&self.err) = fd.map(Line::new).transpose()?;
+        self.err.set(fd.map(Line::new).transpose()?);
         Ok(())
     }
 
@@ -95,16 +150,17 @@ impl Lines {
 
 impl Notifier for Lines {
     fn used(&self) {
-        if let Some(line) = lock(&self.call).as_ref() {
-            line.signal();
-        }
+        self.call.signal();
     }
 
     fn broken(&self) {
         self.broken.store(true, Ordering::Release);
-        if let Some(line) = lock(&self.err).as_ref() {
-            line.signal();
-        }
+        self.err.signal();
+    }
+
+    fn release(&self) {
+        self.call.release();
+        self.err.release();
     }
 }
 

@@ -133,8 +133,20 @@ impl Ring {
         self.enabled = enabled;
     }
 
-    pub(crate) fn lines(&self) -> &Lines {
-        &self.lines
+    /// Interrupts go to `call` from now on, or nowhere: then the driver polls. One goes there at once, if the ring is
+    /// served: QEMU starts its queues before it says where interrupts go, and exchanges that whenever its guest masks
+    /// them. What was answered in between went nowhere.
+    pub(crate) fn set_call(&self, call: Option<File>) -> Result<()> {
+        self.lines.set_call(call)?;
+        if let Some(worker) = &self.worker {
+            worker.tell();
+        }
+        Ok(())
+    }
+
+    /// Errors go to `err` from now on, or nowhere.
+    pub(crate) fn set_err(&self, err: Option<File>) -> Result<()> {
+        self.lines.set_err(err)
     }
 
     /// Stops the worker. When this returns, no request is in flight.
@@ -145,11 +157,24 @@ impl Ring {
         }
     }
 
-    /// Stops the ring until it gets another kick, and says where it stopped.
+    /// Stops the ring until it gets another kick, and says where it stopped: all before that is answered, also what
+    /// another process had taken. Whoever goes on from there may have another memory for requests in flight.
     pub(crate) fn end(&mut self) -> u16 {
-        self.stop();
+        if let Some(position) = self.worker.take().and_then(Worker::finish) {
+            self.next_avail = position.next_avail;
+        }
         self.kick = None;
         self.next_avail
+    }
+
+    /// Whether it lies where guest memory is, as far as the front end said where it lies.
+    pub(crate) fn is_in(&self, memory: &MemoryMap) -> bool {
+        let (Some(addresses), Some(all)) = (self.addresses, memory.memory()) else { return true };
+        self.size == 0 || self.queue(memory, addresses).is_ok_and(|queue| queue.is_valid(all.as_ref()))
+    }
+
+    pub(crate) fn index(&self) -> u16 {
+        self.index
     }
 
     /// Starts a worker if the ring is complete and none runs.
@@ -192,6 +217,8 @@ impl Ring {
         let kick = kick.try_clone().map_err(Refusal::because)?;
         let worker = Worker::start(name, queue, Arc::clone(memory), kick, self.lines.clone())
             .map_err(|error| Refusal::because(error).about(&"cannot start a thread for a queue"))?;
+        // Whoever served the ring before may have ended between an answer and the interrupt for it.
+        worker.tell();
         self.worker = Some(worker);
         Ok(())
     }

@@ -54,6 +54,12 @@ pub trait Host {
     /// are taken, at most [`QUEUE_SIZE`](crate::QUEUE_SIZE) at a time.
     fn stops(&mut self) -> bool;
 
+    /// Whether all that another process had taken ([`BlockQueue::recorded`]) is done before it stops, over whatever
+    /// limit. Else it stays in the record.
+    fn finishes(&mut self) -> bool {
+        false
+    }
+
     /// The driver is to be told of completions.
     fn interrupt(&mut self);
 
@@ -251,7 +257,8 @@ where
                 self.queue.queue.disable_notification(self.memory)?;
                 hears = false;
             }
-            let taken = if stops { 0 } else { self.take()? };
+            let finishes = stops && !self.queue.again.is_empty() && host.finishes();
+            let taken = if !stops || finishes { self.take(stops)? } else { 0 };
             self.lane.submit();
             let ended = self.finish()?;
             if taken > 0 || ended > 0 {
@@ -263,7 +270,7 @@ where
                     host.interrupt();
                 }
             }
-            if stops && self.in_flight() == 0 {
+            if stops && self.in_flight() == 0 && (!finishes || self.queue.again.is_empty()) {
                 return Ok(());
             }
             if taken > 0 || ended > 0 {
@@ -297,8 +304,9 @@ where
         }
     }
 
-    /// Takes what is available, as far as there is room, and starts it. Returns how many requests that were.
-    fn take(&mut self) -> Result<usize, Broken> {
+    /// Takes what is available, or what another process had taken alone, as far as there is room, and starts it.
+    /// Returns how many requests that were.
+    fn take(&mut self, only_again: bool) -> Result<usize, Broken> {
         let mut count = 0;
         // One look at the clock for all that are taken now, if there are any.
         let mut now = None;
@@ -307,7 +315,7 @@ where
         while count < LANE_REQUESTS
             && let Some(token) = self.free.last().copied()
         {
-            if let Some(wait) = self.queue.device.limiter().and_then(Limiter::wait) {
+            if !only_again && let Some(wait) = self.queue.device.limiter().and_then(Limiter::wait) {
                 self.stay(wait)?;
                 break;
             }
@@ -315,6 +323,8 @@ where
                 let table = GuestAddress(self.queue.queue.desc_table());
                 let chain = ChainAgain::new(self.memory, table, self.queue.queue.size(), head);
                 self.begin(token, head, *now.get_or_insert_with(Instant::now), chain)?;
+            } else if only_again {
+                break;
             } else {
                 let Some(chain) = self.queue.queue.iter(self.memory)?.next() else { break };
                 let head = chain.head_index();

@@ -13,8 +13,9 @@ use std::fmt;
 use std::io;
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -52,7 +53,8 @@ impl fmt::Debug for Beginning {
     }
 }
 
-/// How a worker reaches the driver. Called from the worker's thread; must not block.
+/// How a worker reaches the driver. Called from the worker's thread; must not block, unless [`release`](Self::release)
+/// ends that.
 pub trait Notifier: Send + Sync + 'static {
     /// There is something in the used ring that the driver wants to hear of.
     fn used(&self);
@@ -60,18 +62,32 @@ pub trait Notifier: Send + Sync + 'static {
     /// The queue can go no further until the device is reset (section 2.1.2): the driver broke it, or
     /// the worker died. Called once at most.
     fn broken(&self);
+
+    /// The worker is to end, and has not for a while: if it is held up in one of the other calls, it is not from now
+    /// on. Called from another thread, time and again until it has ended.
+    fn release(&self) {}
 }
 
 /// A queue being served by a thread of its own. Dropping it stops the thread, as [`stop`](Self::stop) does.
 pub struct Worker {
     shared: Arc<Shared>,
+    notifier: Arc<dyn Notifier>,
     thread: Option<JoinHandle<Position>>,
+    /// Nothing ever comes out of it: it is disconnected when the thread ends.
+    ended: Mutex<Receiver<()>>,
 }
 
 struct Shared {
     stop: AtomicBool,
+    /// With `stop`: what was taken by another process is done first.
+    finish: AtomicBool,
+    /// The driver is to be told, whatever it wants to hear of.
+    tell: AtomicBool,
     wake: EventFd,
 }
+
+/// How long a worker may take to end before it is looked at whether its notifier holds it up.
+const PATIENCE: Duration = Duration::from_millis(20);
 
 impl Worker {
     /// Serves `queue`, at once and whenever `kick` (an eventfd) is signalled. What is in it is never read.
@@ -96,10 +112,14 @@ impl Worker {
         for fd in [kick.as_raw_fd(), wake.as_raw_fd()] {
             epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0))?;
         }
-        let shared = Arc::new(Shared { stop: AtomicBool::new(false), wake });
+        let [stop, finish, tell] = [false; 3].map(AtomicBool::new);
+        let shared = Arc::new(Shared { stop, finish, tell, wake });
+        let (alive, ended) = mpsc::channel();
         let thread = {
-            let shared = Arc::clone(&shared);
+            let (shared, notifier) = (Arc::clone(&shared), Arc::clone(&notifier));
             thread::Builder::new().name(name).spawn(move || {
+                // Let go of after all else.
+                let _alive: Sender<()> = alive;
                 let _watch = Watch(notifier.as_ref());
                 queue.device().begin_thread();
                 let mut host =
@@ -113,7 +133,14 @@ impl Worker {
                 queue.position()
             })?
         };
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { shared, notifier, thread: Some(thread), ended: Mutex::new(ended) })
+    }
+
+    /// Has the driver be told of completions, whether or not there are any: for whoever cannot know what it has heard
+    /// of. With `VIRTIO_F_EVENT_IDX`, a driver that has missed an interrupt gets no other one (section 2.7.7).
+    pub fn tell(&self) {
+        self.shared.tell.store(true, Ordering::Release);
+        self.shared.wake();
     }
 
     /// Stops the thread. When this returns, no request is in flight any more: nothing of this queue
@@ -124,17 +151,34 @@ impl Worker {
         self.join()
     }
 
+    /// As [`stop`](Self::stop), once everything is done that another process had taken ([`BlockQueue::recorded`]): what
+    /// comes before the position that is returned is answered then, without a look at the record.
+    pub fn finish(mut self) -> Option<Position> {
+        self.shared.finish.store(true, Ordering::Release);
+        self.join()
+    }
+
     fn join(&mut self) -> Option<Position> {
         let thread = self.thread.take()?;
         self.shared.stop.store(true, Ordering::Release);
-        if let Err(error) = self.shared.wake.write(1) {
-            tracing::error!(%error, "cannot wake the worker of a queue");
+        self.shared.wake();
+        let ended = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner);
+        while ended.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+            self.notifier.release();
         }
         let position = thread.join().ok();
         if position.is_none() {
             tracing::error!("the worker of a queue panicked");
         }
         position
+    }
+}
+
+impl Shared {
+    fn wake(&self) {
+        if let Err(error) = self.wake.write(1) {
+            tracing::error!(%error, "cannot wake the worker of a queue");
+        }
     }
 }
 
@@ -196,7 +240,14 @@ impl Waiting<'_> {
 
 impl Host for Waiting<'_> {
     fn stops(&mut self) -> bool {
+        if self.shared.tell.load(Ordering::Relaxed) && self.shared.tell.swap(false, Ordering::Acquire) {
+            self.interrupt();
+        }
         self.shared.stop.load(Ordering::Acquire)
+    }
+
+    fn finishes(&mut self) -> bool {
+        self.shared.finish.load(Ordering::Acquire)
     }
 
     fn interrupt(&mut self) {
