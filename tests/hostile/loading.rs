@@ -51,7 +51,7 @@ pub(crate) fn importing(interface: &str, function: &str) -> Vec<u8> {
 }
 
 /// A name of an import or export.
-fn name(name: &str) -> Vec<u8> {
+pub(crate) fn name(name: &str) -> Vec<u8> {
     [&[0x00][..], &leb(name.len()), name.as_bytes()].concat()
 }
 

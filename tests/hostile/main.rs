@@ -12,6 +12,7 @@
 //! | `components.rs` | components that loop, grow, trap and lie |
 //! | `restart.rs` | components that break down, and are started again or not |
 //! | `loading.rs` | components that want more than there is, and files that are no components |
+//! | `surfaces.rs` | components that attack whoever looks at what they import and export |
 //! | `compiling.rs` | components that attack the compiler |
 //! | `writing.rs` | components that misuse the right to write |
 //! | `grants.rs` | images that use a grant for what it is not meant for; files that change under a disk |
@@ -45,6 +46,7 @@ mod qcow2;
 mod references;
 mod restart;
 mod snapshot;
+mod surfaces;
 mod tally;
 mod traces;
 mod vmdk;

@@ -167,8 +167,13 @@ impl Place {
 
 /// The program, with its memory limited.
 pub(crate) fn limited() -> Command {
+    limited_to(MEMORY_LIMIT_KIB)
+}
+
+/// The same, with so many KiB.
+pub(crate) fn limited_to(kib: u32) -> Command {
     let mut command = Command::new("sh");
-    command.arg("-c").arg(format!("ulimit -d {MEMORY_LIMIT_KIB} && exec \"$0\" \"$@\"")).arg(program());
+    command.arg("-c").arg(format!("ulimit -d {kib} && exec \"$0\" \"$@\"")).arg(program());
     command
 }
 

@@ -25,7 +25,7 @@
 //! | `layer.rs`, `crew.rs`, `restart.rs` | an instance as a layer of a disk; further ones that unpack beside it; when one that broke down is started again |
 //! | `chain.rs`, `direct.rs` | from an image to a disk; what direct I/O asks of images that are written |
 //! | `maintenance.rs` | calls that change an image as a whole: create, check, resize, snapshots |
-//! | `inspect.rs`, `probe.rs` | looking at a component; guessing a format |
+//! | `surface.rs`, `inspect.rs`, `probe.rs` | reading what a component imports and exports; judging it; guessing a format |
 //!
 //! This crate knows neither virtio nor KVM, and no type of wasmtime is in its public interface.
 //!
@@ -71,6 +71,7 @@ mod probe;
 mod regular;
 mod restart;
 mod sandbox;
+mod surface;
 mod tally;
 mod text;
 mod whole;

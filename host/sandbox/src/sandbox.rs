@@ -25,13 +25,18 @@ use crate::cache::CodeCache;
 use crate::clock::Clock;
 use crate::compiler::Compiler;
 use crate::host::{State, read_only_linker, read_write_linker};
-use crate::inspect::{Inspection, Surface, inspect};
+use crate::inspect::{Inspection, inspect};
 use crate::limits::Limits;
 use crate::regular;
+use crate::surface::{Surface, Unreadable};
+use crate::text::clean;
 use crate::{code, compiled};
 
 /// What is wrong with bytes that are no component, or one with features that are switched off.
 pub(crate) const NO_COMPONENT: &str = "it is not a WebAssembly component that this host can run";
+
+/// Bytes of what the engine says that a message has.
+const ENGINE_TEXT: usize = 2000;
 
 /// Runs components under one set of [`Limits`]. A clone is the same sandbox.
 ///
@@ -114,8 +119,8 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`Component`](ErrorKind::Component): not a component, or not one of Blockhouse's worlds; the
-    /// message names every import that is too much. [`Limit`](ErrorKind::Limit): it is too large, or takes too much
-    /// to compile.
+    /// message names the first imports that are too many. [`Limit`](ErrorKind::Limit): it is too large, has too many
+    /// or too long names, or takes too much to compile.
     pub fn load(&self, name: &str, bytes: &[u8]) -> Result<Plugin> {
         self.load_by(self.compiler.as_deref(), name, bytes)
     }
@@ -189,41 +194,28 @@ impl Sandbox {
             Error::new(ErrorKind::Unsupported, format!("the compiled component is not used: {error:#}"))
                 .on_image(name.as_str())
         })?;
-        let surface = Surface::of_component(&self.engine, &component);
+        let surface = Surface::of_component(&self.engine, &component)
+            .map_err(|error| unreadable(error).on_image(name.as_str()))?;
         let inspection = inspect(surface, about.component_sha256, about.component_bytes);
         Self::refuse_without_world(&name, &inspection)?;
         self.link(&name, &component, inspection)
     }
 
-    /// What the bytes of a component say that it imports and exports. Compiles nothing.
+    /// What the bytes of a component say that it imports and exports. Compiles nothing, and takes bounded memory
+    /// however the component was made (`surface.rs`).
     fn look(name: &str, bytes: &[u8]) -> Result<Inspection> {
         if compiled::is_compiled(bytes) {
             let why = "it is not a component but compiled from one, and would run outside of the sandbox. \
                        If you made it yourself, say so: --plugin FORMAT=compiled:FILE";
             return Err(Error::new(ErrorKind::Denied, why).on_image(name));
         }
-        let surface = Surface::of_bytes(bytes).map_err(|error| {
-            Error::new(ErrorKind::Component, format!("{NO_COMPONENT}: {error}")).with_source(error).on_image(name)
-        })?;
+        let surface = Surface::of_bytes(bytes).map_err(|error| unreadable(error).on_image(name))?;
         Ok(inspect(surface, hex(&Sha256::digest(bytes)), bytes.len()))
     }
 
     /// Refuses what fits no world, and says why.
     fn refuse_without_world(name: &str, inspection: &Inspection) -> Result<()> {
-        if inspection.world.is_some() {
-            return Ok(());
-        }
-        let why = if inspection.outside.is_empty() {
-            let exports = &inspection.exports;
-            format!(
-                "it exports neither blockhouse:format/reader nor blockhouse:format/prober of contract {}; it exports: {}",
-                crate::CONTRACT_VERSION,
-                if exports.is_empty() { "nothing".to_owned() } else { exports.join(", ") }
-            )
-        } else {
-            format!("it imports what no world offers, and is not loaded: {}", inspection.outside.join(", "))
-        };
-        Err(Error::new(ErrorKind::Component, why).on_image(name))
+        inspection.refusal().map_or(Ok(()), |why| Err(Error::new(ErrorKind::Component, why).on_image(name)))
     }
 
     /// Sees that a component fits its world.
@@ -250,7 +242,7 @@ impl Sandbox {
             None => Err(wasmtime::Error::msg("it fits no world")),
         };
         let kind = kind.map_err(|error| {
-            Error::new(ErrorKind::Component, format!("it does not fit the contract: {error:#}")).on_image(name)
+            Error::new(ErrorKind::Component, format!("it does not fit the contract: {}", said(&error))).on_image(name)
         })?;
         Ok(Plugin {
             name: name.into(),
@@ -275,7 +267,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// [`Component`](ErrorKind::Component) if the bytes are not a component, or cannot be compiled;
-    /// [`Limit`](ErrorKind::Limit) if that takes too much.
+    /// [`Limit`](ErrorKind::Limit) if that takes too much, or it has too many or too long names.
     pub fn inspect(&self, name: &str, bytes: &[u8]) -> Result<Inspection> {
         let inspection = Self::look(name, bytes)?;
         if inspection.world.is_some() {
@@ -331,7 +323,8 @@ impl Sandbox {
             }
         };
         let component = component.map_err(|error| {
-            Error::new(ErrorKind::Component, format!("{NO_COMPONENT}: {error:#}")).with_source(error).on_image(name)
+            let why = format!("{NO_COMPONENT}: {}", said(&error));
+            Error::new(ErrorKind::Component, why).with_source(error).on_image(name)
         })?;
         if let Some(cache) = &self.cache {
             cache.store(&self.engine, sha256, &component);
@@ -352,6 +345,19 @@ impl Sandbox {
     pub(crate) fn engine(&self) -> &Engine {
         &self.engine
     }
+}
+
+/// What is said of a component whose surface cannot be read.
+fn unreadable(error: Unreadable) -> Error {
+    match error {
+        Unreadable::Excess(why) => Error::new(ErrorKind::Limit, why),
+        error => Error::new(ErrorKind::Component, format!("{NO_COMPONENT}: {error}")).with_source(error),
+    }
+}
+
+/// What the engine says of a component, which may have names in it that are as long as a stranger made them.
+fn said(error: &wasmtime::Error) -> String {
+    clean(&format!("{error:#}"), ENGINE_TEXT)
 }
 
 /// The engine of a sandbox with these limits, and of the compiler that works for it.
