@@ -86,6 +86,108 @@ fn qemu_respects_a_pin() {
     assert!(refused || waited, "{outcome:?}");
 }
 
+/// The directory of a pinned base is granted as well, or the base under another name: it is pinned all the same, on the
+/// command line and in a policy.
+#[test]
+fn a_pin_holds_whatever_name_leads_to_the_file() {
+    let place = Place::new();
+    let (base, top) = overlay(&place);
+    let at = |path: &std::path::Path| path.to_str().unwrap().to_owned();
+    let images = at(&place.path("images"));
+    let alias = place.path("images/alias.raw");
+    std::os::unix::fs::symlink("base.raw", &alias).unwrap();
+    let aliased = place.path("images/vm/aliased.qcow2");
+    qemu_img(["create", "-q", "-f", "qcow2", "-F", "raw", "-b", alias.to_str().unwrap(), aliased.to_str().unwrap()]);
+    let read = |image: &std::path::Path, arguments: &[&str]| {
+        let mut program = limited();
+        program.args(["read", "--format", "qcow2"]).args(arguments).arg(image);
+        run(&mut program)
+    };
+    let right = format!("{}@sha256:{}", at(&base), sha256(&noise(1, SIZE)));
+    let wrong = format!("{}@sha256:{}", at(&base), sha256(b"other"));
+    let layer = format!("{}@layer:1", at(&base));
+    let write = |policy: String| at(&place.write("policy.toml", format!("version = 1\n{policy}")));
+    let grant = |path: &str, more: &str| format!("[[grants]]\npath = '{path}'\n{more}\n");
+    for image in [&top, &aliased] {
+        for order in [[images.as_str(), &right], [&right, images.as_str()]] {
+            let outcome = read(image, &["--allow", order[0], "--allow", order[1]]).succeeded();
+            assert!(outcome.stdout == noise(1, SIZE));
+            tally::image_served();
+        }
+        for special in [&wrong, &layer] {
+            for order in [[images.as_str(), special], [special, images.as_str()]] {
+                let outcome = read(image, &["--allow", order[0], "--allow", order[1]]);
+                assert_eq!((outcome.status.code(), outcome.stdout.len()), (Some(3), 0), "{}", outcome.stderr);
+                tally::image_refused();
+            }
+        }
+        // What the policy says of the base is not left out by asking for its directory.
+        for (more, why) in [
+            (format!("sha256 = '{}'", sha256(b"other")), "its content has the sha256 "),
+            ("layer = 1".to_owned(), "it is granted to other images of the chain, and this is layer 0"),
+            ("image = '/other'".to_owned(), "it is granted to other images of the chain, and this is layer 0"),
+        ] {
+            let policy = write(grant(&images, "") + &grant(&at(&base), &more));
+            for asked in [&[] as &[&str], &["--allow", &at(&base)], &["--allow", &images], &["--allow", &at(&alias)]] {
+                let outcome = read(image, &[&["--policy", &policy], asked].concat());
+                assert_eq!((outcome.status.code(), outcome.stdout.len()), (Some(3), 0), "{}", outcome.stderr);
+                let is_named = outcome.stderr.contains(why) || outcome.stderr.contains("it is not granted");
+                assert!(is_named, "{more} {asked:?}: {}", outcome.stderr);
+                tally::image_refused();
+            }
+        }
+        let policy = write(grant(&images, "") + &grant(&at(&base), &format!("sha256 = '{}'", sha256(&noise(1, SIZE)))));
+        assert!(read(image, &["--policy", &policy, "--allow", &images]).succeeded().stdout == noise(1, SIZE));
+        tally::image_served();
+    }
+}
+
+/// A path is judged by where it leads; and an image has the name that a grant is for if the name leads to it.
+#[test]
+fn a_policy_cannot_be_climbed_out_of() {
+    let place = Place::new();
+    let (base, top) = overlay(&place);
+    let at = |path: &str| place.text(path);
+    for directory in ["evil/x/y", "evil/images/vm", "tmp"] {
+        std::fs::create_dir_all(place.path(directory)).unwrap();
+    }
+    let link = |to: &str, name: &str| std::os::unix::fs::symlink(place.path(to), place.path(name)).unwrap();
+    link("evil/x/y", "tmp/link");
+    link("secret/canary", "evil/images/base.raw");
+    let program = |policy: &str, arguments: &[&str]| {
+        let policy = place.write("policy.toml", format!("version = 1\n{policy}"));
+        let mut program = limited();
+        program.args(["read", "--format", "qcow2", "--policy"]).arg(policy).args(arguments);
+        run(&mut program)
+    };
+    let refused = |policy: &str, arguments: &[&str], code: i32, why: &str| {
+        let outcome = program(policy, arguments);
+        assert_eq!((outcome.status.code(), outcome.stdout.len()), (Some(code), 0), "{}", outcome.stderr);
+        assert!(place.normalize(&outcome.stderr).contains(why), "{}", outcome.stderr);
+        tally::image_refused();
+    };
+    let top = top.to_str().unwrap().to_owned();
+    let around = at("tmp/link/../../images/base.raw");
+    for granted in ["images", "images/base.raw"] {
+        let policy = format!("[[grants]]\npath = '{}'\n", at(granted));
+        let why = "the policy $ROOT/policy.toml does not grant $ROOT/images/base.raw, which leads to $ROOT/secret/canary: \
+                   there is no grant of it, or of a directory around it";
+        refused(&policy, &["--allow", &around, &top], 3, why);
+    }
+    // The base for one image: another one cannot have its name.
+    let policy = format!("[[grants]]\npath = '{}'\nimage = '{top}'\n", base.display());
+    std::fs::copy(&top, place.path("evil/images/vm/top.qcow2")).unwrap();
+    let why = "a link before the `..` in $ROOT/tmp/link/../../images/vm/top.qcow2 leads elsewhere than to \
+               $ROOT/images/vm/top.qcow2; write the path without `..`";
+    refused(&policy, &[&at("tmp/link/../../images/vm/top.qcow2")], 1, why);
+    // The twins.
+    assert!(program(&policy, &[&top]).succeeded().stdout == noise(1, SIZE));
+    let policy = format!("[[grants]]\npath = '{}'\n", base.display());
+    let plain = at("images/vm/../base.raw");
+    assert!(program(&policy, &["--allow", &plain, &top]).succeeded().stdout == noise(1, SIZE));
+    tally::image_served();
+}
+
 /// A base for the overlay alone: what the base itself refers to is not its business.
 #[test]
 fn a_grant_for_one_layer_is_none_for_another() {

@@ -20,20 +20,27 @@
 //! ```
 //!
 //! A policy narrows what the command line asks for. `--allow PATH` needs a grant of that path, or of a directory
-//! around it, and gets its pin and its images on top of its own; where the command line grants nothing, the
-//! grants of the policy are in force as they are. A key that is not known is an error, as everything is that
+//! around it, and gets its pin and its images on top of its own: those of the path itself, or else of the nearest
+//! directory. Paths are judged by where they lead, links followed. With a directory come the grants of the policy below
+//! it, so that what is pinned there stays pinned; where the command line grants nothing, the grants of the policy are
+//! in force as they are. A key that is not known is an error, as everything is that
 //! cannot be meant: a policy that is half understood is none.
 //!
-//! The module knows no component: a fuzz target includes it.
+//! The module knows no component: a fuzz target includes it, and says itself what stands at a path.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
+use std::fs::File;
+use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use blockhouse_block::{Access, Error, ErrorKind};
+use blockhouse_block::{Access, Error, ErrorKind, FileIdentity};
 use blockhouse_sandbox::{Grant, Limits, Referrer, Sha256Digest, absolute_name};
+use rustix::fs::OFlags;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -130,8 +137,13 @@ impl Policy {
     /// written.
     ///
     /// # Errors
-    /// What is asked for and not granted.
+    /// What is asked for and not granted, or not there.
     pub(crate) fn grants(&self, asked: Vec<Grant>, access: Access) -> anyhow::Result<Vec<Grant>> {
+        self.grants_by(asked, access, &Place::look)
+    }
+
+    /// As [`grants`](Self::grants), with what `look` says of paths.
+    pub(crate) fn grants_by(&self, asked: Vec<Grant>, access: Access, look: &Look<'_>) -> anyhow::Result<Vec<Grant>> {
         if asked.is_empty() {
             let lower = |grant: &Grant| match access {
                 Access::ReadOnly => Grant { access, ..grant.clone() },
@@ -141,24 +153,41 @@ impl Policy {
         }
         let mut granted = Vec::new();
         for grant in asked {
-            granted.extend(self.narrow(&grant)?);
+            granted.extend(self.narrow(&grant, look)?);
         }
         Ok(granted)
     }
 
-    /// What of a grant the policy grants. Grants of the path itself decide; else those of directories around it.
-    fn narrow(&self, asked: &Grant) -> anyhow::Result<Vec<Grant>> {
+    /// What of a grant the policy grants. Grants of the path itself decide; else those of the nearest directory around
+    /// it. With a directory comes all that the policy says of what is below it.
+    fn narrow(&self, asked: &Grant, look: &Look<'_>) -> anyhow::Result<Vec<Grant>> {
         let name = absolute_name(&asked.path)?;
-        let refuse = |why: &str| {
-            let why = format!("{} does not grant {name}: {why}", self.by());
-            Err(Error::new(ErrorKind::Denied, why).into())
+        let failed = |path: &Path, more: &str, error: io::Error| {
+            let why = format!("cannot grant {}{more}: {error}", path.display());
+            Error::new(ErrorKind::Storage, why).with_source(error)
         };
-        let itself: Vec<&Grant> = self.grants.iter().filter(|grant| grant.path == Path::new(&name)).collect();
-        let around = self.grants.iter().filter(|grant| {
-            let below = Path::new(&name).starts_with(&grant.path);
-            below && is_below(&asked.path, &grant.path)
-        });
-        let of = if itself.is_empty() { around.collect() } else { itself };
+        let place = look(&asked.path).map_err(|error| failed(&asked.path, "", error))?;
+        let shown = if place.real == Path::new(&name) {
+            format!("{} does not grant {name}", self.by())
+        } else {
+            format!("{} does not grant {name}, which leads to {}", self.by(), place.real.display())
+        };
+        let refuse = |why: &str| Err(Error::new(ErrorKind::Denied, format!("{shown}: {why}")).into());
+        let placed: Vec<_> = self.grants.iter().map(|grant| (grant, look(&grant.path))).collect();
+        let there = placed.iter().filter_map(|(grant, place)| Some((*grant, place.as_ref().ok()?)));
+
+        let mut of: Vec<&Grant> =
+            there.clone().filter(|(_, at)| at.file == place.file).map(|(grant, _)| grant).collect();
+        if of.is_empty() {
+            let around = there.filter(|(_, at)| at.directory && place.real.starts_with(&at.real));
+            let nearest = around.clone().map(|(_, at)| at.real.components().count()).max();
+            let is_nearest = |at: &Place| Some(at.real.components().count()) == nearest;
+            of = around.filter(|(_, at)| is_nearest(at)).map(|(grant, _)| grant).collect();
+            if !of.is_empty() && !place.directory && place.links > 1 {
+                // Of a directory it would not be opened either.
+                return refuse("it has several hard links, so it may belong to another directory");
+            }
+        }
         if of.is_empty() {
             return refuse("there is no grant of it, or of a directory around it");
         }
@@ -176,26 +205,87 @@ impl Policy {
                 }
                 (asked, pinned) => pinned.or(asked),
             };
-            let layer = both(asked.referrer.layer, grant.referrer.layer);
-            let image = both(asked.referrer.image.clone(), grant.referrer.image.clone());
-            let (Some(layer), Some(image)) = (layer, image) else {
+            let Some(referrer) = both_referrers(&asked.referrer, &grant.referrer) else {
                 why = "it is granted to other images";
                 continue;
             };
-            granted.push(Grant { sha256, referrer: Referrer { layer, image }, ..asked.clone() });
+            granted.push(Grant { sha256, referrer, found: Some(place.file), ..asked.clone() });
         }
-        if granted.is_empty() { refuse(why) } else { Ok(granted) }
+        if granted.is_empty() {
+            return refuse(why);
+        }
+        if !place.directory {
+            return Ok(granted);
+        }
+
+        for (grant, at) in placed {
+            let at = match at {
+                Ok(at) if at.file != place.file && at.real.starts_with(&place.real) => at,
+                Err(error) if would_be_below(&grant.path, &place.real, look) => {
+                    let more = format!(": {} says more of {} in it", self.by(), grant.path.display());
+                    return Err(failed(&asked.path, &more, error).into());
+                }
+                _ => continue,
+            };
+            match both_referrers(&asked.referrer, &grant.referrer) {
+                Some(referrer) => {
+                    let access = if grant.access.is_writable() { asked.access } else { grant.access };
+                    granted.push(Grant { access, referrer, found: Some(at.file), ..grant.clone() });
+                }
+                // Of a directory that is for other images, these get what the directory around it gives.
+                None if at.directory => {}
+                None => {
+                    let file = grant.path.display();
+                    return refuse(&format!(
+                        "{file} in it is granted to other images; allow what is meant of it alone"
+                    ));
+                }
+            }
+        }
+        Ok(granted)
     }
 }
 
-/// Whether a path still lies below a directory once links are followed.
-fn is_below(path: &Path, directory: &Path) -> bool {
-    match (path.canonicalize(), directory.canonicalize()) {
-        (Ok(path), Ok(directory)) => path.starts_with(directory),
-        // What is not there cannot be granted; the error is that of granting.
-        (Err(_), Ok(_)) => true,
-        _ => false,
+/// What stands at a path.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    /// The path without links.
+    pub(crate) real: PathBuf,
+    pub(crate) file: FileIdentity,
+    pub(crate) directory: bool,
+    /// How many names it has.
+    pub(crate) links: u64,
+}
+
+/// Looks at a path.
+pub(crate) type Look<'a> = dyn Fn(&Path) -> io::Result<Place> + 'a;
+
+impl Place {
+    /// Looks at a path as the kernel follows it, once: what it leads to is judged, and nothing else is granted then.
+    fn look(path: &Path) -> io::Result<Self> {
+        // Not opened for any use: it may be a pipe, or a device.
+        let flags = i32::try_from(OFlags::PATH.bits()).unwrap_or(0);
+        let file = File::options().read(true).custom_flags(flags).open(path)?;
+        let metadata = file.metadata()?;
+        let link = format!("/proc/self/fd/{}", file.as_raw_fd());
+        Ok(Self {
+            // Without /proc, the name is followed once more.
+            real: std::fs::read_link(link).or_else(|_| path.canonicalize())?,
+            file: FileIdentity { device: metadata.dev(), inode: metadata.ino() },
+            directory: metadata.is_dir(),
+            links: metadata.nlink(),
+        })
     }
+}
+
+/// Whether what is not there would be below `directory`.
+fn would_be_below(path: &Path, directory: &Path, look: &Look<'_>) -> bool {
+    path.ancestors().find_map(|part| look(part).ok()).is_some_and(|part| part.real.starts_with(directory))
+}
+
+/// Both conditions in one, or `None` if no image meets both.
+fn both_referrers(a: &Referrer, b: &Referrer) -> Option<Referrer> {
+    Some(Referrer { layer: both(a.layer, b.layer)?, image: both(a.image.clone(), b.image.clone())? })
 }
 
 /// Both conditions in one, or `None` if nothing meets both.
@@ -410,6 +500,111 @@ mod tests {
         }
     }
 
+    /// What a policy grants, without what it found there.
+    fn narrow(policy: &Policy, grant: Grant) -> anyhow::Result<Vec<Grant>> {
+        let granted = policy.grants(vec![grant], Access::ReadWrite)?;
+        assert!(granted.iter().all(|grant| grant.found == Some(Place::look(&grant.path).unwrap().file)));
+        Ok(granted.into_iter().map(|grant| Grant { found: None, ..grant }).collect())
+    }
+
+    #[test]
+    fn a_policy_judges_where_a_path_leads() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().canonicalize().unwrap();
+        let at = |name: &str| root.join(name).to_str().unwrap().to_owned();
+        for name in ["images", "evil/x/y", "evil/images", "tmp"] {
+            std::fs::create_dir_all(root.join(name)).unwrap();
+        }
+        for file in ["images/base", "images/other", "secret"] {
+            std::fs::write(root.join(file), "").unwrap();
+        }
+        let link = |to: &str, name: &str| std::os::unix::fs::symlink(root.join(to), root.join(name)).unwrap();
+        link("evil/x/y", "tmp/link");
+        link("secret", "evil/images/base");
+        link("images/base", "images/alias");
+        link("images", "tmp/images");
+        let grants = |of: &[(&str, &str)]| {
+            let grant = |(path, more): &(&str, &str)| format!("[[grants]]\npath = '{}'\n{more}\n", at(path));
+            parse(&format!("version = 1\n{}", of.iter().map(grant).collect::<String>()))
+        };
+        let read = |name: &str| Grant::read(at(name));
+
+        // The kernel follows the link before it climbs: this is the secret.
+        for policy in [grants(&[("images/base", "")]), grants(&[("images", "")])] {
+            for access in [Access::ReadOnly, Access::ReadWrite] {
+                let error = narrow(&policy, Grant { access, ..read("tmp/link/../../images/base") }).unwrap_err();
+                let (name, real) = (at("images/base"), at("secret"));
+                let expected = format!("the policy p.toml does not grant {name}, which leads to {real}: there is no");
+                assert!(error.to_string().starts_with(&expected), "{error}");
+            }
+        }
+        // An alias is the file that it leads to, and has its pin; so has a policy that names it by an alias.
+        let sha256 = format!("sha256 = '{ONE}'");
+        for name in ["images/base", "images/alias", "tmp/images/base"] {
+            let policy = grants(&[("images", ""), (name, &sha256)]);
+            let pinned = |name: &str| Grant { sha256: Some(ONE.parse().unwrap()), ..read(name) };
+            for asked in ["images/base", "images/alias", "tmp/images/base"] {
+                assert_eq!(narrow(&policy, read(asked)).unwrap(), [pinned(asked)], "{name} {asked}");
+            }
+            assert_eq!(narrow(&policy, read("tmp/images")).unwrap(), [read("tmp/images"), pinned(name)], "{name}");
+        }
+        // Neither is a hard link another file.
+        std::fs::hard_link(root.join("images/base"), root.join("images/hard")).unwrap();
+        std::fs::hard_link(root.join("secret"), root.join("images/stranger")).unwrap();
+        let policy = grants(&[("images", ""), ("images/base", "layer = 1")]);
+        assert_eq!(narrow(&policy, read("images/hard")).unwrap()[0].referrer.layer, Some(1));
+        let error = narrow(&policy, read("images/stranger")).unwrap_err().to_string();
+        assert!(error.ends_with("it has several hard links, so it may belong to another directory"), "{error}");
+        assert!(narrow(&grants(&[("images/stranger", "")]), read("images/stranger")).is_ok());
+    }
+
+    #[test]
+    fn the_nearest_grant_of_a_policy_decides_and_those_below_come_with_a_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().canonicalize().unwrap();
+        let at = |name: &str| root.join(name).to_str().unwrap().to_owned();
+        std::fs::create_dir_all(root.join("store/private")).unwrap();
+        for file in ["store/data", "store/mine", "store/private/x"] {
+            std::fs::write(root.join(file), "").unwrap();
+        }
+        let store = format!("[[grants]]\npath = '{}'\naccess = 'read-write'\n", at("store"));
+        let policy =
+            |name: &str, more: &str| parse(&format!("version = 1\n{store}[[grants]]\npath = '{}'\n{more}\n", at(name)));
+        let read = |name: &str| Grant::read(at(name));
+        let write = |name: &str| Grant { access: Access::ReadWrite, ..read(name) };
+        let for_image = |grant: Grant, image: &str| {
+            let referrer = Referrer { layer: None, image: Some(image.to_owned()) };
+            Grant { referrer, ..grant }
+        };
+
+        // Less than the directory around it.
+        let private = policy("store/private", "");
+        assert!(narrow(&private, write("store/private/x")).unwrap_err().to_string().contains("to be read only"));
+        assert_eq!(narrow(&private, write("store")).unwrap(), [write("store"), read("store/private")]);
+        assert_eq!(narrow(&private, write("store/data")).unwrap(), [write("store/data")]);
+        // More than was asked for it does not become.
+        let data = policy("store/data", "access = 'read-write'");
+        assert_eq!(narrow(&data, read("store")).unwrap(), [read("store"), read("store/data")]);
+        assert_eq!(narrow(&data, write("store")).unwrap(), [write("store"), write("store/data")]);
+        // What is for one image alone is for no other one; a directory around a directory is for all.
+        let mine = policy("store/mine", "image = '/a'");
+        let granted = [read("store"), for_image(read("store/mine"), "/a")];
+        assert_eq!(narrow(&mine, read("store")).unwrap(), granted);
+        let granted = granted.map(|grant| for_image(grant, "/a"));
+        assert_eq!(narrow(&mine, for_image(read("store"), "/a")).unwrap(), granted);
+        let error = narrow(&mine, for_image(read("store"), "/b")).unwrap_err().to_string();
+        let end = format!("{} in it is granted to other images; allow what is meant of it alone", at("store/mine"));
+        assert!(error.ends_with(&end), "{error}");
+        let private = policy("store/private", "image = '/a'");
+        let granted = [for_image(read("store"), "/b")];
+        assert_eq!(narrow(&private, granted[0].clone()).unwrap(), granted);
+        // What the policy says of a file that is not there cannot be held.
+        let error = narrow(&policy("store/none/gone", ""), read("store")).unwrap_err().to_string();
+        let gone = at("store/none/gone");
+        let start = format!("cannot grant {}: the policy p.toml says more of {gone} in it: No such file", at("store"));
+        assert!(error.starts_with(&start), "{error}");
+    }
+
     #[test]
     fn a_policy_narrows_what_is_asked_for_and_adds_nothing() {
         let directory = tempfile::tempdir().unwrap();
@@ -427,11 +622,14 @@ mod tests {
             at("images/base"),
             at("data")
         ));
-        let ask = |grant: Grant| policy.grants(vec![grant], Access::ReadWrite);
+        let ask = |grant: Grant| narrow(&policy, grant);
         let why = |grant: Grant| ask(grant).unwrap_err().to_string();
         let read = |name: &str| Grant::read(at(name));
 
-        assert_eq!(ask(read("images")).unwrap(), [read("images")]);
+        // With a directory comes what is said of files in it.
+        let referrer = Referrer { layer: Some(1), image: None };
+        let base = Grant { sha256: Some(ONE.parse().unwrap()), referrer, ..read("images/base") };
+        assert_eq!(ask(read("images")).unwrap(), [read("images"), base.clone()]);
         assert_eq!(ask(read("images/sub")).unwrap(), [read("images/sub")]);
         assert_eq!(ask(read("images/sub/x")).unwrap(), [read("images/sub/x")]);
         // The grant of the file itself decides: its pin and its layer come on top.
@@ -449,6 +647,9 @@ mod tests {
             let error = why(read(other));
             assert!(error.starts_with("the policy p.toml does not grant /"), "{other}: {error}");
         }
+        // What is not there is not granted either.
+        let error = why(read("images/missing"));
+        assert!(error.starts_with(&format!("cannot grant {}: No such file", at("images/missing"))), "{error}");
         // Where nothing is asked for, the policy is what is granted; to be written only where anything is.
         assert_eq!(policy.grants(Vec::new(), Access::ReadWrite).unwrap(), policy.grants);
         assert!(policy.grants(Vec::new(), Access::ReadOnly).unwrap().iter().all(|grant| !grant.access.is_writable()));

@@ -460,12 +460,11 @@ impl Opener {
             let name = image.name.clone();
             next = self.open_layer(image, chain, describe).map_err(|error| error.on_image(name))?;
             if let (Some(below), Some(report)) = (&next, chain.reports.last_mut()) {
-                let metadata = below.file.metadata().map_err(|error| {
+                let identity = regular::identity(&below.file).map_err(|error| {
                     Error::new(ErrorKind::Storage, format!("cannot look at the image: {error}"))
                         .with_source(error)
                         .on_image(&*below.name)
                 })?;
-                let identity = FileIdentity { device: metadata.dev(), inode: metadata.ino() };
                 report.backing_file = Some((below.name.clone(), identity));
             }
             if request.below == Below::Leave {
@@ -558,7 +557,7 @@ impl Opener {
                     Ok(file) => file,
                     Err(shared) => shared.try_clone().map_err(storage)?,
                 };
-                backing_file = Some(identity(&file).map_err(storage)?);
+                backing_file = Some(regular::identity(&file).map_err(storage)?);
                 // The host never opens a path that came out of an image: `file` is what the component
                 // opened through its grants, `path` is the host's own record of that.
                 let format = reference.format.unwrap_or_default();
@@ -730,7 +729,7 @@ impl Again {
             .transpose()?;
         let backing_file = match backing {
             None => None,
-            Some(Some(open)) => Some(identity(&open.file).map_err(storage)?),
+            Some(Some(open)) => Some(regular::identity(&open.file).map_err(storage)?),
             Some(None) => return Err(instance.condemn("`connect` returned something that is not a file it opened")),
         };
         if backing_file != self.backing_file {
@@ -742,12 +741,6 @@ impl Again {
         next.begin().transpose()?;
         Ok(next)
     }
-}
-
-/// Which file it is.
-fn identity(file: &File) -> std::io::Result<FileIdentity> {
-    let metadata = file.metadata()?;
-    Ok(FileIdentity { device: metadata.dev(), inode: metadata.ino() })
 }
 
 impl Opener {
@@ -860,6 +853,9 @@ pub(crate) fn open_image(path: &Path, access: Access, locks: LockMode) -> Result
     };
     let file = regular::open(path, access == Access::ReadWrite).map_err(failed)?;
     let file = file.ok_or_else(|| Error::new(ErrorKind::Invalid, "cannot open the image: it is not a regular file"))?;
+    // A grant may be for the image of that name.
+    regular::refuse_detour(path, &file)
+        .map_err(|why| Error::new(ErrorKind::Invalid, format!("cannot open the image: {why}")))?;
     if locks == LockMode::Off && access == Access::ReadOnly {
         return Ok(file);
     }

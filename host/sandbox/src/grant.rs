@@ -7,7 +7,7 @@ use std::fmt;
 use std::path::{Component as PathComponent, Path, PathBuf};
 use std::str::FromStr;
 
-use blockhouse_block::{Access, Error, ErrorKind, Result};
+use blockhouse_block::{Access, Error, ErrorKind, FileIdentity, Result};
 use serde::{Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
@@ -93,12 +93,14 @@ pub struct Grant {
     pub sha256: Option<Sha256Digest>,
     /// Whose references it is for.
     pub referrer: Referrer,
+    /// What the path led to when it was judged. If it leads elsewhere when it is granted, that is refused.
+    pub found: Option<FileIdentity>,
 }
 
 impl Grant {
     /// A grant to read `path`, for every image of a chain.
     pub fn read(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), access: Access::ReadOnly, sha256: None, referrer: Referrer::default() }
+        Self { path: path.into(), access: Access::ReadOnly, sha256: None, referrer: Referrer::default(), found: None }
     }
 }
 

@@ -9,7 +9,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use blockhouse_block::{Access, Error, ErrorKind, Result};
+use blockhouse_block::{Access, Error, ErrorKind, FileIdentity, Result};
 use serde::Serialize;
 use wasmtime_wasi::filesystem::{Dir, FsPerms, OpenMode};
 
@@ -54,7 +54,8 @@ impl fmt::Display for GrantReport {
 /// A set of grants. A clone shares the open files.
 ///
 /// A grant is a right to *open*, by the name under which it was granted: an image that refers to
-/// `/images/base.raw` can open it if `/images` or `/images/base.raw` was granted under that name.
+/// `/images/base.raw` can open it if `/images` or `/images/base.raw` was granted under that name. What a grant of a
+/// single file demands is demanded of that file under all its names.
 #[derive(Clone, Debug, Default)]
 pub struct Grants(Arc<GrantTree>);
 
@@ -69,8 +70,8 @@ pub(crate) struct GrantTree {
 pub(crate) struct Directory {
     /// The grants of the whole directory.
     pub(crate) whole: Vec<WholeGrant>,
-    /// Single files that are granted in it, by name. Where there is any, the whole directory says nothing
-    /// about that name.
+    /// Single files that are granted in it, by name. Where there is any, no whole directory says anything about that
+    /// name, nor about the file under another one ([`GrantTree::of_file`]).
     pub(crate) files: BTreeMap<String, Vec<FileGrant>>,
 }
 
@@ -85,7 +86,10 @@ pub(crate) struct WholeGrant {
 /// A file that is granted by itself.
 #[derive(Clone)]
 pub(crate) struct FileGrant {
+    /// The absolute path.
+    pub(crate) name: String,
     pub(crate) file: Arc<File>,
+    pub(crate) identity: FileIdentity,
     pub(crate) access: Access,
     pub(crate) referrer: Referrer,
     pub(crate) pin: Option<Arc<Pin>>,
@@ -105,6 +109,14 @@ impl fmt::Debug for FileGrant {
             .field("referrer", &self.referrer)
             .field("pin", &pin)
             .finish()
+    }
+}
+
+impl GrantTree {
+    /// The grants of this single file, under whatever name it was granted.
+    pub(crate) fn of_file(&self, identity: FileIdentity) -> Vec<&FileGrant> {
+        let grants = self.directories.values().flat_map(|directory| directory.files.values().flatten());
+        grants.filter(|grant| grant.identity == identity).collect()
     }
 }
 
@@ -153,8 +165,10 @@ impl Grants {
         self.add(&Grant { access: Access::ReadWrite, ..Grant::read(path.as_ref()) }, &mut |_, _| {})
     }
 
-    /// Grants in detail. A grant of a single file decides alone about its name: a directory around it that is
-    /// granted as well is not asked. A later grant of the same path to the same images replaces an earlier one.
+    /// Grants in detail. A grant of a single file decides alone about it, under its own name and under every other one
+    /// that leads to it: a directory around it that is granted as well, before or after, is not asked. Where it is
+    /// granted with a pin and without one, the pin counts. A later grant of the same path to the same images replaces
+    /// an earlier one.
     ///
     /// A pinned file is hashed now, which may take long; `progress` is told how many bytes of how many are done.
     /// From then on it is held open, locked against writers that respect QEMU's locks, and watched. If its
@@ -163,8 +177,9 @@ impl Grants {
     ///
     /// # Errors
     /// As [`allow`](Self::allow). [`Denied`](ErrorKind::Denied) if the content of a pinned file is another one,
-    /// or somebody writes to it; [`Invalid`](ErrorKind::Invalid) if a directory is to be pinned, or a file that may
-    /// be written, or a file that is granted to the same images with another pin.
+    /// or somebody writes to it, or if the path leads elsewhere than when it was judged ([`Grant::found`]);
+    /// [`Invalid`](ErrorKind::Invalid) if a directory is to be pinned, or a file that may be written, or a file that is
+    /// granted to the same images with another pin, or if the path has a `..` after a link and so is not what it says.
     pub fn add(self, grant: &Grant, progress: &mut dyn FnMut(u64, u64)) -> Result<Self> {
         let path = grant.path.as_path();
         let name = absolute_name(path)?;
@@ -177,6 +192,14 @@ impl Grants {
         // it is opened again for each use.
         let file = File::options().read(true).custom_flags(regular::careful()).open(path).map_err(fail)?;
         let kind = file.metadata().map_err(fail)?.file_type();
+        let identity = regular::identity(&file).map_err(fail)?;
+        if grant.found.is_some_and(|found| found != identity) {
+            let why = "it is not what it was a moment ago: its name, or a link on the way, was changed. Try again";
+            return Err(Error::new(ErrorKind::Denied, format!("cannot grant {}: {why}", path.display())));
+        }
+        if let Err(why) = regular::refuse_detour(path, &file) {
+            return invalid(&why);
+        }
         let (access, referrer) = (grant.access, grant.referrer.clone());
         let mut tree = Arc::unwrap_or_clone(self.0);
         if kind.is_dir() {
@@ -207,7 +230,7 @@ impl Grants {
                 None => None,
             };
             grants.retain(|other| other.referrer != referrer);
-            grants.push(FileGrant { file, access, referrer, pin });
+            grants.push(FileGrant { name, file, identity, access, referrer, pin });
         } else {
             return invalid("it is neither a directory nor a regular file");
         }

@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use blockhouse_block::Access;
 use cap_primitives::fs::{OpenOptions, OpenOptionsExt};
 use wasmtime_wasi::p2::bindings::filesystem::types::{DescriptorFlags, ErrorCode, OpenFlags};
 
-use crate::grants::{GrantTree, join};
+use crate::grants::{FileGrant, GrantTree, join};
 use crate::limits::Limits;
 use crate::locks::{self, LockMode};
 use crate::pin::Pin;
@@ -106,21 +106,7 @@ pub(crate) fn open(
     let (parent, leaf) = full.rsplit_once('/').unwrap_or(("", &full));
     let parent = if parent.is_empty() { "/" } else { parent };
     if let Some(files) = grants.directories.get(parent).and_then(|directory| directory.files.get(leaf)) {
-        let mut mine = files.iter().filter(|grant| grant.referrer.includes(request.depth, request.image));
-        let Some(first) = mine.next() else {
-            let reason = format!("it is granted to other images of the chain, and this is layer {}", request.depth);
-            return Err(denied(ErrorCode::NotPermitted, Some(&full), reason));
-        };
-        // Of several grants one that is enough.
-        let grant = [first].into_iter().chain(mine).find(|grant| grant.access == access).unwrap_or(first);
-        if access == Access::ReadWrite && grant.access == Access::ReadOnly {
-            return Err(denied(ErrorCode::NotPermitted, Some(&full), "the grant is read-only".to_owned()));
-        }
-        if let Some(Err(why)) = grant.pin.as_ref().map(|pin| pin.check()) {
-            return Err(denied(ErrorCode::NotPermitted, Some(&full), why));
-        }
-        let file = reopen(&grant.file, access, locks).map_err(|(code, reason)| denied(code, Some(&full), reason))?;
-        return Ok(Opened { file, path: full.clone(), access, grant: full, pin: grant.pin.clone() });
+        return open_granted(grants, files.iter().collect(), locks, request, access, full);
     }
 
     // Otherwise the nearest directory that was granted whole.
@@ -146,10 +132,56 @@ pub(crate) fn open(
     if access == Access::ReadWrite && granted == Access::ReadOnly {
         return Err(denied(ErrorCode::NotPermitted, "the grant is read-only".to_owned()));
     }
-    let file = open_regular(&dir.dir, Path::new(rest), access)
-        .and_then(|file| lock(&file, access, locks).map(|()| file))
-        .map_err(|(code, reason)| denied(code, reason))?;
+    // First to be read: whoever opens a pinned file to write it ends its lease, even if nothing is written then.
+    let found = open_regular(&dir.dir, Path::new(rest)).map_err(|(code, reason)| denied(code, reason))?;
+    let identity = regular::identity(&found).map_err(|error| denied(ErrorCode::Io, error.to_string()))?;
+    let special = grants.of_file(identity);
+    if !special.is_empty() {
+        // Granted by itself, under this name or another one.
+        return open_granted(grants, special, locks, request, access, full);
+    }
+    let file = match access {
+        Access::ReadOnly => lock(&found, access, locks).map(|()| found),
+        Access::ReadWrite => reopen(&found, access, locks),
+    };
+    let file = file.map_err(|(code, reason)| denied(code, reason))?;
     Ok(Opened { file, path: full, access, grant: grant.clone(), pin: None })
+}
+
+/// Opens a file that was granted by itself, as far as one of these grants of it allows. `full` is the name by which the
+/// image asks for it.
+fn open_granted(
+    all: &GrantTree,
+    mut grants: Vec<&FileGrant>,
+    locks: LockMode,
+    request: &Request<'_>,
+    access: Access,
+    full: String,
+) -> Result<Opened, Denied> {
+    let includes = |grant: &&FileGrant| grant.referrer.includes(request.depth, request.image);
+    let denied = |grant: Option<&FileGrant>, code: ErrorCode, reason: String| {
+        Err(Denied { code, path: full.clone(), grant: grant.map(|grant| grant.name.clone()), reason })
+    };
+    let other = grants.first().copied();
+    grants.retain(includes);
+    let Some(first) = grants.first().copied() else {
+        let reason = format!("it is granted to other images of the chain, and this is layer {}", request.depth);
+        return denied(other, ErrorCode::NotPermitted, reason);
+    };
+    // Of several grants one that is enough; but a pin counts wherever it was given.
+    let enough = grants.iter().copied().find(|grant| grant.access == access).unwrap_or(first);
+    let pinned = all.of_file(enough.identity).into_iter().filter(includes).find(|grant| grant.pin.is_some());
+    let grant = pinned.unwrap_or(enough);
+    if access == Access::ReadWrite && grant.access == Access::ReadOnly {
+        return denied(Some(grant), ErrorCode::NotPermitted, "the grant is read-only".to_owned());
+    }
+    if let Some(Err(why)) = grant.pin.as_ref().map(|pin| pin.check()) {
+        return denied(Some(grant), ErrorCode::NotPermitted, why);
+    }
+    match reopen(&grant.file, access, locks) {
+        Ok(file) => Ok(Opened { file, path: full, access, grant: grant.name.clone(), pin: grant.pin.clone() }),
+        Err((code, reason)) => denied(Some(grant), code, reason),
+    }
 }
 
 /// As [`open`], for a component that was started again: what the one before it opened, and nothing else. No
@@ -191,11 +223,11 @@ fn normalize(path: &str) -> Option<String> {
     if parts.is_empty() { None } else { Some(parts.join("/")) }
 }
 
-/// Opens a regular file below `directory`, resolved inside it by cap-primitives (`RESOLVE_BENEATH`
+/// Opens a regular file below `directory` to be read, resolved inside it by cap-primitives (`RESOLVE_BENEATH`
 /// or its equivalent), and checks what was opened.
-fn open_regular(directory: &File, path: &Path, access: Access) -> Result<File, (ErrorCode, String)> {
+fn open_regular(directory: &File, path: &Path) -> Result<File, (ErrorCode, String)> {
     let mut options = OpenOptions::new();
-    options.read(true).write(access == Access::ReadWrite);
+    options.read(true);
     options.custom_flags(regular::careful());
     let file = cap_primitives::fs::open(directory, path, &options).map_err(|error| {
         let code = match error.kind() {
@@ -229,7 +261,10 @@ fn open_regular(directory: &File, path: &Path, access: Access) -> Result<File, (
 fn reopen(granted: &File, access: Access, locks: LockMode) -> Result<File, (ErrorCode, String)> {
     // The link leads to the open file itself, whatever its name leads to by now.
     let link = format!("/proc/self/fd/{}", granted.as_raw_fd());
-    match File::options().read(true).write(access == Access::ReadWrite).open(link) {
+    // Who has a lease on it makes nobody wait.
+    let opened =
+        File::options().read(true).write(access == Access::ReadWrite).custom_flags(regular::careful()).open(link);
+    match opened.and_then(|file| regular::usual_mode(&file).map(|()| file)) {
         Ok(file) => lock(&file, access, locks).map(|()| file),
         // Granted files are open for reading.
         Err(error) if access.is_writable() => {
@@ -493,6 +528,84 @@ mod tests {
             let error = place.grants.clone().add(&grant, &mut |_, _| {}).unwrap_err();
             assert!(error.to_string().contains(why), "{error}");
         }
+    }
+
+    /// The directory, and a file in it that is granted by itself, one before the other and the other way round: what the
+    /// grant of the file demands holds for every name of the file.
+    #[test]
+    fn a_file_that_is_granted_by_itself_is_no_other_one_under_another_name() {
+        let flags = |access: Access| match access {
+            Access::ReadOnly => DescriptorFlags::READ,
+            Access::ReadWrite => DescriptorFlags::READ | DescriptorFlags::WRITE,
+        };
+        let sha256 = Some(Sha256Digest::of(b"base"));
+        let layer = |layer| Referrer { layer: Some(layer), image: None };
+        for turned in [false, true] {
+            let mut place = Place::new();
+            let granted = place.granted();
+            symlink("base.raw", granted.join("alias")).unwrap();
+            symlink("../base.raw", granted.join("sub/alias")).unwrap();
+            let with = |grant: Grant| {
+                let whole = Grant { access: Access::ReadWrite, ..Grant::read(&granted) };
+                let both = if turned { [grant, whole] } else { [whole, grant] };
+                both.iter().fold(Grants::new(), |all, one| all.add(one, &mut |_, _| {}).unwrap())
+            };
+            let base = Grant::read(granted.join("base.raw"));
+            let names = ["base.raw", "alias", "sub/alias"];
+
+            place.grants = with(Grant { sha256, ..base.clone() });
+            for name in names {
+                let opened = place.open(name).unwrap();
+                assert_eq!(opened.pin.map(|pin| *pin.digest()), sha256, "{name}");
+                assert_eq!(opened.grant, granted.join("base.raw").to_str().unwrap(), "{name}");
+                // Refused without a try: to open it to write it would be the end of a lease, and of the pin.
+                let denied = place.open_with(name, OpenFlags::empty(), flags(Access::ReadWrite)).err().unwrap();
+                assert!(denied.reason.contains("the grant is read-only"), "{name}: {}", denied.reason);
+                assert!(place.open(name).is_ok(), "{name}");
+            }
+            place.grants = with(Grant { referrer: layer(1), ..base.clone() });
+            for name in names {
+                assert!(place.refused(name).contains("granted to other images of the chain"), "{name}");
+            }
+            assert!(place.open_with("sub/deep.raw", OpenFlags::empty(), flags(Access::ReadWrite)).is_ok());
+        }
+        // Two names that were granted: whoever pins the file under one of them pins it.
+        let mut place = Place::new();
+        symlink("base.raw", place.granted().join("alias")).unwrap();
+        let alias = Grant { access: Access::ReadWrite, ..Grant::read(place.granted().join("alias")) };
+        let pinned = Grant { sha256, referrer: layer(0), ..Grant::read(place.granted().join("base.raw")) };
+        for both in [[&alias, &pinned], [&pinned, &alias]] {
+            place.grants = both.iter().fold(Grants::new(), |all, one| all.add(one, &mut |_, _| {}).unwrap());
+            place.depth = 0;
+            assert!(place.open("alias").unwrap().pin.is_some());
+            assert!(place.open_with("alias", OpenFlags::empty(), flags(Access::ReadWrite)).is_err());
+            // For others it is not pinned.
+            place.depth = 1;
+            assert!(place.open("alias").unwrap().pin.is_none());
+        }
+    }
+
+    /// What was judged is what is granted, and a name is what its text says.
+    #[test]
+    fn a_path_that_leads_elsewhere_is_not_granted() {
+        let place = Place::new();
+        let path = place.granted().join("base.raw");
+        let found = Some(regular::identity(&File::open(&path).unwrap()).unwrap());
+        let grant = Grant { found, ..Grant::read(&path) };
+        let add = |grant: &Grant| Grants::new().add(grant, &mut |_, _| {}).map(|grants| grants.paths());
+        assert!(add(&grant).is_ok());
+        std::fs::remove_file(&path).unwrap();
+        symlink("../secret/canary", &path).unwrap();
+        let error = add(&grant).unwrap_err();
+        assert!(error.to_string().contains("it is not what it was a moment ago"), "{error}");
+
+        symlink("../secret", place.granted().join("link")).unwrap();
+        std::fs::create_dir_all(place.temp.path().join("sub")).unwrap();
+        std::fs::write(place.temp.path().join("sub/deep.raw"), "").unwrap();
+        let error = add(&Grant::read(place.granted().join("link/../sub/deep.raw"))).unwrap_err();
+        assert!(error.to_string().contains("leads elsewhere than to "), "{error}");
+        assert!(error.to_string().ends_with("granted/sub/deep.raw; write the path without `..`"), "{error}");
+        assert!(add(&Grant::read(place.granted().join("sub/../sub/deep.raw"))).is_ok());
     }
 
     #[test]

@@ -3,10 +3,37 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Component, Path};
 
+use blockhouse_block::FileIdentity;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+
+use crate::grant::absolute_name;
+
+/// Which file it is.
+pub(crate) fn identity(file: &File) -> io::Result<FileIdentity> {
+    let metadata = file.metadata()?;
+    Ok(FileIdentity { device: metadata.dev(), inode: metadata.ino() })
+}
+
+/// Sees that `file` is what the absolute name of its path leads to. With `..` in it, it need not be: the name is text,
+/// and the kernel follows a link before it climbs.
+/// The error says what to write in its place.
+pub(crate) fn refuse_detour(path: &Path, file: &File) -> Result<(), String> {
+    if !path.components().any(|part| part == Component::ParentDir) {
+        return Ok(());
+    }
+    let name = absolute_name(path).map_err(|error| error.message().to_owned())?;
+    let named = std::fs::metadata(&name).map(|named| FileIdentity { device: named.dev(), inode: named.ino() });
+    match (named, identity(file)) {
+        (Ok(named), Ok(opened)) if named == opened => Ok(()),
+        _ => {
+            let path = path.display();
+            Err(format!("a link before the `..` in {path} leads elsewhere than to {name}; write the path without `..`"))
+        }
+    }
+}
 
 /// Flags for every open: a FIFO must not make the host wait for its other end, and a terminal must not
 /// become the controlling one.

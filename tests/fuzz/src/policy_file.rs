@@ -4,16 +4,20 @@
 //!   input: TOML │ NUL │ what `--allow` has │ NUL │ ...
 //! ```
 //!
-//! Whatever they say: an error names the place; no limit is raised; and what a command is granted is no more than
-//! it asked for, and no more than some grant of the policy has.
+//! Whatever they say: an error names the place; no limit is raised; what a command is granted is no more than it asked
+//! for, and no more than some grant of the policy has; and what the policy says of a file holds for who is granted a
+//! directory around it.
 
+use std::collections::hash_map::DefaultHasher;
+use std::hash::{Hash, Hasher};
+use std::io;
 use std::path::{Path, PathBuf};
 
-use blockhouse_block::Access;
+use blockhouse_block::{Access, FileIdentity};
 
 use crate::included::grant::Grant;
 use crate::included::limits::Limits;
-use crate::included::policy::Policy;
+use crate::included::policy::{Place, Policy};
 use crate::included::{grant, grant_arg};
 
 pub(crate) fn run(data: &[u8]) {
@@ -48,22 +52,48 @@ pub(crate) fn run(data: &[u8]) {
     for (number, asked) in parts.take(8).enumerate() {
         let access = if number.is_multiple_of(2) { Access::ReadOnly } else { Access::ReadWrite };
         let Ok(asked) = grant_arg::parse(Path::new(asked), access) else { continue };
-        let Ok(granted) = policy.grants(vec![asked.clone()], Access::ReadWrite) else { continue };
+        let Ok(granted) = policy.grants_by(vec![asked.clone()], Access::ReadWrite, &look) else { continue };
         assert!(!granted.is_empty(), "neither granted nor refused");
+        let place = look(&asked.path).expect("it was granted");
         for grant in &granted {
-            check(&asked, grant, &all);
+            check(&asked, &place, grant, &all);
+        }
+        let below = |grant: &&Grant| place.directory && grant.path.starts_with(&place.real) && grant.path != place.real;
+        for grant in all.iter().filter(below) {
+            let at = look(&grant.path).expect("it was granted");
+            let same = |granted: &&Grant| granted.path == grant.path && granted.sha256 == grant.sha256;
+            assert!(at.directory || granted.iter().any(|granted| same(&granted)), "{grant:?} is not in {granted:?}");
         }
     }
 }
 
-fn check(asked: &Grant, granted: &Grant, policy: &[Grant]) {
-    let no_more = granted.path == asked.path
-        && granted.access == asked.access
+/// A file system of text: what has a dot in its name is a file, what ends in a tilde is not there.
+fn look(path: &Path) -> io::Result<Place> {
+    let name = grant::absolute_name(path).map_err(io::Error::other)?;
+    if name.ends_with('~') {
+        return Err(io::ErrorKind::NotFound.into());
+    }
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    let file = FileIdentity { device: 0, inode: hasher.finish() };
+    let directory = !name.rsplit('/').next().unwrap_or_default().contains('.');
+    Ok(Place { real: PathBuf::from(name), file, directory, links: 1 })
+}
+
+/// What was granted is what was asked for, or what the policy says of something below it; with no more rights and to no
+/// more images than both have.
+fn check(asked: &Grant, place: &Place, granted: &Grant, policy: &[Grant]) {
+    let name = PathBuf::from(grant::absolute_name(&granted.path).expect("it was granted"));
+    let itself = granted.path == asked.path && granted.access == asked.access;
+    let below = place.directory
+        && name.starts_with(&place.real)
+        && (asked.access.is_writable() || !granted.access.is_writable());
+    let no_more = (itself || below)
         && (asked.sha256.is_none() || granted.sha256 == asked.sha256)
         && (asked.referrer.layer.is_none() || granted.referrer.layer == asked.referrer.layer)
         && (asked.referrer.image.is_none() || granted.referrer.image == asked.referrer.image);
     assert!(no_more, "{asked:?} became {granted:?}");
-    let name = PathBuf::from(grant::absolute_name(&asked.path).expect("it was granted"));
+    assert_eq!(granted.found, Some(look(&granted.path).expect("it was granted").file));
     let covered = policy.iter().any(|grant| {
         name.starts_with(&grant.path)
             && (grant.access == Access::ReadWrite || granted.access == Access::ReadOnly)
