@@ -47,16 +47,28 @@ const SUBCLUSTERS: u32 = 32;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cluster {
     Unallocated,
-    /// With the offset of a cluster that is kept for it, or 0.
-    Zero(u64),
+    /// With the offset of a cluster that is kept for it, if there is one.
+    Zero(Option<u64>),
     Data(u64),
     Packed(Descriptor),
-    /// Extended L2: bit n of each map is about subcluster n; where neither is set, it is unallocated.
+    /// Extended L2: bit n of each map is about subcluster n; where neither is set, it is unallocated. Data has
+    /// a place.
     Subclusters {
-        offset: u64,
+        place: Option<u64>,
         data: u32,
         zero: u32,
     },
+}
+
+impl Cluster {
+    /// Where a cluster of its own is, used or kept, if it has one.
+    pub(crate) fn place(self) -> Option<u64> {
+        match self {
+            Self::Data(offset) => Some(offset),
+            Self::Zero(place) | Self::Subclusters { place, .. } => place,
+            Self::Unallocated | Self::Packed(_) => None,
+        }
+    }
 }
 
 /// The shape of the tables of an image.
@@ -127,29 +139,29 @@ impl Shape {
             return Err("the offset is not a multiple of the cluster size");
         }
         // With an external data file, 0 is a place like any other: bit 63 tells.
-        let allocated = offset != 0 || (self.external_data && entry & COPIED != 0);
-        if self.external_data && allocated && offset != guest {
+        let place = (offset != 0 || (self.external_data && entry & COPIED != 0)).then_some(offset);
+        if self.external_data && place.is_some_and(|place| place != guest) {
             return Err("the offset in the external data file is not the offset in the disk");
         }
         if !self.extended {
-            return Ok(match (zero, allocated) {
-                (true, _) => Cluster::Zero(offset),
-                (false, true) => Cluster::Data(offset),
-                (false, false) => Cluster::Unallocated,
+            return Ok(match (zero, place) {
+                (true, place) => Cluster::Zero(place),
+                (false, Some(offset)) => Cluster::Data(offset),
+                (false, None) => Cluster::Unallocated,
             });
         }
         let (zeroes, data) = halves(bitmap);
         if zeroes & data != 0 {
             return Err("a subcluster is both data and zero");
         }
-        if data != 0 && !allocated {
+        if data != 0 && place.is_none() {
             return Err("a subcluster is data, and the cluster has no offset");
         }
         Ok(match (data, zeroes) {
             (u32::MAX, _) => Cluster::Data(offset),
-            (_, u32::MAX) => Cluster::Zero(offset),
+            (_, u32::MAX) => Cluster::Zero(place),
             (0, 0) => Cluster::Unallocated,
-            _ => Cluster::Subclusters { offset, data, zero: zeroes },
+            _ => Cluster::Subclusters { place, data, zero: zeroes },
         })
     }
 
@@ -176,16 +188,14 @@ impl Shape {
             Cluster::Packed(descriptor) => {
                 within == 0 && list.push(length, Placement::Packed { token: descriptor.token() })
             }
-            Cluster::Subclusters { offset, data: data_map, zero } => (1..=SUBCLUSTERS).all(|number| {
+            Cluster::Subclusters { place, data: data_map, zero } => (1..=SUBCLUSTERS).all(|number| {
                 let bit = 1 << (number - 1);
                 let stop = guest.saturating_add(self.unit() * u64::from(number)).min(end);
                 let within = list.end().saturating_sub(guest);
-                let placement = if data_map & bit != 0 {
-                    data(offset, within)
-                } else if zero & bit != 0 {
-                    Placement::Zero
-                } else {
-                    Placement::Unallocated
+                let placement = match place {
+                    Some(offset) if data_map & bit != 0 => data(offset, within),
+                    _ if zero & bit != 0 => Placement::Zero,
+                    _ => Placement::Unallocated,
                 };
                 // Nothing is left of a subcluster before the start or past the end.
                 list.push(stop.saturating_sub(list.end()), placement)

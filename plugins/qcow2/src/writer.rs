@@ -324,14 +324,10 @@ impl Writing {
                 _ => Need::Space,
             });
         }
-        let places = match cluster {
-            Cluster::Unallocated | Cluster::Zero(0) | Cluster::Subclusters { offset: 0, .. } => {
-                return Ok(Need::Space);
-            }
-            Cluster::Zero(offset) | Cluster::Data(offset) | Cluster::Subclusters { offset, .. } => {
-                offset / cluster_size..=offset / cluster_size
-            }
-            Cluster::Packed(descriptor) => descriptor.clusters(),
+        let places = match (cluster, cluster.place()) {
+            (Cluster::Packed(descriptor), _) => descriptor.clusters(),
+            (_, Some(offset)) => offset / cluster_size..=offset / cluster_size,
+            (_, None) => return Ok(Need::Space),
         };
         let mut count = 0;
         for place in places {
@@ -353,7 +349,9 @@ impl Writing {
         Ok(match cluster {
             _ if entry & COPIED == 0 || count != 1 => Need::Space,
             Cluster::Data(_) => Need::Nothing,
-            Cluster::Zero(offset) | Cluster::Subclusters { offset, data: 0, .. } => Need::Kept(offset),
+            Cluster::Zero(Some(offset)) | Cluster::Subclusters { place: Some(offset), data: 0, .. } => {
+                Need::Kept(offset)
+            }
             _ => Need::Space,
         })
     }
@@ -424,23 +422,18 @@ impl Writing {
 
     /// Drops the reference that `cluster` was, except to `stays`.
     pub(crate) fn unmap(&mut self, cluster: Cluster, stays: Option<u64>, cluster_size: u64) {
-        match cluster {
-            Cluster::Zero(offset) | Cluster::Data(offset) | Cluster::Subclusters { offset, .. } if self.external => {
-                // Offset 0 is a place like any other there, or none: a hole too many does no harm.
-                if stays != Some(offset) && !matches!(cluster, Cluster::Zero(0)) {
-                    self.leaving.insert(offset / cluster_size);
-                }
+        if let Cluster::Packed(descriptor) = cluster {
+            for number in descriptor.clusters() {
+                self.refcounts.free_later(number);
             }
-            Cluster::Unallocated | Cluster::Zero(0) => {}
-            Cluster::Packed(descriptor) => {
-                for number in descriptor.clusters() {
-                    self.refcounts.free_later(number);
-                }
-            }
-            Cluster::Zero(offset) | Cluster::Data(offset) | Cluster::Subclusters { offset, .. } => {
-                if offset != 0 && Some(offset) != stays {
-                    self.refcounts.free_later(offset / cluster_size);
-                }
+        }
+        // What has no place in a data file is not at 0: cluster 0 may be the data of the start of the disk.
+        if let Some(offset) = cluster.place().filter(|offset| stays != Some(*offset)) {
+            let number = offset / cluster_size;
+            if self.external {
+                self.leaving.insert(number);
+            } else {
+                self.refcounts.free_later(number);
             }
         }
     }
@@ -499,7 +492,7 @@ impl Writing {
                 None => true,
                 Some((table, _)) => match parts.map.entry(parts.image, table, guest)?.1 {
                     Cluster::Unallocated => self.backing,
-                    Cluster::Zero(offset) => offset != 0 && !keep,
+                    Cluster::Zero(place) => place.is_some() && !keep,
                     Cluster::Data(_) | Cluster::Packed(_) | Cluster::Subclusters { .. } => true,
                 },
             };

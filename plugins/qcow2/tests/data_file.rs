@@ -20,6 +20,11 @@ fn open(storage: &Storage, path: &str) -> Disk<Qcow2> {
     disk
 }
 
+fn close(mut disk: Disk<Qcow2>) {
+    disk.flush().unwrap();
+    disk.format.finish().unwrap();
+}
+
 /// Puts what the storage has back into the directory, and lets QEMU look at it.
 fn check(lab: &Lab, storage: &Storage, model: &[u8], what: &str) {
     for name in ["top.qcow2", "top.data"] {
@@ -35,9 +40,14 @@ fn data_goes_to_its_own_file() {
     if !have_qemu() {
         return;
     }
-    for (options, raw, backing) in
-        [("", false, false), ("", false, true), (",data_file_raw=on", true, false), (",extended_l2=on", false, true)]
-    {
+    for (options, raw, backing) in [
+        ("", false, false),
+        ("", false, true),
+        (",data_file_raw=on", true, false),
+        (",extended_l2=on", false, true),
+        (",extended_l2=on", false, false),
+        (",data_file_raw=on,extended_l2=on", true, false),
+    ] {
         let lab = Lab::new();
         let cluster = if options.contains("extended") { 16384 } else { CLUSTER };
         let base: Vec<u8> = (0..SIZE - 20 * CLUSTER).map(|at| (at / 512) as u8 | 1).collect();
@@ -53,16 +63,35 @@ fn data_goes_to_its_own_file() {
                 *byte = if backing { base.get(offset as usize + number).copied().unwrap_or(0) } else { 0 };
             }
         };
-        let storage = lab.storage();
         let path = lab.path("top.qcow2");
-        let image_before = storage.bytes(&path).len();
-        let mut disk = open(&storage, &path);
+        let image_before = lab.bytes("top.qcow2").len();
+        let mut storage = lab.storage();
+        let mut disk = None;
         let mut state = 7u64;
         let mut random = |below: usize| {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             (state >> 33) as usize % below
         };
         for number in 0..120u8 {
+            // Now and then it is QEMU's turn: with data at the start of the disk, zeroes for a part of a cluster.
+            if number % 24 == 0 {
+                if let Some(disk) = disk.take() {
+                    close(disk);
+                    check(&lab, &storage, &model, options);
+                }
+                let byte = number | 1;
+                let mut commands = vec![format!("write -P {byte} 0 {cluster}")];
+                model[..cluster].fill(byte);
+                for _ in 0..4 {
+                    let start = (1 + random(SIZE / cluster - 1)) * cluster + random(cluster / 512 - 1) * 512;
+                    let length = 512 * (1 + random(2));
+                    commands.push(format!("write -z {start} {length}"));
+                    model[start..start + length].fill(0);
+                }
+                lab.qemu_io("top.qcow2", &commands);
+                storage = lab.storage();
+            }
+            let disk = disk.get_or_insert_with(|| open(&storage, &path));
             let first = random(SIZE / 512);
             let length = (1 + random(5 * cluster / 512)).min(SIZE / 512 - first) * 512;
             let range = first * 512..first * 512 + length;
@@ -90,8 +119,7 @@ fn data_goes_to_its_own_file() {
                 _ => disk.flush().unwrap(),
             }
         }
-        disk.flush().unwrap();
-        disk.format.finish().unwrap();
+        close(disk.unwrap());
         check(&lab, &storage, &model, options);
         let data = storage.bytes(&lab.path("top.data"));
         if raw {
@@ -131,4 +159,34 @@ fn what_was_discarded_and_written_again_is_not_reported_free() {
         "{located:?}"
     );
     assert!(matches!(disk.format.pack(0, &[1; CLUSTER]), Err(Error::Unsupported(_))));
+}
+
+/// With extended L2 a cluster without a place can have subclusters of zeroes. Its offset in the table is 0, where the
+/// data file has the start of the disk.
+#[test]
+fn zeroes_without_a_place_free_nothing() {
+    if !have_qemu() {
+        return;
+    }
+    type Operation = fn(&mut Disk<Qcow2>) -> blockhouse_plugin::Result<()>;
+    let operations: [(&str, Operation); 4] = [
+        ("write", |disk| disk.write_over(1 << 20, &[5; 512], &mut |_, to| to.fill(0))),
+        ("discard", |disk| disk.format.discard(1 << 20, 64 << 10)),
+        ("zero", |disk| disk.format.zero(1 << 20, 64 << 10, false)),
+        ("zero and keep", |disk| disk.format.zero(1 << 20, 64 << 10, true)),
+    ];
+    for (what, operation) in operations {
+        let lab = Lab::new();
+        lab.qemu_img("create -q -f qcow2 -o extended_l2=on,cluster_size=64k,data_file=top.data top.qcow2 4M");
+        lab.qemu_io("top.qcow2", &["write -P 0x11 0 64k".to_owned(), "write -z 1M 2k".to_owned()]);
+        let storage = lab.storage();
+        let mut disk = open(&storage, &lab.path("top.qcow2"));
+        operation(&mut disk).unwrap();
+        let freed = disk.format.flush().unwrap();
+        assert!(freed.is_empty(), "{what}: {freed:?}");
+        // The place of the start of the disk is freed with it.
+        disk.format.discard(0, 64 << 10).unwrap();
+        let freed: Vec<_> = disk.format.flush().unwrap().iter().map(|freed| (freed.offset, freed.length)).collect();
+        assert_eq!(freed, [(0, 64 << 10)], "{what}");
+    }
 }
