@@ -83,6 +83,42 @@ fn until_stuck(serve: &Serve, count: usize) {
     }
 }
 
+/// Whoever waits for the storage longer than a call of a component may take has not done anything wrong, and must not
+/// be thrown away with what is not written yet.
+#[test]
+fn a_component_that_waits_for_the_storage_is_not_thrown_away() {
+    let directory = scratch();
+    let Some(still) = FileSystem::mount(directory.path()) else { return };
+    let (socket, policy, image) =
+        (directory.path().join("socket"), directory.path().join("policy.toml"), still.at.join("disk.qcow2"));
+    run(blockhouse().args(["create", "--format", "qcow2"]).arg(&image).arg("4M")).succeeded();
+    let limit = Duration::from_millis(200);
+    std::fs::write(&policy, format!("version = 1\n[limits]\ncall-time-ms = {}\n", limit.as_millis())).unwrap();
+    let mut command = blockhouse();
+    command.args(["-v", "serve", "--socket"]).arg(&socket).arg("--policy").arg(&policy);
+    command.arg("--disk").arg(format!("file={},format=qcow2", image.display()));
+    let serve = Serve::start(&mut command, &directory.path().join("log"));
+    let mut client = Client::connect(&socket, 1);
+    let content = noise(3, 1 << 20);
+    client.write(0, &content).unwrap();
+    let frozen = still.freeze();
+    let flush = std::thread::spawn(move || {
+        let flushed = client.flush();
+        (client, flushed)
+    });
+    // Whatever it does first, it has to write and to sync.
+    until_stuck(&serve, 1);
+    std::thread::sleep(5 * limit);
+    drop(frozen);
+    let (mut client, flushed) = flush.join().unwrap();
+    flushed.unwrap();
+    assert!(client.read(0, content.len()).unwrap() == content);
+    client.write(2 << 20, &content).unwrap();
+    client.flush().unwrap();
+    drop(client);
+    serve.terminate();
+}
+
 /// A small write into the page cache is made by the thread of its queue, which may have to wait for that. What
 /// else the disk was asked for has all the threads of its pool wait.
 #[test]

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockhouse_block::{Access, FileIdentity, ImageFile};
 use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable, ResourceType};
@@ -24,7 +24,7 @@ use crate::audit::{Audit, OpenEvent, Outcome, now_ms};
 use crate::authority::{PREOPENS, TYPES, WASI_VERSION};
 use crate::bindings::reader::blockhouse::format::{files, log, types};
 use crate::grants::Grants;
-use crate::limits::Limits;
+use crate::limits::{Limits, TICK};
 use crate::locks::LockMode;
 use crate::pin::Pin;
 use crate::policy;
@@ -70,17 +70,25 @@ pub(crate) struct Identity {
 pub(crate) struct Budget {
     pub(crate) time: Duration,
     host_calls: u64,
+    /// What is left of the time that it may wait for the storage.
+    storage_time: Duration,
+    /// For how long it did, since it was last asked about.
+    waited: Duration,
 }
 
 impl Budget {
     /// Of a call that serves a request.
     pub(crate) fn usual(limits: &Limits) -> Self {
-        Self { time: limits.call_time, host_calls: limits.host_calls }
+        Self::new(limits, limits.call_time, limits.host_calls)
     }
 
     /// Of a call that works on a whole image.
     pub(crate) fn maintenance(limits: &Limits) -> Self {
-        Self { time: limits.maintenance_time, host_calls: limits.maintenance_host_calls }
+        Self::new(limits, limits.maintenance_time, limits.maintenance_host_calls)
+    }
+
+    fn new(limits: &Limits, time: Duration, host_calls: u64) -> Self {
+        Self { time, host_calls, storage_time: limits.storage_time, waited: Duration::ZERO }
     }
 }
 
@@ -164,6 +172,29 @@ impl State {
     fn exceed<T>(&mut self, what: String) -> wasmtime::Result<T> {
         self.exceeded = Some(what.clone());
         bail!(what)
+    }
+
+    /// How long the present call has waited for the storage since this was last asked, as far as it may.
+    pub(crate) fn waited(&mut self) -> Option<Duration> {
+        let waited = std::mem::take(&mut self.budget.waited).min(self.budget.storage_time);
+        self.budget.storage_time = self.budget.storage_time.saturating_sub(waited);
+        (!waited.is_zero()).then_some(waited)
+    }
+
+    /// Whether the present call has waited for the storage as long as it may.
+    pub(crate) fn storage_was_slow(&self) -> bool {
+        self.budget.storage_time.is_zero()
+    }
+
+    /// Does what the storage may take its time for.
+    fn wait<T>(&mut self, act: impl FnOnce(&mut Self) -> T) -> T {
+        let began = Instant::now();
+        let result = act(self);
+        let time = began.elapsed();
+        if time >= TICK {
+            self.budget.waited = self.budget.waited.saturating_add(time);
+        }
+        result
     }
 
     fn view(&mut self) -> WasiFilesystemCtxView<'_> {
@@ -510,7 +541,7 @@ pub(crate) fn read_only_linker(engine: &Engine) -> wasmtime::Result<Linker<State
     fs.func_wrap("[method]descriptor.read", |mut store: Caller<'_>, (fd, length, offset): (Fd, u64, u64)| {
         let state = store.data_mut();
         state.count()?;
-        Ok((ready(HostDescriptor::read(&mut state.view(), fd, length, offset))?,))
+        Ok((state.wait(|state| ready(HostDescriptor::read(&mut state.view(), fd, length, offset)))?,))
     })?;
     fs.func_wrap("[method]descriptor.stat", |mut store: Caller<'_>, (fd,): (Fd,)| {
         let state = store.data_mut();
@@ -583,7 +614,7 @@ pub(crate) fn read_write_linker(engine: &Engine) -> wasmtime::Result<Linker<Stat
         if !in_a_file(offset, bytes.len()) {
             return Ok((Err(ErrorCode::FileTooLarge),));
         }
-        Ok((ready(HostDescriptor::write(&mut state.view(), fd, bytes, offset))?,))
+        Ok((state.wait(|state| ready(HostDescriptor::write(&mut state.view(), fd, bytes, offset)))?,))
     })?;
     fs.func_wrap("[method]descriptor.set-size", |mut store: Caller<'_>, (fd, size): (Fd, u64)| {
         let state = store.data_mut();
@@ -594,7 +625,7 @@ pub(crate) fn read_write_linker(engine: &Engine) -> wasmtime::Result<Linker<Stat
         if !in_a_file(size, 0) {
             return Ok((Err(ErrorCode::FileTooLarge),));
         }
-        Ok((ready(HostDescriptor::set_size(&mut state.view(), fd, size))?,))
+        Ok((state.wait(|state| ready(HostDescriptor::set_size(&mut state.view(), fd, size)))?,))
     })?;
     fs.func_wrap("[method]descriptor.sync-data", |mut store: Caller<'_>, (fd,): (Fd,)| {
         let state = store.data_mut();
@@ -602,7 +633,7 @@ pub(crate) fn read_write_linker(engine: &Engine) -> wasmtime::Result<Linker<Stat
         if let Err(code) = state.writable(&fd) {
             return Ok((Err(code),));
         }
-        Ok((ready(HostDescriptor::sync_data(&mut state.view(), fd))?,))
+        Ok((state.wait(|state| ready(HostDescriptor::sync_data(&mut state.view(), fd)))?,))
     })?;
     fs.func_wrap("[method]descriptor.sync", |mut store: Caller<'_>, (fd,): (Fd,)| {
         let state = store.data_mut();
@@ -610,7 +641,7 @@ pub(crate) fn read_write_linker(engine: &Engine) -> wasmtime::Result<Linker<Stat
         if let Err(code) = state.writable(&fd) {
             return Ok((Err(code),));
         }
-        Ok((ready(HostDescriptor::sync(&mut state.view(), fd))?,))
+        Ok((state.wait(|state| ready(HostDescriptor::sync(&mut state.view(), fd)))?,))
     })?;
     Ok(linker)
 }

@@ -5,10 +5,11 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
+use std::time::Duration;
 
 use blockhouse_block::{Error, ErrorKind, Result};
 use wasmtime::component::Instance as WasmInstance;
-use wasmtime::{Store, Trap};
+use wasmtime::{Store, Trap, UpdateDeadline};
 
 use crate::bindings::packer::PackerAbility;
 use crate::bindings::reader::blockhouse::format::types::Error as WitError;
@@ -242,14 +243,22 @@ pub(crate) fn new_store(sandbox: &Sandbox, state: State) -> Store<State> {
     store.limiter(|state| state);
     store.set_hostcall_fuel(limits.transfer_bytes);
     store.set_max_component_handles(limits.handles);
-    store.epoch_deadline_trap();
+    // What the storage took of a call's time is given back when that is over.
+    store.epoch_deadline_callback(|mut context| match context.data_mut().waited() {
+        Some(time) => Ok(UpdateDeadline::Continue(ticks(time))),
+        None => Err(Trap::Interrupt.into()),
+    });
     store
 }
 
 pub(crate) fn set_deadline(store: &mut Store<State>) {
-    let ticks = store.data().budget.time.as_millis().div_ceil(TICK.as_millis().max(1));
-    // The epoch may be about to tick: one more, so that a call gets at least its time.
-    store.set_epoch_deadline(u64::try_from(ticks).unwrap_or(u64::MAX).saturating_add(1));
+    let ticks = ticks(store.data().budget.time);
+    store.set_epoch_deadline(ticks);
+}
+
+/// How often the epoch moves in that time. It may be about to: one more, so that nobody gets less than that.
+fn ticks(time: Duration) -> u64 {
+    u64::try_from(time.as_millis().div_ceil(TICK.as_millis().max(1))).unwrap_or(u64::MAX).saturating_add(1)
 }
 
 /// Puts into words why a call ended without an answer.
@@ -258,7 +267,13 @@ pub(crate) fn diagnose(error: &wasmtime::Error, state: &State) -> (ErrorKind, St
         return (ErrorKind::Component, what.clone());
     }
     let why = match error.downcast_ref::<Trap>() {
-        Some(Trap::Interrupt) => format!("no answer within {:?}", state.budget.time),
+        Some(Trap::Interrupt) => {
+            let beside = match state.storage_was_slow() {
+                true => format!(", and {:?} that it could wait for the storage", state.limits.storage_time),
+                false => String::new(),
+            };
+            format!("no answer within {:?}{beside}", state.budget.time)
+        }
         Some(Trap::StackOverflow) => format!("it used more than {} bytes of stack", state.limits.stack_bytes),
         Some(trap) => format!("{trap}"),
         // The engine has no public type for this one.

@@ -48,8 +48,13 @@ pub struct Limits {
     /// Time for one call of the component, host functions included. Default 10 s.
     ///
     /// Checked every [`TICK`]; a host function that is under way is finished first. All of them are
-    /// short: reads of regular files, 64 KiB at a time.
+    /// short: reads of regular files, 64 KiB at a time, or they wait for the storage.
     pub call_time: Duration,
+    /// Time that one call may wait for the storage beside that: in reads, writes and syncs of a [`TICK`] or longer.
+    /// Default 5 minutes.
+    ///
+    /// A component cannot help it, and if it were thrown away with something not written yet, its disk would be lost.
+    pub storage_time: Duration,
     /// Time for one call that works on a whole image: check, repair, resize, snapshots, the begin of
     /// writing. Default 15 minutes.
     pub maintenance_time: Duration,
@@ -91,6 +96,7 @@ impl Default for Limits {
             chain_depth: 200,
             instances: 4,
             call_time: Duration::from_secs(10),
+            storage_time: Duration::from_secs(5 * 60),
             maintenance_time: Duration::from_secs(15 * 60),
             maintenance_host_calls: 100_000_000,
             component_bytes: 64 << 20,
@@ -123,7 +129,7 @@ fn size(value: u64) -> usize {
 }
 
 /// All limits, in the order of the structure.
-const NAMED: [Named; 22] = [
+const NAMED: [Named; 23] = [
     ("memory-bytes", |limits| wide(limits.memory_bytes), |limits, value| limits.memory_bytes = size(value)),
     ("table-elements", |limits| wide(limits.table_elements), |limits, value| limits.table_elements = size(value)),
     ("core-instances", |limits| wide(limits.core_instances), |limits, value| limits.core_instances = size(value)),
@@ -147,6 +153,11 @@ const NAMED: [Named; 22] = [
         "call-time-ms",
         |limits| millis(limits.call_time),
         |limits, value| limits.call_time = Duration::from_millis(value),
+    ),
+    (
+        "storage-time-ms",
+        |limits| millis(limits.storage_time),
+        |limits, value| limits.storage_time = Duration::from_millis(value),
     ),
     (
         "maintenance-time-ms",
