@@ -181,8 +181,8 @@ impl ImageFile {
         self
     }
 
-    /// Whether the file may still be used. Reads and writes here ask; an engine of its own, by
-    /// [`AsFd`], asks before each request.
+    /// Whether the file may still be used. Reads, and the search for holes, ask here before and after; an engine
+    /// of its own, by [`AsFd`], asks before each read, and again before it uses what was read.
     ///
     /// # Errors
     /// [`Storage`](ErrorKind::Storage) once it was revoked.
@@ -194,24 +194,33 @@ impl ImageFile {
         }
     }
 
+    /// Whether anybody watches the file, so that it may stop being valid.
+    pub(crate) fn is_watched(&self) -> bool {
+        self.validity.is_some()
+    }
+
     /// Whether the file may still be used.
     pub(crate) fn is_valid(&self) -> bool {
         self.validity.as_ref().is_none_or(|validity| validity.revoked().is_none())
     }
 
     /// Fills `buffers`, in order, with the bytes from `offset` on. Bytes past the end of the file, as
-    /// it is at this moment, read as zero.
+    /// it is at this moment, read as zero. After an error there may be anything in them.
     ///
     /// # Errors
     /// [`Invalid`](ErrorKind::Invalid) if the range ends past [`MAX_FILE_OFFSET`];
-    /// [`Storage`](ErrorKind::Storage) if the host could not read.
+    /// [`Storage`](ErrorKind::Storage) if the host could not read, or the file was revoked meanwhile.
     pub fn read(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
         self.check_valid()?;
         let end = self.end_of(buffers, offset)?;
         match &self.direct {
-            Some(direct) if !direct.takes(offset, places(buffers)) => self.read_bounced(direct, buffers, offset..end),
-            _ => self.read_as_it_is(buffers, offset),
+            Some(direct) if !direct.takes(offset, places(buffers)) => {
+                self.read_bounced(direct, buffers, offset..end)?
+            }
+            _ => self.read_as_it_is(buffers, offset)?,
         }
+        // What was read after that counts for nothing.
+        self.check_valid()
     }
 
     pub(crate) fn read_as_it_is(&self, buffers: &[VolatileSlice<'_>], offset: u64) -> Result<()> {
@@ -357,7 +366,7 @@ impl ImageFile {
     /// one. Where the file system knows of no holes there are none.
     ///
     /// # Errors
-    /// [`Storage`](ErrorKind::Storage) if the file cannot be asked, and those of `action`.
+    /// [`Storage`](ErrorKind::Storage) if the file cannot be asked or was revoked, and those of `action`.
     pub fn for_each_hole(
         &self,
         offset: u64,
@@ -380,7 +389,10 @@ impl ImageFile {
 
     /// `None` past the end of the file or of its data.
     fn seek(&self, to: SeekFrom) -> Result<Option<u64>> {
-        match rustix::fs::seek(&self.descriptor, to) {
+        let found = rustix::fs::seek(&self.descriptor, to);
+        // Where a hole is says what is there, as bytes do.
+        self.check_valid()?;
+        match found {
             Ok(position) => Ok(Some(position)),
             Err(Errno::NXIO) => Ok(None),
             Err(error) => Err(self.failed("looking for holes failed", error.into())),

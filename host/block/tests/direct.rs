@@ -17,7 +17,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use blockhouse_block::{Access, BlockBackend, Disk, DiskOptions, Engine, ImageFile, LaneRequest, Operation};
+use blockhouse_block::{Access, BlockBackend, Disk, DiskOptions, Engine, ImageFile, LaneRequest, Operation, Validity};
 use support::{Script, pattern, read, writable};
 use tempfile::TempDir;
 use vm_memory::VolatileSlice;
@@ -323,6 +323,34 @@ fn a_hole_is_not_lost_beside_a_part_of_a_block() {
     image.read(&[VolatileSlice::from(&mut found[..])], 0).unwrap();
     let rest = [&found[..1], &found[11..]].concat();
     assert!(!holes || rest.iter().all(|byte| *byte == 0), "what was in the hole came back");
+}
+
+/// A read that waits, having read, while the file is revoked.
+#[test]
+fn what_was_read_before_a_file_was_revoked_is_refused_afterwards() {
+    PLACES.into_iter().for_each(revoked_in_a_read);
+}
+
+fn revoked_in_a_read(place: &str) {
+    let Some((image, _directory)) = direct(place, &pattern(8192, 1)) else { return };
+    let page = match HeldPage::new() {
+        Ok(page) => page,
+        Err(error) => {
+            eprintln!("skipped: memory that others wait for cannot be had here: {error}");
+            return;
+        }
+    };
+    let validity = Arc::new(Validity::new());
+    let image = image.with_validity(Arc::clone(&validity));
+    let result = thread::scope(|scope| {
+        let (image, page) = (&image, &page);
+        let reader = scope.spawn(move || image.read(&[page.slice(100)], 1));
+        page.wait();
+        validity.revoke("it changed");
+        page.fill(&[]);
+        reader.join().unwrap()
+    });
+    assert_eq!(result.unwrap_err().message(), "the file cannot be used any more: it changed");
 }
 
 /// Everybody writes quarters of blocks that are their own, on lanes and without.

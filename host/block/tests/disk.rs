@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use blockhouse_block::{
     Access, BlockBackend, Disk, DiskOptions, Error, ErrorKind, Extent, FileIndex, ImageFile, Layer, Located,
-    MAX_FILE_OFFSET, MAX_PACKED_UNIT, Placement, RunKind,
+    MAX_FILE_OFFSET, MAX_PACKED_UNIT, Placement, RunKind, Validity,
 };
 use support::{Script, data, file, packed, pattern, read, read_pieces, unallocated, writable, write, zero};
 use vm_memory::VolatileSlice;
@@ -355,4 +355,34 @@ fn runs_end_with_the_error_of_a_layer() {
     let runs: Vec<_> = disk.runs().collect();
     assert_eq!(runs.last().unwrap().as_ref().unwrap_err().kind(), ErrorKind::Component);
     assert!(runs.len() <= 2);
+}
+
+/// Holes that are seen once a file was revoked may have been made by what it was revoked for.
+#[test]
+fn no_hole_is_seen_in_a_file_that_was_revoked() {
+    let (image, outside) = file(&[], Access::ReadOnly);
+    outside.set_len(3 << 20).unwrap();
+    outside.write_all_at(&[1; 4096], 1 << 20).unwrap();
+    let holes = |image: &ImageFile, revoke: &dyn Fn()| {
+        let mut seen = Vec::new();
+        let result = image.for_each_hole(0, 3 << 20, |start, length| {
+            seen.push((start, length));
+            revoke();
+            Ok(())
+        });
+        (seen, result.map_err(|error| error.message().to_owned()))
+    };
+    let both = [(0, 1 << 20), ((1 << 20) + 4096, (2 << 20) - 4096)];
+    let (seen, result) = holes(&image, &|| ());
+    if seen != both {
+        eprintln!("skipped: the file system knows of other holes: {seen:?}");
+        return;
+    }
+    assert_eq!(result, Ok(()));
+    let validity = Arc::new(Validity::new());
+    let image = image.with_validity(Arc::clone(&validity));
+    let refused = Err("the file cannot be used any more: it changed".to_owned());
+    let first_only = holes(&image, &|| assert!(validity.revoke("it changed")));
+    assert_eq!(first_only, (both[..1].to_vec(), refused.clone()));
+    assert_eq!(holes(&image, &|| ()), (Vec::new(), refused));
 }

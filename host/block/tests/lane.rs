@@ -18,8 +18,8 @@ use std::thread;
 use std::time::Duration;
 
 use blockhouse_block::{
-    Access, BlockBackend, Disk, DiskOptions, Engine, ErrorKind, ImageFile, LANE_REQUESTS, Lane, LaneRequest, Layer,
-    Operation, Pool, PoolLane, Result, Rings,
+    Access, BlockBackend, Disk, DiskOptions, Engine, ErrorKind, FileIndex, ImageFile, LANE_REQUESTS, Lane, LaneRequest,
+    Layer, Operation, Placement, Pool, PoolLane, Result, Rings, Validity,
 };
 use support::growing::{CLUSTER, Growing};
 use support::{Script, data, file, pattern, read, writable, zero};
@@ -258,6 +258,43 @@ fn refusals_are_those_of_the_disk() {
             let error = client.once(operation, 0, vec![0; 512]).unwrap_err();
             assert!(error.message().contains("was closed"), "{error}");
         }
+    }
+}
+
+/// A file that is revoked while the kernel reads it: what was read is not used, and the reason is given.
+#[test]
+fn what_the_kernel_read_of_a_revoked_file_is_refused() {
+    let bytes = pattern(16_384, 1);
+    let watched = |validity: &Arc<Validity>| file(&bytes, Access::ReadOnly).0.with_validity(Arc::clone(validity));
+    // In one part, and in two, of which the file of the second stays valid.
+    for parts in [1, 2] {
+        let validities = [Arc::new(Validity::new()), Arc::new(Validity::new())];
+        let mut second = data(8192, 8192);
+        if let (2, Placement::Data { file, .. }) = (parts, &mut second.placement) {
+            *file = FileIndex(1);
+        }
+        let mut layer = Script::honest(vec![data(8192, 0), second], 2);
+        for validity in &validities {
+            layer = layer.file(watched(validity));
+        }
+        let disk = Arc::new(Disk::new(vec![Arc::new(layer)], DiskOptions::default()).unwrap());
+        let mut client = Client::new(&disk);
+        assert_eq!(client.once(Operation::Read, 0, vec![0; 16_384]).unwrap(), bytes);
+        if !format!("{:?}", client.lane).contains("io_uring: true") {
+            eprintln!("skipped: there is no io_uring here");
+            return;
+        }
+        let token = client.start(Operation::Read, 0, vec![0; 16_384], 5000);
+        client.lane.submit();
+        // The kernel has read, and nobody has looked yet.
+        let ring = client.lane.ready()[1].unwrap();
+        let mut polled = [rustix::event::PollFd::from_borrowed_fd(ring, rustix::event::PollFlags::IN)];
+        assert_eq!(rustix::event::poll(&mut polled, Some(&rustix::event::Timespec { tv_sec: 20, tv_nsec: 0 })), Ok(1));
+        validities[0].revoke("it changed");
+        client.drain();
+        let error = client.ended.remove(&token).unwrap().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Storage);
+        assert_eq!(error.message(), "the file cannot be used any more: it changed");
     }
 }
 

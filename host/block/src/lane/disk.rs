@@ -10,7 +10,8 @@
 //!
 //! A request of which a part failed or was cut short is done again as a whole by the pool: reading or writing
 //! the same bytes twice changes nothing, and there is one place only that knows what to make of the ends of
-//! files, of errors and of alignments: [`ImageFile`](crate::ImageFile).
+//! files, of errors and of alignments: [`ImageFile`](crate::ImageFile). So is a read of a file that was revoked
+//! before all of it was there ([`Validity`](crate::Validity)): the pool refuses it, and says why.
 //!
 //! A small write into the page cache is a copy, made in less time than it takes to hand it to somebody else.
 //! The kernel hands it on nevertheless, on file systems that do not promise never to wait (ext4): its workers
@@ -96,6 +97,8 @@ struct Part {
     end: usize,
     /// What a write holds of the file.
     held: Option<Kept>,
+    /// Whether the file may be revoked meanwhile.
+    watched: bool,
 }
 
 impl Slot {
@@ -209,6 +212,9 @@ impl DiskLane {
         }
         if slot.write {
             was_written(&self.disk, &slot.parts);
+        } else {
+            // Asked once all of it was read.
+            slot.again |= !are_valid(&self.disk, &slot.parts);
         }
         slot.let_go(&self.disk);
         self.free.push(index);
@@ -291,6 +297,12 @@ unsafe fn copy(disk: &Disk, slot: &Slot, no_copies_until: &mut Option<Instant>) 
     if all { Way::Ended } else { Way::Pool }
 }
 
+/// Whether the files of all parts may still be used.
+fn are_valid(disk: &Disk, parts: &[Part]) -> bool {
+    let mut watched = parts.iter().filter(|part| part.watched);
+    watched.all(|part| disk.file(part.file).is_ok_and(|file| file.is_valid()))
+}
+
 fn was_written(disk: &Disk, parts: &[Part]) {
     for part in parts {
         // The file is in the table, since it was looked up there.
@@ -360,7 +372,7 @@ impl Planner<'_> {
         }
         let length = u32::try_from(length).ok()?;
         let held = if self.write { Some(file.try_write(offset, file_end)?) } else { None };
-        slot.parts.push(Part { file: id, fixed, offset, length, first, end, held });
+        slot.parts.push(Part { file: id, fixed, offset, length, first, end, held, watched: file.is_watched() });
         Some(())
     }
 
