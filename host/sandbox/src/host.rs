@@ -241,6 +241,29 @@ impl State {
         }
     }
 
+    /// Looks into the file `fd`. What was found counts only if by then the file is still what it was pinned as: so
+    /// nothing else reaches the component, which could write it elsewhere.
+    fn look<T>(
+        &mut self,
+        fd: u32,
+        look: impl FnOnce(&mut Self) -> wasmtime::Result<Result<T, ErrorCode>>,
+    ) -> wasmtime::Result<Result<T, ErrorCode>> {
+        let found = look(self)?;
+        match self.nodes.get(&fd) {
+            Some(Node::File { pin: Some(pin), .. }) if pin.is_revoked() => Ok(Err(ErrorCode::Io)),
+            _ => Ok(found),
+        }
+    }
+
+    fn read(&mut self, fd: Fd, length: u64, offset: u64) -> wasmtime::Result<Result<(Vec<u8>, bool), ErrorCode>> {
+        let rep = fd.rep();
+        self.wait(|state| state.look(rep, |state| ready(HostDescriptor::read(&mut state.view(), fd, length, offset))))
+    }
+
+    fn stat(&mut self, fd: Fd) -> wasmtime::Result<Result<DescriptorStat, ErrorCode>> {
+        self.look(fd.rep(), |state| ready(HostDescriptor::stat(&mut state.view(), fd)))
+    }
+
     /// Takes back a file that the component returned.
     pub(crate) fn take_file(&mut self, resource: Resource<Descriptor>) -> Option<OpenFile> {
         let node = self.nodes.remove(&resource.rep());
@@ -471,10 +494,13 @@ impl files::Host for State {
 
     fn size(&mut self, file: Resource<Descriptor>) -> wasmtime::Result<Option<u64>> {
         self.count()?;
-        match (self.table.get(&file)?, self.nodes.get(&file.rep())) {
-            (Descriptor::File(file), Some(Node::File { .. })) => Ok(file.file.metadata().ok().map(|m| m.len())),
-            _ => Ok(None),
-        }
+        let size = self.look(file.rep(), |state| match (state.table.get(&file)?, state.nodes.get(&file.rep())) {
+            (Descriptor::File(file), Some(Node::File { .. })) => {
+                Ok(file.file.metadata().map(|metadata| metadata.len()).map_err(|_| ErrorCode::Io))
+            }
+            _ => Ok(Err(ErrorCode::BadDescriptor)),
+        })?;
+        Ok(size.ok())
     }
 }
 
@@ -541,13 +567,13 @@ pub(crate) fn read_only_linker(engine: &Engine) -> wasmtime::Result<Linker<State
     fs.func_wrap("[method]descriptor.read", |mut store: Caller<'_>, (fd, length, offset): (Fd, u64, u64)| {
         let state = store.data_mut();
         state.count()?;
-        Ok((state.wait(|state| ready(HostDescriptor::read(&mut state.view(), fd, length, offset)))?,))
+        Ok((state.read(fd, length, offset)?,))
     })?;
     fs.func_wrap("[method]descriptor.stat", |mut store: Caller<'_>, (fd,): (Fd,)| {
         let state = store.data_mut();
         state.count()?;
         // No clock, not even through a file; and how many names a file has is not the component's business.
-        let stat = ready(HostDescriptor::stat(&mut state.view(), fd))?.map(|stat| DescriptorStat {
+        let stat = state.stat(fd)?.map(|stat| DescriptorStat {
             link_count: 1,
             data_access_timestamp: None,
             data_modification_timestamp: None,
@@ -654,6 +680,7 @@ mod tests {
     use super::*;
     use crate::CONTRACT_VERSION;
     use crate::authority::{Authority, FILES, FUNCTIONS, LOG, level_of};
+    use crate::pin::tests::{file, stamped};
 
     /// Every function of a WIT file, as `interface` and `name`, the name as the component model spells it.
     fn functions(package: &str, text: &str) -> Vec<(String, String)> {
@@ -743,6 +770,37 @@ mod tests {
         let largest = u64::try_from(i64::MAX).unwrap();
         assert!(in_a_file(0, 0) && in_a_file(largest, 0) && in_a_file(largest - 1, 1));
         assert!(!in_a_file(largest, 1) && !in_a_file(largest + 1, 0) && !in_a_file(u64::MAX, usize::MAX));
+    }
+
+    #[test]
+    fn what_is_read_while_a_pin_breaks_does_not_reach_the_component() {
+        let content = file(b"hello");
+        let pin = Arc::new(stamped(content.path(), b"hello"));
+        let identity = Identity { image: String::new(), depth: 0, format: String::new(), component: String::new() };
+        let mut state =
+            State::new(identity, Arc::new(Limits::default()), Grants::new(), LockMode::Enforce, Audit::new());
+        let open = || File::open(content.path()).unwrap();
+        let pinned = state.add_file(open(), "/a".to_owned(), Access::ReadOnly, Some(Arc::clone(&pin))).unwrap().rep();
+        let other = state.add_file(open(), "/b".to_owned(), Access::ReadOnly, None).unwrap().rep();
+        let read = |state: &mut State, fd| state.read(Fd::new_borrow(fd), 5, 0).unwrap().map(|(bytes, _)| bytes);
+        let stat = |state: &mut State, fd| state.stat(Fd::new_borrow(fd)).unwrap().map(|stat| stat.size);
+        let size = |state: &mut State, fd| files::Host::size(state, Fd::new_borrow(fd)).unwrap();
+        assert_eq!(read(&mut state, pinned).unwrap(), b"hello");
+        // After the bytes were read, and before the component has them.
+        let found = state.look(pinned, |state| {
+            let found = read(state, pinned);
+            assert_eq!(found.as_ref().unwrap(), b"hello");
+            pin.validity().revoke("it changed");
+            Ok(found)
+        });
+        assert_eq!(found.unwrap().unwrap_err(), ErrorCode::Io);
+        // And never again.
+        assert_eq!(read(&mut state, pinned).unwrap_err(), ErrorCode::Io);
+        assert_eq!(stat(&mut state, pinned).unwrap_err(), ErrorCode::Io);
+        assert_eq!(size(&mut state, pinned), None);
+        // What is not pinned is read as ever.
+        assert_eq!(read(&mut state, other).unwrap(), b"hello");
+        assert_eq!((stat(&mut state, other).unwrap(), size(&mut state, other)), (5, Some(5)));
     }
 
     #[test]

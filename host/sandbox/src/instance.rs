@@ -121,8 +121,7 @@ impl Instance {
             Health::Dead { kind, why } => return Err(Error::new(*kind, why.clone()).on_image(&*self.image)),
         };
         // What it would read may be something else by now than what was granted.
-        if let Some(Err(why)) = running.store.data().pins.iter().map(|pin| pin.check()).find(Result::is_err) {
-            let why = format!("a file cannot be used any more: {why}");
+        if let Some(why) = revoked(running.store.data()) {
             return Err(Error::new(ErrorKind::Storage, why).on_image(&*self.image));
         }
         self.tally.called(what);
@@ -130,21 +129,12 @@ impl Instance {
         let budget = budget(&running.store.data().limits);
         running.store.data_mut().begin_call(budget);
         set_deadline(&mut running.store);
-        let result = call(Call { store: &mut running.store, format: &running.format, instance: &running.instance });
+        let Running { store, format, instance } = &mut **running;
+        let result = ask(store, |store| call(Call { store, format, instance }));
         drop(time);
         match result {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) => {
-                let limit = running.store.data().limits.text_bytes;
-                let (kind, text) = match error {
-                    WitError::Corrupt(text) => (ErrorKind::Corrupt, text),
-                    WitError::Unsupported(text) => (ErrorKind::Unsupported, text),
-                    WitError::Denied(text) => (ErrorKind::Denied, text),
-                    WitError::Storage(text) => (ErrorKind::Storage, text),
-                    WitError::Other(text) => (ErrorKind::Invalid, text),
-                };
-                Err(Error::new(kind, clean(&text, limit)).on_image(&*self.image))
-            }
+            Ok(Err((kind, why))) => Err(Error::new(kind, why).on_image(&*self.image)),
             Err(error) => {
                 let (kind, why) = diagnose(&error, running.store.data());
                 let why = format!("the component failed in `{what}` and was thrown away: {why}");
@@ -237,6 +227,35 @@ impl Instance {
     }
 }
 
+/// Makes a call. Its answer, whatever it is, counts only if after it all files that the component had are still
+/// what they were pinned as. Otherwise it may have been made from other bytes, and would be remembered.
+fn ask<T>(
+    store: &mut Store<State>,
+    call: impl FnOnce(&mut Store<State>) -> wasmtime::Result<Result<T, WitError>>,
+) -> wasmtime::Result<Result<T, (ErrorKind, String)>> {
+    let answer = call(store)?;
+    if let Some(why) = revoked(store.data()) {
+        return Ok(Err((ErrorKind::Storage, why)));
+    }
+    let limit = store.data().limits.text_bytes;
+    Ok(answer.map_err(|error| {
+        let (kind, text) = match error {
+            WitError::Corrupt(text) => (ErrorKind::Corrupt, text),
+            WitError::Unsupported(text) => (ErrorKind::Unsupported, text),
+            WitError::Denied(text) => (ErrorKind::Denied, text),
+            WitError::Storage(text) => (ErrorKind::Storage, text),
+            WitError::Other(text) => (ErrorKind::Invalid, text),
+        };
+        (kind, clean(&text, limit))
+    }))
+}
+
+/// Why a file that the component has, or had, is not what it was pinned as, if there is one. The kernel is asked.
+fn revoked(state: &State) -> Option<String> {
+    let why = state.pins.iter().find_map(|pin| pin.check().err())?;
+    Some(format!("a file cannot be used any more: {why}"))
+}
+
 pub(crate) fn new_store(sandbox: &Sandbox, state: State) -> Store<State> {
     let limits = Arc::clone(&state.limits);
     let mut store = Store::new(sandbox.engine(), state);
@@ -285,5 +304,53 @@ pub(crate) fn diagnose(error: &wasmtime::Error, state: &State) -> (ErrorKind, St
     match &state.last_words {
         Some(words) => (ErrorKind::Component, format!("{why}; it last said: {words}")),
         None => (ErrorKind::Component, why),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::fs::File;
+
+    use blockhouse_block::Access;
+    use wasmtime::Engine;
+
+    use super::*;
+    use crate::audit::Audit;
+    use crate::grants::Grants;
+    use crate::host::Identity;
+    use crate::locks::LockMode;
+    use crate::pin::tests::{file, stamped};
+
+    /// What a component says of bytes that changed before it had said it is neither an answer nor an error of its own,
+    /// also if it got the file during the call.
+    #[test]
+    fn an_answer_counts_only_if_its_files_are_as_they_were_pinned() {
+        for (had, right) in [(true, true), (true, false), (false, true), (false, false)] {
+            let content = file(b"hello");
+            let identity = Identity { image: String::new(), depth: 0, format: String::new(), component: String::new() };
+            let limits = Arc::new(Limits::default());
+            let state = State::new(identity, limits, Grants::new(), LockMode::Enforce, Audit::new());
+            let mut store = Store::new(&Engine::default(), state);
+            let open = |store: &mut Store<State>| {
+                let pin = Some(Arc::new(stamped(content.path(), b"hello")));
+                let handed = File::open(content.path()).unwrap();
+                store.data_mut().add_file(handed, "/a".to_owned(), Access::ReadOnly, pin).unwrap();
+            };
+            if had {
+                open(&mut store);
+            }
+            assert_eq!(ask(&mut store, |_| Ok(Ok(7))).unwrap().unwrap(), 7);
+            let answer = ask(&mut store, |store| {
+                if !had {
+                    open(store);
+                }
+                std::fs::write(content.path(), b"other").unwrap();
+                Ok(if right { Ok(7) } else { Err(WitError::Corrupt("that is no image".to_owned())) })
+            });
+            let (kind, why) = answer.unwrap().unwrap_err();
+            assert_eq!(kind, ErrorKind::Storage);
+            assert_eq!(why, "a file cannot be used any more: it is pinned by sha256, and it was written to");
+        }
     }
 }

@@ -2,9 +2,12 @@
 //!
 //! ```text
 //!   granted ──▶ held open, locked ──▶ leased or stamped ──▶ hashed ──▶ equal? ──▶ pinned
-//!                                            │                                      │ before each call of a component,
-//!                                            └──────────── unchanged? ◀─────────────┘ and every second (CHECK_EVERY)
-//!                                                              └─ no ──▶ revoked: every read of the file fails
+//!                                            │                                      │ before and after each call of a
+//!                                            └──────────── unchanged? ◀─────────────┘ component; every second (CHECK_EVERY)
+//!                                                              └─ no ──▶ revoked, and then the lease given back
+//!
+//!   read ──▶ revoked? ── no ──▶ used: bytes, holes, sizes         call ──▶ unchanged? ── yes ──▶ used, and remembered
+//!                └─ yes ──▶ error                                               └─ no ──▶ error
 //! ```
 //!
 //! What keeps the content from changing under the disk, the strongest first that the file system offers:
@@ -12,8 +15,12 @@
 //! | | what holds | what does not |
 //! |---|---|---|
 //! | fs-verity | the kernel refuses every write, for ever, and checks what it reads | |
-//! | a read lease | nobody has the file open for writing (nor mapped), and whoever wants to is held up by the kernel for 45 s (`/proc/sys/fs/lease-break-time`), which is longer than it takes to notice: no changed byte is served | changes behind the file system: the device below it, another client of a network file system |
-//! | stamps | a change of size, inode, modification or change time is noticed within [`CHECK_EVERY`] | bytes that were read until then; writes to a mapping on a file system that does not stamp them (tmpfs) |
+//! | a read lease | nobody has the file open for writing (nor mapped), and whoever wants to is held up by the kernel until the pin is revoked, for 45 s at most (`/proc/sys/fs/lease-break-time`). What was read counts only if it is not revoked after that, so it was read before any writer ran: no changed byte is served, or remembered | changes behind the file system (the device below it, another client of a network file system); a process that is itself held up for those 45 s, so that it does not notice: it is stopped, or waits for a file system that does not say what became of another pinned file |
+//! | stamps | a change of size, inode, modification or change time is noticed within [`CHECK_EVERY`], and at the latest after the call of a component that it falls into: what components say and unpack, which is remembered, is made of bytes from before it, where the file system stamps a change before it makes it | bytes and holes that the host itself finds in the file until it is noticed: they are served, and copied where a write to a layer above copies. Changes that the file system stamps late (a client of a network file system remembers stamps for a while) or not at all (a mapping, on tmpfs) |
+//!
+//! A request that fails may leave anything in the buffers that it was to fill. What was learned before the pin was
+//! revoked (where bytes live, what was unpacked) is that of the pinned content, and is still used; bytes of the file
+//! itself are not.
 //!
 //! A lease needs the owner of the file or `CAP_LEASE`. In each case the file stays locked as QEMU locks it, so
 //! that QEMU, and Blockhouse, do not write to it. A digest is computed each time: what was computed before is
@@ -177,6 +184,12 @@ impl Pin {
         Arc::clone(&self.validity)
     }
 
+    /// Whether it was found not to be what it was. Nobody is asked: who hears no after a read has read what is
+    /// pinned, as far as its keeper goes.
+    pub(crate) fn is_revoked(&self) -> bool {
+        self.validity.revoked().is_some()
+    }
+
     /// Looks whether the file is what it was, and revokes it if not. Two system calls at most.
     pub(crate) fn check(&self) -> Result<(), String> {
         if let Some(why) = self.validity.revoked() {
@@ -196,7 +209,7 @@ impl Pin {
         if self.validity.revoke(why.clone()) {
             tracing::error!(file = %self.name, "a pinned file is not used any more: {why}");
             if self.keeper == Keeper::Lease {
-                // Nothing depends on it any more: whoever waits may go on.
+                // Whoever waits may go on, and not before it is revoked: a read that ends later asks, and fails.
                 lease::give_back(&self.file);
             }
         }
@@ -320,7 +333,7 @@ mod lease {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     #![allow(clippy::unwrap_used)]
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
@@ -336,7 +349,7 @@ mod tests {
     }
 
     /// As on a file system without leases.
-    fn stamped(path: &std::path::Path, bytes: &[u8]) -> Pin {
+    pub(crate) fn stamped(path: &std::path::Path, bytes: &[u8]) -> Pin {
         let made = pin(path, bytes).unwrap();
         if made.keeper == Keeper::Lease {
             lease::give_back(&made.file);
@@ -351,7 +364,7 @@ mod tests {
         }
     }
 
-    fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
+    pub(crate) fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(bytes).unwrap();
         // Closed for writing: a lease is on a file that nobody writes.
