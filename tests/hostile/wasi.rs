@@ -193,7 +193,8 @@ fn opening_early_is_judged_like_opening_in_time() {
     let canary = place.text("secret/canary");
     for stage in ["open", "open-early"] {
         let attempt = attack(&place, &format!("{stage} {canary} ../../secret/canary"), &images(&place));
-        assert_eq!(attempt.opens("denied"), ["$ROOT/secret/canary", "$ROOT/secret/canary"], "{stage}");
+        // Two names of one file, which the audit file has once.
+        assert_eq!(attempt.opens("denied"), ["$ROOT/secret/canary"], "{stage}");
         assert!(report(&attempt).iter().all(|line| line.starts_with("refused ")), "{stage}");
         place.canary.assert_untouched(&attempt.outcome);
         tally::component_stopped();

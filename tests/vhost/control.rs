@@ -147,6 +147,37 @@ fn gets_larger(directory: &Path, more: &str) {
     }
 }
 
+/// Each change of the size has the component open the image's base again: that is one open, however often.
+#[test]
+fn what_is_opened_again_is_not_kept_again() {
+    let directory = scratch();
+    let (_, fields) = images(directory.path()).pop().unwrap();
+    let audit = directory.path().join("audit");
+    let (socket, control_socket) = (directory.path().join("socket"), directory.path().join("control"));
+    let mut command = blockhouse();
+    command.args(["serve", "--disk", &fields, "--audit"]).arg(&audit);
+    command.arg("--socket").arg(&socket).arg("--control").arg(&control_socket);
+    let serve = Serve::start(&mut command, &directory.path().join("log"));
+    let metrics = || -> Value {
+        let text = control(&control_socket, &["metrics"]).succeeded().text();
+        serde_json::from_str::<Value>(&text).unwrap()[0].clone()
+    };
+    let (before, mut opens) = (metrics(), 0);
+    for size in 5..25 {
+        control(&control_socket, &["resize", "disk0", &format!("{size}M")]).succeeded();
+        let after = metrics();
+        let (requested, now) = (after["requested"].as_array().unwrap(), after["figures"]["opens_granted"].as_u64());
+        assert_eq!(requested.len(), 1, "{after:#}");
+        assert_eq!(requested[0]["path"], before["requested"][0]["path"]);
+        assert_eq!((requested[0]["times"].as_u64(), after["requested_left_out"].as_u64()), (now, Some(0)));
+        assert!(now > Some(opens), "the base was not opened again");
+        opens = now.unwrap();
+    }
+    serve.terminate();
+    let lines = std::fs::read_to_string(&audit).unwrap();
+    assert_eq!(lines.lines().count(), 1 + usize::try_from(opens.ilog10()).unwrap(), "{lines}");
+}
+
 /// The component does not change the size of such an image. The disk goes on as it was.
 #[test]
 fn an_image_with_an_external_data_file_keeps_its_size() {

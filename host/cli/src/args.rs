@@ -30,7 +30,8 @@ pub(crate) struct HostArgs {
     #[arg(long = "plugin", value_name = "FORMAT=FILE", help_heading = "Components")]
     pub(crate) plugins: Vec<String>,
 
-    /// Append one JSON line to FILE for every file that a component tries to open
+    /// Append a JSON line to FILE for every file that a component tries to open. Of what is tried again and again
+    /// there is a line at the tenth attempt, the hundredth and so on
     #[arg(long, value_name = "FILE", help_heading = "Components")]
     pub(crate) audit: Option<PathBuf>,
 

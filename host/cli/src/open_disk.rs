@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use blockhouse_block::{Access, BlockBackend, Disk, DiskOptions, Engine, Error, ErrorKind, HeaderGuard, Pool, Rings};
-use blockhouse_sandbox::{AuditList, GrantReport, LockMode, OpenEvent, OpenRequest, Opener, Outcome, Tally};
+use blockhouse_sandbox::{AuditList, GrantReport, LockMode, OpenRequest, Opener, Outcome, RepeatedOpen, Tally};
 use blockhouse_vhost::DeviceStats;
 use blockhouse_walls::{Plan, Role, Use, Walls};
 use serde::Serialize;
@@ -104,7 +104,6 @@ impl OpenDisk {
             (self.number, self.name.clone(), self.format.clone(), self.serial.clone());
         Box::new(move || {
             let device = device();
-            let opens = |outcome| u64::try_from(events.count(outcome)).unwrap_or(u64::MAX);
             Figures {
                 disk: format!("disk{number}"),
                 image: image.clone(),
@@ -118,8 +117,8 @@ impl OpenDisk {
                 component_failures: tally.failures(),
                 component_restarts: tally.restarts(),
                 map: disk.map_stats().into(),
-                opens_granted: opens(Outcome::Allowed),
-                opens_refused: opens(Outcome::Denied),
+                opens_granted: events.count(Outcome::Allowed),
+                opens_refused: events.count(Outcome::Denied),
             }
         })
     }
@@ -129,7 +128,8 @@ impl OpenDisk {
         for ControlledDisk { open: disk, .. } in disks {
             let events = disk.events.events();
             if !(events.is_empty() && disk.granted.is_empty()) {
-                let (asked, granted) = (requested::requested(&events), requested::granted(&disk.granted));
+                let (asked, granted) =
+                    (requested::requested(&events, disk.events.left_out()), requested::granted(&disk.granted));
                 log::line(format_args!("{}: {asked}; {granted}", printable(&disk.name)));
             }
         }
@@ -188,7 +188,8 @@ impl ControlledDisk {
             format: open.format.clone(),
             serial: open.serial.clone(),
             read_only: !open.disk.is_writable(),
-            requested: open.events.events(),
+            requested: open.events.opens(),
+            requested_left_out: open.events.left_out(),
             granted: open.granted.clone(),
             figures: self.figures(),
         }
@@ -248,8 +249,9 @@ pub(crate) struct DiskRow {
     format: String,
     serial: String,
     read_only: bool,
-    /// What its images asked for, and what they could have.
-    requested: Vec<OpenEvent>,
+    /// What its images asked for, how many attempts are not listed, and what they could have.
+    requested: Vec<RepeatedOpen>,
+    requested_left_out: u64,
     granted: Vec<GrantReport>,
     figures: Figures,
 }

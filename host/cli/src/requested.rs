@@ -10,7 +10,8 @@ use crate::output::printable;
 const NAMED: usize = 16;
 
 /// `requested: /images/base.raw (allowed), /etc/shadow (refused)`, each once and in order of the first attempt.
-pub(crate) fn requested<'e>(events: impl IntoIterator<Item = &'e OpenEvent>) -> String {
+/// `left_out` is how many attempts there were that are not among the events.
+pub(crate) fn requested<'e>(events: impl IntoIterator<Item = &'e OpenEvent>, left_out: u64) -> String {
     let mut seen = BTreeSet::new();
     let mut files = Vec::new();
     for event in events {
@@ -23,7 +24,7 @@ pub(crate) fn requested<'e>(events: impl IntoIterator<Item = &'e OpenEvent>) -> 
             files.push(format!("{} ({write}{outcome})", event.path));
         }
     }
-    let more = files.len().saturating_sub(NAMED);
+    let more = u64::try_from(files.len().saturating_sub(NAMED)).unwrap_or(u64::MAX).saturating_add(left_out);
     files.truncate(NAMED);
     if more > 0 {
         files.push(format!("and {more} more"));
@@ -60,15 +61,16 @@ mod tests {
 
     #[test]
     fn each_file_once() {
-        assert_eq!(requested([]), "requested: nothing");
+        assert_eq!(requested([], 0), "requested: nothing");
         let events = [
             event("/b", "read-only", Outcome::Allowed),
             event("/a\u{1b}", "read-only", Outcome::Denied),
             event("/b", "read-only", Outcome::Allowed),
             event("/b", "read-write", Outcome::Denied),
         ];
-        assert_eq!(requested(&events), "requested: /b (allowed), /a\\u{1b} (refused), /b (to be written, refused)");
+        assert_eq!(requested(&events, 0), "requested: /b (allowed), /a\\u{1b} (refused), /b (to be written, refused)");
         let many: Vec<_> = (0..20).map(|n| event(&format!("/{n}"), "read-only", Outcome::Denied)).collect();
-        assert!(requested(&many).ends_with(" (refused), and 4 more"));
+        assert!(requested(&many, 0).ends_with(" (refused), and 4 more"));
+        assert!(requested(&many, 1000).ends_with(" (refused), and 1004 more"));
     }
 }

@@ -542,7 +542,7 @@ impl Opener {
                 .map_err(|error| explain_denial(error, &events.lock().unwrap_or_else(PoisonError::into_inner)))?;
             Ok((virtual_size, backing))
         })();
-        report.opens = events.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        report.opens = std::mem::take(&mut *events.lock().unwrap_or_else(PoisonError::into_inner));
         chain.reports.push(report);
         let (virtual_size, backing) = connected?;
 

@@ -110,7 +110,7 @@ pub(crate) struct State {
     /// What the present call may use.
     pub(crate) budget: Budget,
     log_messages: u32,
-    /// Every attempt to open, in order.
+    /// Attempts to open, in order, until somebody takes them; of an instance that is the first of its layer.
     pub(crate) events: Arc<Mutex<Vec<OpenEvent>>>,
     pub(crate) shared: SharedFiles,
     /// What it opened, for the next instance if this one breaks down.
@@ -352,7 +352,10 @@ impl State {
 
     fn record(&mut self, event: OpenEvent) {
         self.audit.record(&event);
-        self.events.lock().unwrap_or_else(PoisonError::into_inner).push(event);
+        // Once it was described nobody asks for them.
+        if !self.held.lock().unwrap_or_else(PoisonError::into_inner).sealed {
+            self.events.lock().unwrap_or_else(PoisonError::into_inner).push(event);
+        }
     }
 
     /// The preopened directories: the granted ones, the parents of granted files, and the root, below

@@ -76,7 +76,7 @@ mod tally;
 mod text;
 mod whole;
 
-pub use audit::{Audit, AuditFile, AuditList, AuditSink, OpenEvent, Outcome};
+pub use audit::{Audit, AuditFile, AuditList, AuditSink, DENIED_KEPT, GRANTED_KEPT, OpenEvent, Outcome, RepeatedOpen};
 pub use authority::{Authority, CONTRACT_VERSION};
 /// The block core, whose types appear in this crate's interface.
 pub use blockhouse_block as block;

@@ -62,7 +62,7 @@ fn render(chain: &ChainReport) -> String {
     }
     if !chain.layers.is_empty() {
         let opens = chain.layers.iter().flat_map(|layer| &layer.opens);
-        let _ = writeln!(text, "{}\n{}", requested::requested(opens), requested::granted(&chain.granted));
+        let _ = writeln!(text, "{}\n{}", requested::requested(opens, 0), requested::granted(&chain.granted));
     }
     text
 }
