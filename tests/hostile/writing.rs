@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use blockhouse_sandbox::block::{Access, BlockBackend, Error, ErrorKind, VolatileSlice};
-use blockhouse_sandbox::{Grants, Limits, OpenRequest, OpenedDisk, Opener, Tally};
-use blockhouse_tests::noise;
+use blockhouse_sandbox::{Audit, AuditList, Grants, Limits, OpenRequest, OpenedDisk, Opener, Tally};
+use blockhouse_tests::{component, noise};
 
 use crate::library::{Library, read, shared};
-use crate::place::Place;
+use crate::place::{Place, limited};
 use crate::tally;
 use crate::wasi::image;
 
@@ -69,6 +69,63 @@ fn a_read_only_handle_cannot_be_changed() {
         assert!(std::fs::read(&base).unwrap() == bytes, "{line}: the base changed");
         tally::component_stopped();
     }
+}
+
+/// A file is granted to be written: by the image that is opened for that, and neither by one that is read nor by a
+/// backing file, whatever is above it.
+#[test]
+fn what_an_image_that_is_only_read_refers_to_is_not_written() {
+    let place = Place::new();
+    std::fs::create_dir(place.path("images/data")).unwrap();
+    let (data, bytes) = (place.write("images/data/victim", noise(9, 4096)), noise(9, 4096));
+    let base = image(&place, "open-raw read,write victim data/victim");
+    let top = place.path("images/vm/top.img");
+    let mut first = b"backing hostile hostile.img\n".to_vec();
+    first.resize(64 << 10, b'.');
+    std::fs::write(&top, first).unwrap();
+    let open = |image: &Path, access: Access, grant: &Path| {
+        let audit = Arc::new(AuditList::default());
+        let grants = Grants::new().allow(&base).unwrap().allow_writing(grant).unwrap();
+        let request = OpenRequest { access, ..OpenRequest::new(image, "hostile") };
+        let opener = Opener::new(&shared().sandbox, shared().formats.clone()).grants(grants);
+        let error = opener.audit(Audit::new().with(Arc::clone(&audit) as _)).open(&request).expect_err("a report");
+        let written = audit.events().into_iter().filter(|event| event.access == "read-write");
+        let reasons: Vec<_> = written.filter(|event| event.path == data.to_str().unwrap()).collect();
+        assert!(!reasons.is_empty());
+        (error.to_string(), reasons.into_iter().map(|event| event.reason).collect::<Vec<_>>())
+    };
+    // By a whole directory, and by itself.
+    for grant in [place.path("images/data"), data.clone(), place.path("images")] {
+        for (image, access, why) in [
+            (&base, Access::ReadOnly, "the image is opened to be read, and so is all that it refers to"),
+            (&top, Access::ReadOnly, "layer 1 is a backing file, which is only read, and so is all that it refers to"),
+            (&top, Access::ReadWrite, "layer 1 is a backing file, which is only read, and so is all that it refers to"),
+        ] {
+            let (report, reasons) = open(image, access, &grant);
+            assert!(!report.contains("opened"), "{report}");
+            assert!(reasons.iter().all(|reason| reason.as_deref() == Some(why)), "{reasons:?}");
+            tally::component_stopped();
+        }
+        // The twin: the image that is opened to be written.
+        let (report, reasons) = open(&base, Access::ReadWrite, &grant);
+        assert!(report.contains("opened \"") && reasons.contains(&None), "{report}");
+        tally::component_stopped();
+    }
+
+    // The program.
+    let plugin = format!("hostile={}", component("hostile").display());
+    for (image, opened) in [(&top, false), (&base, true)] {
+        let mut program = limited();
+        program.args(["rebase", "--no-backing", "--format", "hostile", "--plugin", &plugin, "--allow"]).arg(&base);
+        program.arg("--allow-write").arg(place.path("images/data")).arg(image);
+        let attempt = place.finish(program, |_| {});
+        let report = attempt.error();
+        assert_eq!((attempt.code(), report.contains("opened \"")), (1, opened), "{report}");
+        let asked = attempt.opens(if opened { "allowed" } else { "denied" });
+        assert!(asked.contains(&"$ROOT/images/data/victim".to_owned()), "{asked:?}");
+        tally::component_stopped();
+    }
+    assert!(std::fs::read(&data).unwrap() == bytes, "the file changed");
 }
 
 /// Offsets that no file has. What a file system makes of those that a file can have is its own affair.

@@ -32,6 +32,7 @@ use crate::layer::{ComponentLayer, Incarnation, Revival};
 use crate::locks::{self, LockMode};
 use crate::maintenance::{each_size, resize};
 use crate::pin::Pin;
+use crate::policy::GRANT_IS_READ_ONLY;
 use crate::regular;
 use crate::restart::{Backoff, Held, Now, Restart, monotonic};
 use crate::sandbox::{Plugin, PluginKind, Sandbox, hex};
@@ -775,7 +776,7 @@ impl Opener {
         let identity = Identity { image: name.clone(), depth, format: format.to_owned(), component };
         let limits = self.sandbox.shared_limits();
         let mut state = State::new(identity, limits, self.grants.clone(), self.locks, self.audit.clone());
-        state.direct = self.direct;
+        (state.access, state.direct) = (access, self.direct);
         let again = before.is_some();
         if let Some((shared, held)) = before {
             (state.shared, state.held) = (shared, held);
@@ -899,7 +900,7 @@ fn explain_denial(error: Error, events: &[OpenEvent]) -> Error {
     let reason = event.reason.as_deref().unwrap_or("refused");
     let option = if event.access == "read-write" { "--allow-write" } else { "--allow" };
     let not_granted = event.grant.is_none() && reason.contains("not granted");
-    let hint = if not_granted || (event.access == "read-write" && reason.contains("read-only")) {
+    let hint = if not_granted || (event.access == "read-write" && reason == GRANT_IS_READ_ONLY) {
         format!(". If it is meant, allow it: {option} {:?}", event.path)
     } else {
         String::new()

@@ -95,6 +95,17 @@ pub(crate) struct FileGrant {
     pub(crate) pin: Option<Arc<Pin>>,
 }
 
+impl WholeGrant {
+    /// The directory with no more rights than these.
+    pub(crate) fn dir_for(&self, access: Access) -> Dir {
+        let mut dir = self.dir.clone();
+        if access == Access::ReadOnly {
+            (dir.perms, dir.open_mode) = (FsPerms::ReadOnly, OpenMode::READ);
+        }
+        dir
+    }
+}
+
 impl fmt::Debug for WholeGrant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WholeGrant").field("access", &self.access).field("referrer", &self.referrer).finish()

@@ -99,6 +99,8 @@ pub(crate) struct State {
     wasi: WasiFilesystemCtx,
     nodes: HashMap<u32, Node>,
     pub(crate) identity: Identity,
+    /// What its image was opened for. Whose image is only read opens nothing to write it.
+    pub(crate) access: Access,
     pub(crate) limits: Arc<Limits>,
     grants: Grants,
     locks: LockMode,
@@ -134,6 +136,7 @@ impl State {
             wasi: WasiFilesystemCtx::default(),
             nodes: HashMap::new(),
             identity,
+            access: Access::ReadOnly,
             budget: Budget::usual(&limits),
             limits,
             grants,
@@ -310,7 +313,8 @@ impl State {
         let judged = match self.nodes.get(&directory.rep()) {
             Some(Node::Directory(name)) => {
                 let (depth, image) = (self.identity.depth, self.identity.image.as_str());
-                let request = policy::Request { depth, image, directory: name, path, open_flags, flags };
+                let request =
+                    policy::Request { depth, image, access: self.access, directory: name, path, open_flags, flags };
                 let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
                 if held.sealed {
                     policy::open_again(&held, &self.limits, &request)
@@ -358,8 +362,8 @@ impl State {
         }
     }
 
-    /// The preopened directories: the granted ones, the parents of granted files, and the root, below
-    /// which everything else is denied and recorded.
+    /// The preopened directories: the granted ones, with no more rights than the image was opened with, the parents of
+    /// granted files, and the root, below which everything else is denied and recorded.
     fn get_directories(&mut self) -> wasmtime::Result<Vec<(Resource<Descriptor>, String)>> {
         let (depth, image) = (self.identity.depth, self.identity.image.as_str());
         let mut directories: Vec<(Option<Descriptor>, String)> = self
@@ -369,8 +373,8 @@ impl State {
             .iter()
             .filter(|(_, directory)| directory.concerns(depth, image))
             .map(|(name, directory)| {
-                let whole = directory.whole_for(depth, image, Access::ReadWrite);
-                (whole.map(|grant| Descriptor::Dir(grant.dir.clone())), name.clone())
+                let whole = directory.whole_for(depth, image, self.access);
+                (whole.map(|grant| Descriptor::Dir(grant.dir_for(self.access))), name.clone())
             })
             .collect();
         if !directories.iter().any(|(_, name)| name == "/") {
@@ -773,6 +777,23 @@ mod tests {
         let largest = u64::try_from(i64::MAX).unwrap();
         assert!(in_a_file(0, 0) && in_a_file(largest, 0) && in_a_file(largest - 1, 1));
         assert!(!in_a_file(largest, 1) && !in_a_file(largest + 1, 0) && !in_a_file(u64::MAX, usize::MAX));
+    }
+
+    /// A second wall behind the policy: what wasmtime-wasi lets a component do below a directory.
+    #[test]
+    fn a_directory_has_no_more_rights_than_the_image() {
+        let place = tempfile::tempdir().unwrap();
+        let name = place.path().canonicalize().unwrap().to_str().unwrap().to_owned();
+        for (access, perms) in [(Access::ReadOnly, FsPerms::ReadOnly), (Access::ReadWrite, FsPerms::ReadWrite)] {
+            let identity = Identity { image: String::new(), depth: 0, format: String::new(), component: String::new() };
+            let grants = Grants::new().allow_writing(&name).unwrap();
+            let mut state = State::new(identity, Arc::new(Limits::default()), grants, LockMode::Enforce, Audit::new());
+            state.access = access;
+            let preopens = state.get_directories().unwrap();
+            let (preopen, _) = preopens.iter().find(|(_, preopen)| *preopen == name).unwrap();
+            let Descriptor::Dir(dir) = state.table.get(preopen).unwrap() else { panic!("no directory") };
+            assert_eq!((dir.perms, dir.open_mode.contains(OpenMode::WRITE)), (perms, access.is_writable()));
+        }
     }
 
     #[test]

@@ -23,11 +23,16 @@ use crate::pin::Pin;
 use crate::regular;
 use crate::restart::{Held, HeldFile};
 
+/// Why what is granted to be read is not opened to be written.
+pub(crate) const GRANT_IS_READ_ONLY: &str = "the grant is read-only";
+
 /// A request to open, as the component made it.
 pub(crate) struct Request<'a> {
     /// The image whose component asks: how deep it is in the chain, and its absolute name.
     pub(crate) depth: u32,
     pub(crate) image: &'a str,
+    /// What the image was opened for.
+    pub(crate) access: Access,
     /// The preopened directory, by name.
     pub(crate) directory: &'a str,
     /// The path below it.
@@ -36,6 +41,24 @@ pub(crate) struct Request<'a> {
     pub(crate) open_flags: OpenFlags,
     /// The rights wanted.
     pub(crate) flags: DescriptorFlags,
+}
+
+impl Request<'_> {
+    /// The access that is wanted.
+    fn wanted(&self) -> Access {
+        if self.flags.contains(DescriptorFlags::WRITE) { Access::ReadWrite } else { Access::ReadOnly }
+    }
+
+    /// Why it is refused whatever is granted, if more is to be written than the image itself.
+    fn writes_too_much(&self) -> Option<String> {
+        if !self.wanted().is_writable() || self.access.is_writable() {
+            return None;
+        }
+        Some(match self.depth {
+            0 => "the image is opened to be read, and so is all that it refers to".to_owned(),
+            depth => format!("layer {depth} is a backing file, which is only read, and so is all that it refers to"),
+        })
+    }
 }
 
 /// A file that the policy let through.
@@ -87,7 +110,10 @@ pub(crate) fn open(
     if request.flags.intersects(!(DescriptorFlags::READ | DescriptorFlags::WRITE)) {
         return refuse("only the flags read and write are allowed");
     }
-    let access = if request.flags.contains(DescriptorFlags::WRITE) { Access::ReadWrite } else { Access::ReadOnly };
+    let access = request.wanted();
+    if let Some(reason) = request.writes_too_much() {
+        return refuse(&reason);
+    }
     if request.path.contains('\0') {
         return refuse("the path has a NUL byte");
     }
@@ -130,7 +156,7 @@ pub(crate) fn open(
     let denied =
         |code: ErrorCode, reason: String| Denied { code, path: full.clone(), grant: Some(grant.clone()), reason };
     if access == Access::ReadWrite && granted == Access::ReadOnly {
-        return Err(denied(ErrorCode::NotPermitted, "the grant is read-only".to_owned()));
+        return Err(denied(ErrorCode::NotPermitted, GRANT_IS_READ_ONLY.to_owned()));
     }
     // First to be read: whoever opens a pinned file to write it ends its lease, even if nothing is written then.
     let found = open_regular(&dir.dir, Path::new(rest)).map_err(|(code, reason)| denied(code, reason))?;
@@ -173,7 +199,7 @@ fn open_granted(
     let pinned = all.of_file(enough.identity).into_iter().filter(includes).find(|grant| grant.pin.is_some());
     let grant = pinned.unwrap_or(enough);
     if access == Access::ReadWrite && grant.access == Access::ReadOnly {
-        return denied(Some(grant), ErrorCode::NotPermitted, "the grant is read-only".to_owned());
+        return denied(Some(grant), ErrorCode::NotPermitted, GRANT_IS_READ_ONLY.to_owned());
     }
     if let Some(Err(why)) = grant.pin.as_ref().map(|pin| pin.check()) {
         return denied(Some(grant), ErrorCode::NotPermitted, why);
@@ -187,7 +213,7 @@ fn open_granted(
 /// As [`open`], for a component that was started again: what the one before it opened, and nothing else. No
 /// name is looked up.
 pub(crate) fn open_again(held: &Held, limits: &Limits, request: &Request<'_>) -> Result<Opened, Denied> {
-    let access = if request.flags.contains(DescriptorFlags::WRITE) { Access::ReadWrite } else { Access::ReadOnly };
+    let access = request.wanted();
     let short = request.path.len() <= limits.path_bytes;
     let full = normalize(request.path).filter(|_| short).map(|below| join(request.directory, &below));
     let found = full.as_deref().and_then(|full| held.find(full, access));
@@ -195,6 +221,9 @@ pub(crate) fn open_again(held: &Held, limits: &Limits, request: &Request<'_>) ->
         let path = full.clone().unwrap_or_else(|| request.path.chars().take(256).collect());
         Denied { code, path, grant: None, reason }
     };
+    if let Some(why) = request.writes_too_much() {
+        return Err(denied(ErrorCode::NotPermitted, why));
+    }
     let Some(found) = found else {
         let why = "the component was started again, and its first instance did not open it";
         return Err(denied(ErrorCode::NotPermitted, why.to_owned()));
@@ -314,6 +343,7 @@ mod tests {
         temp: tempfile::TempDir,
         grants: Grants,
         depth: u32,
+        access: Access,
     }
 
     impl Place {
@@ -326,7 +356,7 @@ mod tests {
             std::fs::write(granted.join("base.raw"), "base").unwrap();
             std::fs::write(granted.join("sub/deep.raw"), "deep").unwrap();
             let grants = Grants::new().allow(&granted).unwrap();
-            Self { temp, grants, depth: 0 }
+            Self { temp, grants, depth: 0, access: Access::ReadWrite }
         }
 
         fn granted(&self) -> PathBuf {
@@ -336,7 +366,15 @@ mod tests {
         fn open_with(&self, path: &str, open_flags: OpenFlags, flags: DescriptorFlags) -> Result<Opened, Denied> {
             let directory = self.granted();
             let directory = directory.to_str().unwrap();
-            let request = Request { depth: self.depth, image: "/images/top", directory, path, open_flags, flags };
+            let request = Request {
+                depth: self.depth,
+                image: "/images/top",
+                access: self.access,
+                directory,
+                path,
+                open_flags,
+                flags,
+            };
             open(self.grants.tree(), &Limits::default(), LockMode::Enforce, &request)
         }
 
@@ -438,6 +476,30 @@ mod tests {
         assert_eq!(std::fs::read(place.granted().join("base.raw")).unwrap(), b"base");
         assert!(place.open_with("new", OpenFlags::CREATE, DescriptorFlags::READ).is_err());
         assert!(!place.granted().join("new").exists());
+    }
+
+    #[test]
+    fn an_image_that_is_only_read_opens_nothing_to_write_it() {
+        let mut place = Place::new();
+        let base = place.granted().join("base.raw");
+        place.grants = Grants::new().allow_writing(place.granted()).unwrap();
+        let flags = DescriptorFlags::READ | DescriptorFlags::WRITE;
+        for grants in [place.grants.clone(), place.grants.clone().allow_writing(&base).unwrap()] {
+            place.grants = grants;
+            for (depth, why) in
+                [(0, "the image is opened to be read,"), (3, "layer 3 is a backing file, which is only")]
+            {
+                place.depth = depth;
+                place.access = Access::ReadOnly;
+                for flags in [flags, DescriptorFlags::WRITE] {
+                    let denied = place.open_with("base.raw", OpenFlags::empty(), flags).err().unwrap();
+                    assert!(denied.reason.starts_with(why), "{}", denied.reason);
+                }
+                assert!(place.open("base.raw").is_ok());
+                place.access = Access::ReadWrite;
+                assert!(place.open_with("base.raw", OpenFlags::empty(), flags).is_ok());
+            }
+        }
     }
 
     #[test]
@@ -621,8 +683,15 @@ mod tests {
         let directory = place.granted();
         let directory = directory.to_str().unwrap();
         let again = |path, flags| {
-            let request =
-                Request { depth: 0, image: "/images/top", directory, path, open_flags: OpenFlags::empty(), flags };
+            let request = Request {
+                depth: 0,
+                image: "/images/top",
+                access: Access::ReadWrite,
+                directory,
+                path,
+                open_flags: OpenFlags::empty(),
+                flags,
+            };
             open_again(&held, &Limits::default(), &request)
         };
         let opened = again("sub/../base.raw", DescriptorFlags::READ).unwrap();
