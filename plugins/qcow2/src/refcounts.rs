@@ -27,6 +27,9 @@ use crate::writer::MAX_CHANGED;
 
 /// A search for free clusters looks at so many counts before it takes space at the end of the file.
 const MAX_SEARCH: u64 = 1 << 16;
+/// A search for free clusters behind the end of the file reads so many bytes of counts, which a writer left there
+/// whose file did not get as long: those of 128 GiB with 64 KiB clusters.
+const MAX_BEHIND: u64 = 4 << 20;
 /// A search for the last cluster in use looks at so many counts: 1 TiB with 64 KiB clusters.
 const MAX_CUT: u64 = 1 << 24;
 /// Areas of metadata that are kept in memory, at most: tables and blocks of an image of 128 TiB or more
@@ -60,8 +63,11 @@ pub(crate) struct Refcounts {
     cache: Cache,
     /// The first cluster that can be free.
     hint: u64,
-    /// Clusters in the file; from here on all are free.
+    /// Clusters in the file, and those behind it that were taken. What is behind them may be counted too: a power
+    /// cut can leave the counts and lose the size of the file.
     end: u64,
+    /// Of the clusters behind, some that are known to be free. What is taken there moves `end`.
+    behind: Range<u64>,
     /// New clusters of metadata whose count has not been set.
     uncounted: Vec<u64>,
     /// How often each count goes down once the mapping is durable.
@@ -117,6 +123,7 @@ impl Refcounts {
             cache: Cache::default(),
             hint: 0,
             end: image_size.div_ceil(cluster_size),
+            behind: 0..0,
             uncounted: Vec::new(),
             freeing: BTreeMap::new(),
             moved: None,
@@ -227,14 +234,65 @@ impl Refcounts {
 
     /// Takes `wanted` clusters at the end of the file.
     fn append(&mut self, image: &File, wanted: u64, areas: &mut Areas) -> Result<Run> {
-        let cluster = self.end;
-        let end = cluster.saturating_add(wanted);
-        if end > (1 << 62) >> self.cluster_bits {
-            return Err(Error::Storage("the image file would be larger than a file can be".into()));
-        }
-        self.end = end;
+        let cluster = self.extend(image, wanted)?;
         self.own(image, cluster, wanted, areas)?;
+        // They were never in the file: `end` was at its end or behind it.
         Ok(Run { cluster, count: wanted, zeroed: true })
+    }
+
+    /// Moves `end` behind `wanted` free clusters in a row, and returns the first of them.
+    fn extend(&mut self, image: &File, wanted: u64) -> Result<u64> {
+        let limit = (1 << 62) >> self.cluster_bits;
+        let mut read = 0;
+        self.behind = self.behind.start.max(self.end)..self.behind.end.max(self.end);
+        while self.behind.end.saturating_sub(self.behind.start) < wanted {
+            if self.behind.end >= limit {
+                return Err(Error::Storage("the image file would be larger than a file can be".into()));
+            }
+            if read >= MAX_BEHIND {
+                return Err(Error::Storage(format!(
+                    "no free space was found for the image: the file ends at {:#x}, and its reference counts say that \
+                     clusters up to {:#x} are in use; a repair of leaks frees them once the file is as long",
+                    self.file_size(),
+                    self.behind.end.saturating_mul(self.cluster_size())
+                )));
+            }
+            let (stop, used, bytes) = self.look(image, self.behind.end, limit)?;
+            self.behind = used.unwrap_or(self.behind.start)..stop;
+            read = read.saturating_add(bytes);
+        }
+        let first = self.behind.start;
+        self.end = first.saturating_add(wanted);
+        Ok(first)
+    }
+
+    /// Looks at the counts from that of a cluster on, up to the end of its piece or, where there is no block, up to
+    /// the next one. Returns where it stopped, the end of the last cluster that is in use, and the bytes of counts.
+    fn look(&mut self, image: &File, cluster: u64, limit: u64) -> Result<(u64, Option<u64>, u64)> {
+        let index = cluster / self.per_block();
+        let Some(block) = self.blocks.get(&index).copied() else {
+            let next = self.blocks.range(index..).next().map(|(index, _)| index.saturating_mul(self.per_block()));
+            return Ok((next.unwrap_or(limit).min(limit), None, 0));
+        };
+        let old = self.moved.as_ref().and_then(|moved| moved.get(&index)).copied();
+        let (_, length, bit) = self.place(block, cluster);
+        let in_piece = (length * 8) >> self.order;
+        let start = cluster - cluster % in_piece;
+        let mut used = cluster;
+        for block in [Some(block), old].into_iter().flatten() {
+            let (offset, ..) = self.place(block, cluster);
+            let piece = self.cache.piece(image, offset, length, format_args!("a refcount block"))?;
+            let counts = piece.get(bit / 8..).unwrap_or_default();
+            if let Some(last) = counts.iter().rposition(|byte| *byte != 0) {
+                let bits = (bit / 8 + last + 1).saturating_mul(8) as u64;
+                used = used.max(start.saturating_add(bits.div_ceil(1 << self.order)));
+            }
+        }
+        // A byte can hold several counts, also of clusters before.
+        while used > cluster && self.is_free(image, used - 1)? {
+            used -= 1;
+        }
+        Ok((start.saturating_add(in_piece), Some(used).filter(|used| *used > cluster), length))
     }
 
     /// Whether nothing refers to a cluster, and nothing does in the file as it still is.
@@ -281,8 +339,7 @@ impl Refcounts {
         }
         // What is taken will be in use: the next search goes on from here.
         self.hint = cluster;
-        self.end = self.end.saturating_add(1);
-        Ok(self.end - 1)
+        self.extend(image, 1)
     }
 
     /// Makes sure that the count of a cluster has a place that may be changed.
@@ -367,10 +424,9 @@ impl Refcounts {
             self.free_table(unused);
         }
         let clusters = bytes >> self.cluster_bits;
-        let first = if clusters == 1 { self.vacant(image)? } else { self.end };
+        let first = if clusters == 1 { self.vacant(image)? } else { self.extend(image, clusters)? };
         let offset = first.saturating_mul(self.cluster_size());
         areas.add(offset, bytes, "the refcount table").map_err(Error::Corrupt)?;
-        self.end = self.end.max(first.saturating_add(clusters));
         self.uncounted.extend(first..first.saturating_add(clusters));
         self.next_table = Some(Table { offset, entries: bytes / 8 });
         Ok(())
@@ -487,6 +543,8 @@ impl Refcounts {
             }
             if count > 0 && left == 0 {
                 self.hint = self.hint.min(cluster);
+                // If it was behind the end, it may have been written there: it is not zero any more.
+                self.end = self.end.max(cluster.saturating_add(1));
                 free.push(cluster);
             }
             self.freeing.remove(&cluster);
