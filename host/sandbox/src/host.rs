@@ -681,7 +681,7 @@ pub(crate) fn read_write_linker(engine: &Engine) -> wasmtime::Result<Linker<Stat
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used)]
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use std::collections::BTreeSet;
 
     use super::*;
