@@ -209,9 +209,12 @@ impl Attempt {
         self.outcome.stderr.replace(&self.root, "$ROOT").replace(&dashed, "-ROOT")
     }
 
-    /// The last line of standard error: the error itself, after what was logged.
+    /// The error itself, after what was logged: with its causes and what to do about it, in one line.
     pub(crate) fn error(&self) -> String {
-        self.stderr().lines().last().unwrap_or_default().to_owned()
+        let stderr = self.stderr();
+        let lines: Vec<&str> = stderr.lines().collect();
+        let start = lines.iter().rposition(|line| line.starts_with("blockhouse: ")).unwrap_or(lines.len().max(1) - 1);
+        lines.get(start..).unwrap_or_default().concat()
     }
 
     /// The paths of opens with this outcome, in order.

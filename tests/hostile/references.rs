@@ -24,7 +24,7 @@ fn qemu_overlay(image: &Path, backing: &str, format: &str) -> PathBuf {
 fn not_granted(image: &str, reference: &str, path: &str) -> String {
     format!(
         "blockhouse: $ROOT/images/{image}: cannot open {reference:?} (that is {path}): not permitted; \
-         the host refused {path:?}: it is not granted. If it is meant, allow it: --allow {path:?}"
+         the host refused {path:?}: it is not granted\n  If it is meant, allow it: --allow {path}"
     )
 }
 
@@ -247,8 +247,9 @@ fn a_backing_file_of_undeclared_format_is_refused_before_it_is_opened() {
         let attempt = place.open(command, "qcow2", &undeclared);
         attempt.assert_denied(
             "blockhouse: $ROOT/images/vm/undeclared.qcow2: the image names the backing file \"base\" without its \
-             format, and formats are never guessed. If you trust the image, state it there: \
-             qemu-img rebase -u -b \"base\" -F FORMAT \"$ROOT/images/vm/undeclared.qcow2\"",
+             format, and formats are never guessed\n  If you trust the image, state it there: \
+             blockhouse rebase --unsafe --format FORMAT --backing base --backing-format BACKING-FORMAT \
+             $ROOT/images/vm/undeclared.qcow2",
         );
         assert_eq!(attempt.opens("denied"), [""; 0]);
         assert_eq!(attempt.opens("allowed"), [""; 0]);
@@ -473,13 +474,32 @@ fn no_machine_starts_with_a_refused_disk() {
     let image = qemu_overlay(&place.path("images/vm/a.qcow2"), &canary, "raw");
     let disk = format!("file={},format=qcow2,allow={},readonly=on", image.display(), place.text("images"));
     let attempt = place.finish(program_with(crate::place::limited(), &["run", "--disk", &disk]), |_| {});
-    let refusal = not_granted("vm/a.qcow2", "$ROOT/secret/canary", "$ROOT/secret/canary");
+    let refusal = not_granted("vm/a.qcow2", "$ROOT/secret/canary", "$ROOT/secret/canary")
+        .replace("allow it: --allow ", "add this to its --disk: ,allow=");
     assert_eq!(attempt.code(), 3, "{}", attempt.outcome.stderr);
     assert!(attempt.stderr().contains(refusal.trim_start_matches("blockhouse: ")), "{}", attempt.stderr());
     assert!(attempt.stderr().contains("cannot open disk 0"), "{}", attempt.stderr());
     assert_eq!(attempt.opens("denied"), ["$ROOT/secret/canary"]);
     place.canary.assert_untouched(&attempt.outcome);
     tally::image_refused();
+}
+
+/// Who pastes what an error suggests runs nothing that the image chose, and grants that file and no other.
+#[test]
+fn what_is_suggested_runs_nothing_of_a_name() {
+    let place = Place::new();
+    let refused = |number: u32, backing: &str| {
+        let bytes = overlay(12, SIZE, backing.as_bytes(), Some("raw"));
+        let image = place.write(&format!("images/vm/{number}.qcow2"), bytes);
+        let stderr = place.open_with("info", "qcow2", &image, &[], &[]).stderr();
+        tally::image_refused();
+        stderr.lines().find_map(|line| Some(line.split_once("allow it: ")?.1.to_owned()))
+    };
+    let hint = |number, backing| refused(number, backing).unwrap_or_else(|| panic!("no suggestion for {backing:?}"));
+    assert_eq!(hint(1, "/$(reboot)`reboot`\";reboot #"), "--allow '/$(reboot)`reboot`\";reboot #'");
+    assert_eq!(hint(2, "/it's"), "--allow '/it'\\''s'");
+    assert_eq!(hint(3, "/disk@layer:1"), "--allow /disk@@layer:1");
+    assert_eq!(refused(4, "/a\u{202e}war.b"), None, "a name that a terminal shows as another");
 }
 
 /// A name with terminal escapes in it, of a file that is granted, so that it is named everywhere.

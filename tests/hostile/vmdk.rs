@@ -21,7 +21,7 @@ fn image(place: &Place, name: &str, parts: &str) -> PathBuf {
 fn not_granted(name: &str, reference: &str, path: &str) -> String {
     format!(
         "blockhouse: $ROOT/images/vm/{name}.vmdk: cannot open {reference:?} (that is {path}): not permitted; \
-         the host refused {path:?}: it is not granted. If it is meant, allow it: --allow {path:?}"
+         the host refused {path:?}: it is not granted\n  If it is meant, allow it: --allow {path}"
     )
 }
 

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::Access;
+
 /// What an operator has to do about an error. Small and stable: programs match on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -43,6 +45,29 @@ impl fmt::Display for ErrorKind {
     }
 }
 
+/// What lets a request pass that was refused. It is no part of the message: a program says it in the words of its own
+/// options. Names are as hostile as the image that they stand in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Remedy {
+    /// A grant for this file, if the reference is meant.
+    Grant {
+        /// The absolute name of the file.
+        path: String,
+        /// Read-write for an external data file that is to be written.
+        access: Access,
+    },
+    /// The format of the backing file, stated in the image, if the image is trusted.
+    StateBackingFormat {
+        /// The backing file as the image names it.
+        backing: String,
+    },
+    /// To open the image read-only.
+    OpenReadOnly,
+    /// To wait for the other user of the image, or to read it while it changes.
+    Share,
+}
+
 /// An error of a disk or of one of its layers.
 ///
 /// `Display` prints one line: what was being done, to which image, and why it failed.
@@ -51,6 +76,7 @@ pub struct Error {
     kind: ErrorKind,
     message: String,
     image: Option<String>,
+    remedy: Option<Remedy>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
@@ -60,7 +86,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// An error of `kind`; `message` says what happened and what to do next.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), image: None, source: None }
+        Self { kind, message: message.into(), image: None, remedy: None, source: None }
     }
 
     /// Names the image that the error is about. The innermost name stays.
@@ -74,6 +100,13 @@ impl Error {
     #[must_use]
     pub fn renamed(mut self, name: impl Into<String>) -> Self {
         self.image = Some(name.into());
+        self
+    }
+
+    /// Says what would let the request pass.
+    #[must_use]
+    pub fn with_remedy(mut self, remedy: impl Into<Option<Remedy>>) -> Self {
+        self.remedy = remedy.into();
         self
     }
 
@@ -92,6 +125,11 @@ impl Error {
     /// The image that it is about, as named when it was opened.
     pub fn image(&self) -> Option<&str> {
         self.image.as_deref()
+    }
+
+    /// What would let the request pass, if anything would.
+    pub fn remedy(&self) -> Option<&Remedy> {
+        self.remedy.as_ref()
     }
 
     /// The message alone, without the image.

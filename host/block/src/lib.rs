@@ -67,7 +67,7 @@ pub use answer::MAX_PACKED_UNIT;
 pub use backend::{BlockBackend, SECTOR_SIZE, Topology};
 pub use chain::MAX_CHAIN_DEPTH;
 pub use disk::{Disk, DiskOptions, Engine};
-pub use error::{Error, ErrorKind, Result};
+pub use error::{Error, ErrorKind, Remedy, Result};
 pub use file::{Access, FileIdentity, ImageFile, MAX_FILE_OFFSET};
 pub use files::MAX_FILES;
 pub use guard::HeaderGuard;

@@ -451,6 +451,11 @@ fn size(value: &str) -> Result<u64, String> {
     if bytes == 0 { Err(" would never let anything go".to_owned()) } else { Ok(bytes) }
 }
 
+/// A value as it stands in a disk string.
+pub(crate) fn escape(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
 /// Splits at commas; a doubled comma is a comma.
 fn split_fields(text: &str) -> Vec<String> {
     let mut fields = vec![String::new()];

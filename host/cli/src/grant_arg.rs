@@ -38,18 +38,35 @@ pub(crate) fn parse(argument: &Path, access: Access) -> anyhow::Result<Grant> {
     Ok(grant)
 }
 
+/// A path as an argument that is this path and nothing more.
+pub(crate) fn escape(path: &str) -> String {
+    let mut escaped = String::new();
+    for (at, part) in path.split('@').enumerate() {
+        if at > 0 {
+            escaped.push('@');
+            if begins_attribute(part).is_some() {
+                escaped.push('@');
+            }
+        }
+        escaped.push_str(part);
+    }
+    escaped
+}
+
+/// The attribute that begins here.
+fn begins_attribute(rest: &str) -> Option<&'static str> {
+    ATTRIBUTES.into_iter().find(|name| rest.strip_prefix(name).is_some_and(|after| after.starts_with(':')))
+}
+
 /// The path, and the attributes after it.
 fn split(text: &str) -> (String, Vec<(&'static str, String)>) {
     let mut path = String::new();
     let mut attributes: Vec<(&'static str, String)> = Vec::new();
-    let attribute = |rest: &str| {
-        ATTRIBUTES.into_iter().find(|name| rest.strip_prefix(name).is_some_and(|after| after.starts_with(':')))
-    };
     let mut rest = text;
     while let Some(character) = rest.chars().next() {
         let after = rest.get(character.len_utf8()..).unwrap_or_default();
-        let escaped = after.strip_prefix('@').filter(|escaped| attribute(escaped).is_some());
-        match (character, escaped, attribute(after)) {
+        let escaped = after.strip_prefix('@').filter(|escaped| begins_attribute(escaped).is_some());
+        match (character, escaped, begins_attribute(after)) {
             ('@', None, Some(name)) => {
                 attributes.push((name, String::new()));
                 rest = after.get(name.len() + 1..).unwrap_or_default();

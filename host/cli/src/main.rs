@@ -44,6 +44,7 @@ mod outlet;
 mod output;
 mod policy;
 mod progress;
+mod remedy;
 mod requested;
 mod segments;
 mod size;
@@ -53,7 +54,7 @@ mod walls;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-use clap::{ArgAction, Parser, Subcommand};
+use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 const LONG_ABOUT: &str = "\
@@ -132,7 +133,9 @@ fn main() -> ExitCode {
         return code;
     }
     inherited::put_in_order(std::env::args_os());
-    let cli = Cli::parse();
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.format(&mut Cli::command()).exit());
+    let options = remedy::Options::of(&matches);
     let default = match cli.verbose {
         // Refused opens are in the error message already.
         0 => "warn,blockhouse::audit=off",
@@ -155,7 +158,7 @@ fn main() -> ExitCode {
         Err(error) => {
             target::forget_begun();
             attendant::dismiss();
-            return output::fail(&error);
+            return output::fail(&error, options);
         }
     };
     let result = match cli.command {
@@ -180,6 +183,6 @@ fn main() -> ExitCode {
     attendant::dismiss();
     match result {
         Ok(code) => code,
-        Err(error) => output::fail(&error),
+        Err(error) => output::fail(&error, options),
     }
 }

@@ -8,6 +8,7 @@ use blockhouse_block::{Error, ErrorKind};
 use serde::Serialize;
 
 use crate::log;
+use crate::remedy;
 use crate::walls::MissingWalls;
 
 /// The exit code of `check` if space is lost and nothing else is wrong.
@@ -91,8 +92,9 @@ pub(crate) fn line(line: fmt::Arguments<'_>) -> anyhow::Result<()> {
     text(&format!("{line}\n"))
 }
 
-/// Prints an error with its causes on standard error, and gives the exit code for it.
-pub(crate) fn fail(error: &anyhow::Error) -> ExitCode {
+/// Prints an error with its causes on standard error, and what can be done about it with these options; gives the
+/// exit code for it.
+pub(crate) fn fail(error: &anyhow::Error, options: remedy::Options) -> ExitCode {
     // A reader that closed its end of a pipe has what it wanted.
     if error.chain().any(|cause| cause.downcast_ref::<io::Error>().is_some_and(is_reader_gone)) {
         return ExitCode::SUCCESS;
@@ -104,16 +106,17 @@ pub(crate) fn fail(error: &anyhow::Error) -> ExitCode {
         // Causes that the message already contains add nothing.
         if !shown.contains(&cause) && cause.len() < 2000 && !cause.contains('\n') {
             log::line(format_args!("  because: {}", printable(&cause)));
+            shown += &cause;
         }
-        shown = cause;
     }
     if error.downcast_ref::<MissingWalls>().is_some() {
         return ExitCode::from(NO_WALLS);
     }
-    error
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<Error>())
-        .map_or(ExitCode::FAILURE, |error| ExitCode::from(exit_code(error.kind())))
+    let Some(error) = error.chain().find_map(|cause| cause.downcast_ref::<Error>()) else { return ExitCode::FAILURE };
+    if let Some(remedy) = remedy::of(error, options) {
+        log::line(format_args!("  {}", printable(&remedy)));
+    }
+    ExitCode::from(exit_code(error.kind()))
 }
 
 /// Prints a value as JSON.

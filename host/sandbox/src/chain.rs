@@ -14,7 +14,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use blockhouse_block::{Access, Disk, DiskOptions, Error, ErrorKind, FileIdentity, Layer, LayerInfo, Result};
+use blockhouse_block::{Access, Disk, DiskOptions, Error, ErrorKind, FileIdentity, Layer, LayerInfo, Remedy, Result};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use wasmtime::component::Resource;
@@ -532,11 +532,11 @@ impl Opener {
                 && backing.format.is_none()
             {
                 let why = format!(
-                    "the image names the backing file {:?} without its format, and formats are never guessed. \
-                     If you trust the image, state it there: qemu-img rebase -u -b {:?} -F FORMAT {:?}",
-                    backing.name, backing.name, image.name
+                    "the image names the backing file {:?} without its format, and formats are never guessed",
+                    backing.name
                 );
-                return Err(Error::new(ErrorKind::Denied, why));
+                let remedy = Remedy::StateBackingFormat { backing: backing.name.clone() };
+                return Err(Error::new(ErrorKind::Denied, why).with_remedy(remedy));
             }
             let backing = instance
                 .call("connect", |call| call.format.blockhouse_format_reader().call_connect(call.store))
@@ -850,7 +850,11 @@ pub(crate) struct Started {
 /// Opens the image that the operator named. It may lie anywhere, and must be a regular file.
 pub(crate) fn open_image(path: &Path, access: Access, locks: LockMode) -> Result<File> {
     let failed = |error: std::io::Error| {
-        Error::new(ErrorKind::Storage, format!("cannot open the image: {error}")).with_source(error)
+        use std::io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem};
+        let may_be_read = access == Access::ReadWrite && matches!(error.kind(), PermissionDenied | ReadOnlyFilesystem);
+        Error::new(ErrorKind::Storage, format!("cannot open the image: {error}"))
+            .with_remedy(may_be_read.then_some(Remedy::OpenReadOnly))
+            .with_source(error)
     };
     let file = regular::open(path, access == Access::ReadWrite).map_err(failed)?;
     let file = file.ok_or_else(|| Error::new(ErrorKind::Invalid, "cannot open the image: it is not a regular file"))?;
@@ -865,7 +869,8 @@ pub(crate) fn open_image(path: &Path, access: Access, locks: LockMode) -> Result
         Some(why) => Err(Error::new(
             ErrorKind::Storage,
             format!("the image is in use: {why}. Stop the machine or the tool that has it open, then try again"),
-        )),
+        )
+        .with_remedy((access == Access::ReadOnly).then_some(Remedy::Share))),
     }
 }
 
@@ -898,15 +903,14 @@ fn explain_denial(error: Error, events: &[OpenEvent]) -> Error {
     let refused = events.iter().rev().find(|event| event.outcome == Outcome::Denied);
     let (ErrorKind::Denied, Some(event)) = (error.kind(), refused) else { return error };
     let reason = event.reason.as_deref().unwrap_or("refused");
-    let option = if event.access == "read-write" { "--allow-write" } else { "--allow" };
+    let writes = event.access == "read-write";
     let not_granted = event.grant.is_none() && reason.contains("not granted");
-    let hint = if not_granted || (event.access == "read-write" && reason == GRANT_IS_READ_ONLY) {
-        format!(". If it is meant, allow it: {option} {:?}", event.path)
-    } else {
-        String::new()
-    };
-    let why = format!("{}; the host refused {:?}: {reason}{hint}", error.message(), event.path);
-    let explained = Error::new(ErrorKind::Denied, why);
+    let remedy = (not_granted || writes && reason == GRANT_IS_READ_ONLY).then(|| Remedy::Grant {
+        path: event.path.clone(),
+        access: if writes { Access::ReadWrite } else { Access::ReadOnly },
+    });
+    let why = format!("{}; the host refused {:?}: {reason}", error.message(), event.path);
+    let explained = Error::new(ErrorKind::Denied, why).with_remedy(remedy);
     match error.image() {
         Some(image) => explained.on_image(image),
         None => explained,
