@@ -451,6 +451,9 @@ fn help_texts() {
         &["control", "--help"],
     ] {
         let help = run(blockhouse().args(arguments)).succeeded().text();
+        // On any terminal, what is to be copied is as it was written.
+        let examples = help.split_once("\nExample").map_or("", |(_, examples)| examples);
+        assert!(examples.lines().all(|line| line.len() <= 80), "{arguments:?}: {examples}");
         text.push_str(&format!("$ blockhouse {}\n{help}\n", arguments.join(" ")));
     }
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/conformance/help.txt");

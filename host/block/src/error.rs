@@ -12,7 +12,7 @@ pub enum ErrorKind {
     Corrupt,
     /// The image uses a feature that its component does not read. Convert the image.
     Unsupported,
-    /// The image refers to something that was not granted. Grant it, if it is meant.
+    /// The image refers to something that was not granted, or is not there. Grant it, if it is meant.
     Denied,
     /// The request is outside of the disk, or a write to a disk that is read-only.
     Invalid,

@@ -71,20 +71,28 @@ Examples:
       What the image is and what it refers to. Nothing but the image is opened.
   blockhouse info --format qcow2 --allow /images/base overlay.qcow2
       The same with its backing chain, if all of it lies in /images/base.
-  blockhouse read --format qcow2 --allow base.qcow2 --output disk.raw overlay.qcow2
+  blockhouse read --format qcow2 --allow base.qcow2 --output disk.raw \\
+    overlay.qcow2
       The bytes that a guest would see.
-  blockhouse run --disk file=overlay.qcow2,format=qcow2,allow=base.qcow2,readonly=on
+  blockhouse run \\
+    --disk file=overlay.qcow2,format=qcow2,allow=base.qcow2,readonly=on
       A KVM machine whose built-in guest reads the disk and prints its SHA-256.
-  blockhouse run --disk ... --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0'
+  blockhouse run --disk ... --kernel vmlinuz --initrd initrd.img \\
+    --cmdline 'console=ttyS0'
       The same with Linux.
-  blockhouse serve --socket /run/disk.sock --disk file=overlay.qcow2,format=qcow2,allow=base.qcow2
+  blockhouse serve --socket /run/disk.sock \\
+    --disk file=overlay.qcow2,format=qcow2,allow=base.qcow2
       The disk for QEMU and others, over vhost-user.
-  blockhouse create --format qcow2 --backing base.qcow2 --backing-format qcow2 overlay.qcow2
-      A new overlay. The help of each command that changes images has more: check, resize, convert, ...
+  blockhouse create --format qcow2 --backing base.qcow2 \\
+    --backing-format qcow2 overlay.qcow2
+      A new overlay. The help of each command that changes images has more:
+      check, resize, convert, ...
 
 Exit codes:
-  0 done    1 failed    2 wrong usage    3 refused: not granted    4 corrupt image
-  5 unsupported feature or format    6 component failed or went over a limit
+  0 done    1 failed    2 wrong usage
+  3 a file that the image names is not granted, or not there
+  4 corrupt image       5 unsupported feature or format
+  6 component failed or went over a limit
   7 `check` found lost space and nothing worse    8 `compare` found a difference
   9 --require-walls, and this kernel lacks one";
 

@@ -857,7 +857,7 @@ pub(crate) fn open_image(path: &Path, access: Access, locks: LockMode) -> Result
             .with_source(error)
     };
     let file = regular::open(path, access == Access::ReadWrite).map_err(failed)?;
-    let file = file.ok_or_else(|| Error::new(ErrorKind::Invalid, "cannot open the image: it is not a regular file"))?;
+    let file = file.map_err(|what| Error::new(ErrorKind::Invalid, format!("cannot open the image: {what}")))?;
     // A grant may be for the image of that name.
     regular::refuse_detour(path, &file)
         .map_err(|why| Error::new(ErrorKind::Invalid, format!("cannot open the image: {why}")))?;

@@ -7,6 +7,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use blockhouse_block::{Error, ErrorKind, Result};
@@ -64,8 +65,14 @@ pub(crate) fn open(engine: &Engine, path: &Path) -> Result<(About, Whole)> {
             .on_image(path.display().to_string())
     };
     let file: File = regular::open(path, false)
-        .and_then(|file| file.ok_or_else(|| io::Error::other("it is not a regular file")))
+        .and_then(|file| file.map_err(io::Error::other))
         .map_err(|error| failed(ErrorKind::Storage, error))?;
+    let mut start = [0; 4];
+    if file.read_exact_at(&mut start, 0).is_ok() && start == *b"\0asm" {
+        let why =
+            "it is a component, not yet compiled: it is given without `compiled:`, or to `blockhouse plugin compile`";
+        return Err(failed(ErrorKind::Invalid, io::Error::other(why)));
+    }
     // Any number of names: a package manager may link the file elsewhere.
     let whole = code::read(&file, MAGIC, u64::MAX).map_err(|error| match error.kind() {
         io::ErrorKind::PermissionDenied => failed(ErrorKind::Denied, error),
@@ -125,6 +132,14 @@ mod tests {
     fn refused(engine: &Engine, path: &Path) -> (ErrorKind, String) {
         let error = open(engine, path).unwrap_err();
         (error.kind(), error.to_string())
+    }
+
+    #[test]
+    fn a_component_is_told_from_what_was_made_of_it() {
+        let (_directory, engine, path) = made();
+        std::fs::write(&path, EMPTY).unwrap();
+        let (kind, why) = refused(&engine, &path);
+        assert!(kind == ErrorKind::Invalid && why.contains("without `compiled:`"), "{why}");
     }
 
     #[test]

@@ -246,7 +246,9 @@ fn ask<T>(
             WitError::Storage(text) => (ErrorKind::Storage, text),
             WitError::Other(text) => (ErrorKind::Invalid, text),
         };
-        (kind, clean(&text, limit))
+        let text = clean(&text, limit);
+        // It names the feature, which says nothing by itself.
+        (kind, if kind == ErrorKind::Unsupported { format!("not supported: {text}") } else { text })
     }))
 }
 

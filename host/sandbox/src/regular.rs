@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path};
 
 use blockhouse_block::FileIdentity;
@@ -59,12 +59,19 @@ pub(crate) fn direct(file: &File, write: bool) -> io::Result<File> {
     Ok(direct)
 }
 
-/// Opens `path`; `None` if it is not a regular file.
-pub(crate) fn open(path: &Path, write: bool) -> io::Result<Option<File>> {
+/// Opens `path`; what it is, if it is not a regular file.
+pub(crate) fn open(path: &Path, write: bool) -> io::Result<Result<File, &'static str>> {
     let file = File::options().read(true).write(write).custom_flags(careful()).open(path)?;
-    if !file.metadata()?.is_file() {
-        return Ok(None);
+    let kind = file.metadata()?.file_type();
+    if !kind.is_file() {
+        return Ok(Err(match () {
+            () if kind.is_dir() => "it is not a regular file but a directory",
+            () if kind.is_block_device() => {
+                "it is not a regular file but a block device, and none is opened; a file system on it may hold images"
+            }
+            () => "it is not a regular file",
+        }));
     }
     usual_mode(&file)?;
-    Ok(Some(file))
+    Ok(Ok(file))
 }

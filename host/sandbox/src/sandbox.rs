@@ -297,9 +297,8 @@ impl Sandbox {
                 .with_source(error)
                 .on_image(name.as_str())
         };
-        let file = regular::open(path, false).map_err(fail)?.ok_or_else(|| {
-            Error::new(ErrorKind::Invalid, "cannot read the component: it is not a regular file")
-                .on_image(name.as_str())
+        let file = regular::open(path, false).map_err(fail)?.map_err(|what| {
+            Error::new(ErrorKind::Invalid, format!("cannot read the component: {what}")).on_image(name.as_str())
         })?;
         let mut bytes = Vec::new();
         file.take(self.limits.component_bytes.saturating_add(1)).read_to_end(&mut bytes).map_err(fail)?;

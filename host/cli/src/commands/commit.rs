@@ -26,8 +26,10 @@ use crate::target::identity;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Example:
-  blockhouse commit --format qcow2 --base base.qcow2 --base-format qcow2 overlay.qcow2
-      base.qcow2 reads as overlay.qcow2 did. If it has a backing file itself, that is granted with --allow.")]
+  blockhouse commit --format qcow2 --base base.qcow2 --base-format qcow2 \\
+    overlay.qcow2
+      base.qcow2 reads as overlay.qcow2 did. If it has a backing file itself,
+      that is granted with --allow.")]
 pub(crate) struct Args {
     /// The overlay
     #[arg(value_name = "OVERLAY")]

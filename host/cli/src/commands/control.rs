@@ -21,7 +21,8 @@ use crate::output::{self, printable, size};
 Examples:
   blockhouse control --socket /run/vm1.control status
   blockhouse control --socket /run/vm1.control resize disk0 40G
-      The guest is told, and sees the new size at once where its driver listens (Linux does).
+      The guest is told, and sees the new size at once where its driver listens
+      (Linux does).
   blockhouse control --socket /run/vm1.control metrics
 
 The socket takes commands as lines of JSON and answers each with a line:

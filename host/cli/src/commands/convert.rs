@@ -24,9 +24,11 @@ use crate::target::files_in_use;
 #[command(after_help = "\
 Examples:
   blockhouse convert --format vmdk --to-format qcow2 appliance.vmdk vm.qcow2
-  blockhouse convert --format qcow2 --allow base.qcow2 --to-format qcow2 --compress overlay.qcow2 all.qcow2
+  blockhouse convert --format qcow2 --allow base.qcow2 --to-format qcow2 \\
+    --compress overlay.qcow2 all.qcow2
       One compressed image without a backing file.
-  blockhouse convert --format raw --to-format qcow2 --backing base.raw --backing-format raw vm.raw overlay.qcow2
+  blockhouse convert --format raw --to-format qcow2 --backing base.raw \\
+    --backing-format raw vm.raw overlay.qcow2
       Only what differs from the backing file, whichever that is.")]
 pub(crate) struct Args {
     #[command(flatten)]

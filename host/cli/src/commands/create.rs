@@ -23,9 +23,11 @@ use crate::size::parse_size;
 #[command(after_help = "\
 Examples:
   blockhouse create --format qcow2 vm.qcow2 20G
-  blockhouse create --format qcow2 --backing base.qcow2 --backing-format qcow2 overlay.qcow2
+  blockhouse create --format qcow2 --backing base.qcow2 \\
+    --backing-format qcow2 overlay.qcow2
       An overlay of the size of its backing file, which lies beside it.
-  blockhouse create --format qcow2 --size 20G -o cluster-size=2M --preallocation metadata vm.qcow2
+  blockhouse create --format qcow2 --size 20G -o cluster-size=2M \\
+    --preallocation metadata vm.qcow2
   blockhouse create --format qcow2 -o help
       The options of the format.")]
 pub(crate) struct Args {

@@ -25,11 +25,14 @@ use crate::target::{files_in_use, identity};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
-  blockhouse rebase --format qcow2 --allow old.qcow2 --backing new.qcow2 --backing-format qcow2 overlay.qcow2
+  blockhouse rebase --format qcow2 --allow old.qcow2 --backing new.qcow2 \\
+    --backing-format qcow2 overlay.qcow2
   blockhouse rebase --format qcow2 --allow base.qcow2 --no-backing overlay.qcow2
       The overlay holds all of its disk.
-  blockhouse rebase --format qcow2 --unsafe --backing moved.qcow2 --backing-format qcow2 overlay.qcow2
-      The same backing file under a new name, or a reference without a format: nothing is opened.")]
+  blockhouse rebase --format qcow2 --unsafe --backing moved.qcow2 \\
+    --backing-format qcow2 overlay.qcow2
+      The same backing file under a new name, or a reference without a format:
+      nothing is opened.")]
 pub(crate) struct Args {
     /// The overlay
     #[arg(value_name = "OVERLAY")]

@@ -23,21 +23,27 @@ use crate::walls::beginning;
 
 const AFTER_HELP: &str = "\
 Examples:
-  blockhouse serve --socket /run/vm1.sock --disk file=vm1.qcow2,format=qcow2,allow=base.qcow2,queues=2
-  qemu-system-x86_64 -m 1G -object memory-backend-memfd,id=mem,size=1G,share=on -M q35,memory-backend=mem \\
-      -chardev socket,id=vm1,path=/run/vm1.sock,reconnect-ms=1000 \\
-      -device vhost-user-blk-pci,chardev=vm1,num-queues=2 ...
-      A disk for QEMU. The guest's memory has to be shared (share=on). With reconnect-ms the guest waits
-      while `serve` is restarted, even after kill -9: requests in flight are taken up again.
-  cloud-hypervisor --memory size=1G,shared=on --disk vhost_user=true,socket=/run/vm1.sock,num_queues=2 ...
+  blockhouse serve --socket /run/vm1.sock \\
+    --disk file=vm1.qcow2,format=qcow2,allow=base.qcow2,queues=2
+  qemu-system-x86_64 -m 1G -M q35,memory-backend=mem \\
+    -object memory-backend-memfd,id=mem,size=1G,share=on \\
+    -chardev socket,id=vm1,path=/run/vm1.sock,reconnect-ms=1000 \\
+    -device vhost-user-blk-pci,chardev=vm1,num-queues=2 ...
+      A disk for QEMU. The guest's memory has to be shared (share=on). With
+      reconnect-ms the guest waits while `serve` is restarted, even after
+      kill -9: requests in flight are taken up again.
+  cloud-hypervisor --memory size=1G,shared=on \\
+    --disk vhost_user=true,socket=/run/vm1.sock,num_queues=2 ...
   blockhouse serve --socket fd:3 --disk file=vm1.raw,format=raw
       With a socket that was passed by systemd or another parent.
 
-One front end is served at a time; another one waits until it is gone. SIGTERM or SIGINT ends the
-program: what is in flight is answered, everything is made durable, the image is closed.
+One front end is served at a time; another one waits until it is gone. SIGTERM
+or SIGINT ends the program: what is in flight is answered, everything is made
+durable, the image is closed.
 
-Give each machine a process of its own. A front end is a process that its guest may have taken over; it
-can crash the one that serves it, and then only its own disk should be there.";
+Give each machine a process of its own. A front end is a process that its guest
+may have taken over; it can crash the one that serves it, and then only its own
+disk should be there.";
 
 /// Serve disks to QEMU, cloud-hypervisor and others (vhost-user-blk)
 ///
