@@ -67,6 +67,93 @@ fn only_the_new_file_can_be_written() {
     tally::image_served();
 }
 
+/// A policy grants what may be written; a command that writes nothing of it has no right to.
+#[test]
+fn a_command_that_reads_has_no_right_to_write() {
+    let place = Place::new();
+    let at = |name: &str| place.text(name);
+    for name in ["data.bin", "other.raw", "disk.raw"] {
+        place.write(&format!("images/{name}"), noise(1, 1 << 20));
+    }
+    std::fs::create_dir(place.path("images/store")).unwrap();
+    let overlay = at("images/top.qcow2");
+    let (disk, data, store) = (at("images/disk.raw"), at("images/data.bin"), at("images/store"));
+    run(blockhouse().args(["create", "--format", "qcow2", &overlay, "1M"])).succeeded();
+    let grants = [&data, &store].map(|path| format!("[[grants]]\npath = '{path}'\naccess = 'read-write'\n"));
+    let policy = place.write("policy.toml", format!("version = 1\n{}", grants.concat()));
+    let policy = ["--policy", policy.to_str().unwrap()];
+    let target = at("images/vm/target");
+    // What is planned, but for the new file.
+    let outside = |stderr: &str| {
+        let mut planned = planned(stderr, &place.path("images"));
+        planned.retain(|path, _| Path::new(path).parent() != Some(&place.path("images/vm")));
+        planned
+    };
+    let machine = format!("file={disk},format=raw,readonly=on");
+    let new = ["create", "--force", "--backing", &disk, "--backing-format", "raw", &target];
+    let of_two = ["compare", "--format-a", "raw", "--format-b", "raw", &disk, &disk];
+    for arguments in [
+        &["info", "--format", "raw", &disk][..],
+        &["map", "--format", "raw", &disk],
+        &["read", "--format", "raw", &disk],
+        &of_two,
+        &["convert", "--format", "raw", "--to-format", "raw", &disk, &target],
+        &[&new[..], &["--format", "qcow2"]].concat(),
+        &["snapshot", "list", "--format", "qcow2", &overlay],
+        // Whether there is a machine or not, this is what it is planned with.
+        &["run", "--memory", "64M", "--disk", &machine],
+    ] {
+        let outcome = run(blockhouse().arg("-vv").args(arguments).args(policy));
+        assert!(arguments[0] == "run" || outcome.status.success(), "{arguments:?}: {}", outcome.stderr);
+        let planned = outside(&outcome.stderr);
+        assert!(planned.contains_key(&data) && planned.contains_key(&store), "{arguments:?}: {planned:?}");
+        assert!(planned.values().all(|uses| uses == "[Read]"), "{arguments:?}: {planned:?}");
+        tally::image_served();
+    }
+    // The twin: what is written may be written.
+    let outcome =
+        run(blockhouse().args(["-vv", "resize", "--format", "qcow2", &overlay, "2M"]).args(policy)).succeeded();
+    let written = outside(&outcome.stderr);
+    assert!([&overlay, &data, &store].into_iter().all(|path| written[path] == "[Write]"), "{written:?}");
+    // And where no reference is followed, nothing that could be referred to is opened.
+    let rebase = ["rebase", "--unsafe", "--backing", "other.raw", "--backing-format", "raw"];
+    for (arguments, last, expected) in [(&rebase[..], &overlay[..], &overlay), (&new[..], "1M", &disk)] {
+        let outcome = run(blockhouse().arg("-vv").args(arguments).args(["--format", "qcow2", last]).args(policy));
+        let planned = outside(&outcome.succeeded().stderr);
+        assert_eq!(planned.keys().collect::<Vec<_>>(), [expected], "{arguments:?}");
+    }
+}
+
+/// A file that will not be overwritten, and a directory, are refused before any image is looked at, and not planned.
+#[test]
+fn an_output_that_is_refused_is_never_open() {
+    let place = Place::new();
+    let existing = place.write("images/existing", "before");
+    // It would end the command if it were asked.
+    let image = place.write("images/vm/hostile.img", "fail-at-open\n".to_owned() + &"x".repeat(4096));
+    let plugin = format!("hostile={}", component("hostile").display());
+    let (exists, directory) = ("$ROOT/images/existing exists; --force overwrites it", "a directory; name a file in it");
+    let store = place.path("images/vm");
+    for (output, more, why) in
+        [(&existing, &[][..], exists), (&store, &[], directory), (&store, &["--force"], directory)]
+    {
+        for walls in [&["-vv"][..], &["--no-walls"]] {
+            let outcome = run(blockhouse()
+                .args(["read", "--format", "hostile", "--plugin", &plugin, "--output"])
+                .arg(output)
+                .args(more)
+                .args(walls)
+                .arg(&image));
+            assert_eq!(outcome.status.code(), Some(1), "{}", outcome.stderr);
+            let error = place.normalize(outcome.stderr.lines().last().unwrap());
+            assert!(error.starts_with("blockhouse: ") && error.ends_with(why), "{}", outcome.stderr);
+            assert!(planned(&outcome.stderr, &place.path("images")).is_empty(), "{}", outcome.stderr);
+            tally::image_refused();
+        }
+    }
+    assert_eq!(std::fs::read(&existing).unwrap(), b"before");
+}
+
 /// A machine with sockets for its operator: they are gone in the end, and so was the right to their directory before
 /// the image was opened.
 #[test]

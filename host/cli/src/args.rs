@@ -177,20 +177,28 @@ impl HostArgs {
     }
 
     /// What is asked for with `--allow` and `--allow-write`, or `allow=` and `allow-write=`, as far as the policy
-    /// goes; what the policy grants if it is nothing. `access` is that of the image.
+    /// goes; what the policy grants if it is nothing. `access` is that of the image, and the most that is granted.
     fn grant_list(&self, read: &[PathBuf], write: &[PathBuf], access: Access) -> anyhow::Result<Vec<Grant>> {
         let read = read.iter().map(|path| grant_arg::parse(path, Access::ReadOnly));
         let write = write.iter().map(|path| grant_arg::parse(path, Access::ReadWrite));
         let asked = read.chain(write).collect::<anyhow::Result<Vec<_>>>()?;
-        match self.policy()? {
-            Some(policy) => policy.grants(asked, access),
-            None => Ok(asked),
-        }
+        let granted = match self.policy()? {
+            Some(policy) => policy.grants(asked)?,
+            None => asked,
+        };
+        let lower = |grant: Grant| Grant { access: if access.is_writable() { grant.access } else { access }, ..grant };
+        Ok(granted.into_iter().map(lower).collect())
     }
 
     /// Plans what [`grants`](Self::grants) grants.
-    pub(crate) fn plan_grants(&self, plan: &mut Plan, read: &[PathBuf], write: &[PathBuf]) -> anyhow::Result<()> {
-        for grant in self.grant_list(read, write, Access::ReadWrite)? {
+    pub(crate) fn plan_grants(
+        &self,
+        plan: &mut Plan,
+        read: &[PathBuf],
+        write: &[PathBuf],
+        access: Access,
+    ) -> anyhow::Result<()> {
+        for grant in self.grant_list(read, write, access)? {
             plan.add(&grant.path, if grant.access.is_writable() { Use::Write } else { Use::Read });
         }
         Ok(())
@@ -288,7 +296,7 @@ pub(crate) struct GrantArgs {
 impl GrantArgs {
     /// What may be opened by reference.
     pub(crate) fn plan(&self, plan: &mut Plan, host: &HostArgs) -> anyhow::Result<()> {
-        host.plan_grants(plan, &self.allow, &self.allow_write)
+        host.plan_grants(plan, &self.allow, &self.allow_write, Access::ReadWrite)
     }
 
     pub(crate) fn grants(&self, host: &HostArgs) -> anyhow::Result<Grants> {
@@ -329,7 +337,7 @@ impl ImageArgs {
     /// What is opened to read the image.
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         plan.read(&self.image);
-        self.host.plan_grants(plan, &self.allow, &[])?;
+        self.host.plan_grants(plan, &self.allow, &[], Access::ReadOnly)?;
         self.host.plan(plan)
     }
 

@@ -44,7 +44,7 @@ impl OpenDisk {
     pub(crate) fn plan_all(plan: &mut Plan, host: &HostArgs, disks: &[DiskArg]) -> anyhow::Result<()> {
         for disk in disks {
             plan.add(&disk.file, if disk.readonly { Use::Read } else { Use::Write });
-            host.plan_grants(plan, &disk.allow, &disk.allow_write)?;
+            host.plan_grants(plan, &disk.allow, &disk.allow_write, access_of(disk))?;
         }
         Ok(())
     }
@@ -61,7 +61,7 @@ impl OpenDisk {
         let (sandbox, formats) = host.components()?;
         let audit = host.audit()?;
         let open = |(number, (disk, rings)): (usize, (&DiskArg, Rings))| {
-            let access = if disk.readonly { Access::ReadOnly } else { Access::ReadWrite };
+            let access = access_of(disk);
             let grants = host.grants(&disk.allow, &disk.allow_write, access)?;
             let granted = grants.list();
             let events = Arc::new(AuditList::default());
@@ -258,6 +258,10 @@ pub(crate) struct DiskRow {
 
 /// Space that is reserved ahead of a guest that writes without gaps: a call of the component for megabytes.
 const ALLOCATE_AHEAD: u64 = 8 << 20;
+
+fn access_of(disk: &DiskArg) -> Access {
+    if disk.readonly { Access::ReadOnly } else { Access::ReadWrite }
+}
 
 /// One for each queue.
 fn rings(disk: &DiskArg) -> Rings {

@@ -133,23 +133,18 @@ impl Policy {
         &self.components
     }
 
-    /// The grants of a command that asks for `asked`. With `access` of read-only, nothing is granted to be
-    /// written.
+    /// The grants of a command that asks for `asked`.
     ///
     /// # Errors
     /// What is asked for and not granted, or not there.
-    pub(crate) fn grants(&self, asked: Vec<Grant>, access: Access) -> anyhow::Result<Vec<Grant>> {
-        self.grants_by(asked, access, &Place::look)
+    pub(crate) fn grants(&self, asked: Vec<Grant>) -> anyhow::Result<Vec<Grant>> {
+        self.grants_by(asked, &Place::look)
     }
 
     /// As [`grants`](Self::grants), with what `look` says of paths.
-    pub(crate) fn grants_by(&self, asked: Vec<Grant>, access: Access, look: &Look<'_>) -> anyhow::Result<Vec<Grant>> {
+    pub(crate) fn grants_by(&self, asked: Vec<Grant>, look: &Look<'_>) -> anyhow::Result<Vec<Grant>> {
         if asked.is_empty() {
-            let lower = |grant: &Grant| match access {
-                Access::ReadOnly => Grant { access, ..grant.clone() },
-                Access::ReadWrite => grant.clone(),
-            };
-            return Ok(self.grants.iter().map(lower).collect());
+            return Ok(self.grants.clone());
         }
         let mut granted = Vec::new();
         for grant in asked {
@@ -502,7 +497,7 @@ mod tests {
 
     /// What a policy grants, without what it found there.
     fn narrow(policy: &Policy, grant: Grant) -> anyhow::Result<Vec<Grant>> {
-        let granted = policy.grants(vec![grant], Access::ReadWrite)?;
+        let granted = policy.grants(vec![grant])?;
         assert!(granted.iter().all(|grant| grant.found == Some(Place::look(&grant.path).unwrap().file)));
         Ok(granted.into_iter().map(|grant| Grant { found: None, ..grant }).collect())
     }
@@ -650,8 +645,7 @@ mod tests {
         // What is not there is not granted either.
         let error = why(read("images/missing"));
         assert!(error.starts_with(&format!("cannot grant {}: No such file", at("images/missing"))), "{error}");
-        // Where nothing is asked for, the policy is what is granted; to be written only where anything is.
-        assert_eq!(policy.grants(Vec::new(), Access::ReadWrite).unwrap(), policy.grants);
-        assert!(policy.grants(Vec::new(), Access::ReadOnly).unwrap().iter().all(|grant| !grant.access.is_writable()));
+        // Where nothing is asked for, the policy is what is granted.
+        assert_eq!(policy.grants(Vec::new()).unwrap(), policy.grants);
     }
 }

@@ -78,7 +78,7 @@ impl Args {
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         plan.read(&self.a);
         plan.read(&self.b);
-        self.host.plan_grants(plan, &self.allow, &[])?;
+        self.host.plan_grants(plan, &self.allow, &[], Access::ReadOnly)?;
         self.host.plan(plan)
     }
 }

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use blockhouse_block::{Access, BlockBackend};
+use blockhouse_sandbox::Grants;
 use blockhouse_walls::Plan;
 use clap::error::ErrorKind;
 use clap::{ArgAction, CommandFactory};
@@ -88,12 +89,13 @@ impl Args {
 
     /// What the command opens.
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
-        self.host.plan_grants(plan, &self.allow, &[])?;
         self.host.plan(plan)?;
-        match self.checked() {
-            Some((image, _)) => self.new.plan(plan, image),
-            None => Ok(()),
+        let Some((image, wanted)) = self.checked() else { return Ok(()) };
+        // Where the size is given, no reference is followed.
+        if wanted.is_none() {
+            self.host.plan_grants(plan, &self.allow, &[], Access::ReadOnly)?;
         }
+        self.new.plan(plan, image)
     }
 }
 
@@ -113,7 +115,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     };
-    let grants = args.host.grants(&args.allow, &[], Access::ReadOnly)?;
+    let grants = match wanted {
+        Some(_) => Grants::new(),
+        None => args.host.grants(&args.allow, &[], Access::ReadOnly)?,
+    };
     let virtual_size = match (wanted, &args.new.backing) {
         (Some(size), Some(name)) if !args.no_check => {
             let path = beside(image, name.as_ref());

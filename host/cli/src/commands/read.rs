@@ -44,7 +44,7 @@ impl Args {
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         self.image.plan(plan)?;
         if let Some(output) = &self.output {
-            if output.exists() {
+            if self.overwrites(output)? {
                 plan.write(output);
             } else {
                 NewFile::new(output, false).plan(plan)?;
@@ -52,9 +52,24 @@ impl Args {
         }
         Ok(())
     }
+
+    /// Whether the output file is there, and is to be overwritten. What will not be is refused, before any image is
+    /// looked at.
+    fn overwrites(&self, output: &Path) -> anyhow::Result<bool> {
+        let Ok(metadata) = std::fs::metadata(output) else { return Ok(false) };
+        if metadata.is_dir() {
+            bail!("{} is a directory; name a file in it", output.display());
+        }
+        if !self.force {
+            bail!("{} exists; --force overwrites it", output.display());
+        }
+        Ok(true)
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    // Without walls, nothing was planned.
+    let overwrites = args.output.as_deref().map_or(Ok(false), |output| args.overwrites(output))?;
     let opened = args.image.opener()?.open(&args.image.request())?;
     let capacity = opened.disk.capacity();
     let left = capacity.checked_sub(args.range.offset).with_context(|| {
@@ -70,8 +85,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     match &args.output {
         Some(path) => {
             // An existing one, which may be no regular file, is overwritten where it is.
-            let (file, target) = if path.exists() {
-                (overwrite(path, args.force, &files_in_use(&opened.report))?, None)
+            let (file, target) = if overwrites {
+                (overwrite(path, &files_in_use(&opened.report))?, None)
             } else {
                 let target = Target::take(&NewFile::new(path, false))?;
                 (target.open()?, Some(target))
@@ -127,10 +142,7 @@ fn copy(
 }
 
 /// Opens an output file that exists and is none of the files in use, and empties it.
-fn overwrite(path: &Path, force: bool, in_use: &[PathBuf]) -> anyhow::Result<File> {
-    if !force {
-        bail!("{} exists; --force overwrites it", path.display());
-    }
+fn overwrite(path: &Path, in_use: &[PathBuf]) -> anyhow::Result<File> {
     let file = File::options().write(true).open(path);
     let file = file.with_context(|| format!("cannot open {} for writing", path.display()))?;
     let target = identity(&file.metadata()?);

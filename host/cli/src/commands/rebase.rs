@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use blockhouse_block::{Access, BlockBackend};
-use blockhouse_sandbox::{BackingReference, OpenRequest};
+use blockhouse_sandbox::{BackingReference, Grants, OpenRequest};
 use blockhouse_walls::Plan;
 use serde::Serialize;
 
@@ -81,16 +81,23 @@ impl Args {
     /// What the command opens.
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         plan.write(&self.overlay);
-        if let Some(name) = &self.backing {
-            plan.read(beside(&self.overlay, name.as_ref()));
+        if !self.name_only {
+            if let Some(name) = &self.backing {
+                plan.read(beside(&self.overlay, name.as_ref()));
+            }
+            self.grants.plan(plan, &self.host)?;
         }
-        self.grants.plan(plan, &self.host)?;
         self.host.plan(plan)
+    }
+
+    /// What images may refer to: nothing, if no reference is followed.
+    fn granted(&self) -> anyhow::Result<Grants> {
+        if self.name_only { Ok(Grants::new()) } else { self.grants.grants(&self.host) }
     }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let opener = args.host.opener()?.grants(args.grants.grants(&args.host)?);
+    let opener = args.host.opener()?.grants(args.granted()?);
     let backing = args.backing.clone().map(|name| BackingReference { name, format: args.backing_format.clone() });
     let own = fs::metadata(&args.overlay).with_context(|| format!("cannot look at {}", args.overlay.display()))?;
     let refuse_itself = |path: &PathBuf| {
@@ -107,7 +114,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut new = None;
     if !args.name_only {
         if let (Some(name), Some(format)) = (&args.backing, &args.backing_format) {
-            let opened = open_backing(&args.overlay, name, format, &opener, &args.grants.grants(&args.host)?)?;
+            let opened = open_backing(&args.overlay, name, format, &opener, &args.granted()?)?;
             files_in_use(&opened.report).iter().try_for_each(refuse_itself)?;
             new = Some(opened.disk);
         }

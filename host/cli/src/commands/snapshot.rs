@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::bail;
+use blockhouse_block::Access;
 use blockhouse_sandbox::SnapshotReport;
 use blockhouse_walls::Plan;
 use serde::Serialize;
@@ -126,7 +127,7 @@ impl Command {
         let image = match self {
             Self::List(ListArgs { image, allow, host, .. }) => {
                 plan.read(image);
-                host.plan_grants(plan, allow, &[])?;
+                host.plan_grants(plan, allow, &[], Access::ReadOnly)?;
                 return host.plan(plan);
             }
             Self::Create(CreateArgs { image, .. })
