@@ -10,6 +10,7 @@
 //! | `golden.rs` | the images under `tests/images`, for machines without QEMU |
 //! | `commands.rs`, `refusals.rs` | `read`, `probe`, `plugin`; what is refused, and how |
 //! | `maintenance.rs` | `snapshot list` |
+//! | `policy.rs` | the page about policies |
 //! | `streams.rs` | standard output and error that cannot be written |
 //! | `embed.rs` | the example `examples/embed` |
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
@@ -25,6 +26,7 @@ mod info;
 mod lab;
 mod maintenance;
 mod map;
+mod policy;
 mod qcow2;
 mod refusals;
 mod streams;

@@ -41,7 +41,7 @@ pub(crate) struct HostArgs {
     pub(crate) code_cache: Option<PathBuf>,
 
     /// Go nowhere beyond the policy in FILE (TOML): formats, components, limits, and what images may refer
-    /// to. Where nothing is allowed on the command line, what FILE grants is. See host/cli/src/policy.rs
+    /// to. Where nothing is allowed on the command line, what FILE grants is. See host/docs/policy.md
     #[arg(long, value_name = "FILE", help_heading = "Components")]
     pub(crate) policy: Option<PathBuf>,
 

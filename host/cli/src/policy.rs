@@ -1,30 +1,13 @@
 //! The policy file of `--policy`: what no command on a host may go beyond.
 //!
-//! ```toml
-//! version = 1
-//! formats = ["raw", "qcow2"]      # left out: all of them
-//! plugins = false                 # --plugin is refused; left out: true
-//!
-//! [components]                    # the SHA-256 of what may serve a format; of others anything may
-//! qcow2 = ["21a6..."]
-//!
-//! [limits]                        # of one component; each can be lowered only
-//! call-time-ms = 2000
-//!
-//! [[grants]]                      # what images may refer to
-//! path = "/images/base.raw"       # a directory or a file
-//! access = "read-only"            # the default; or "read-write"
-//! sha256 = "8a39..."              # the file is pinned
-//! layer = 0                       # only references made by this layer of a chain
-//! image = "/images/vm.qcow2"      # only references made by this image
-//! ```
+//! `host/docs/policy.md` has every key, and an example.
 //!
 //! A policy narrows what the command line asks for. `--allow PATH` needs a grant of that path, or of a directory
 //! around it, and gets its pin and its images on top of its own: those of the path itself, or else of the nearest
 //! directory. Paths are judged by where they lead, links followed. With a directory come the grants of the policy below
 //! it, so that what is pinned there stays pinned; where the command line grants nothing, the grants of the policy are
-//! in force as they are. A key that is not known is an error, as everything is that
-//! cannot be meant: a policy that is half understood is none.
+//! in force as they are. A key that is not known is an error, as everything is that cannot be meant: a policy that is
+//! half understood is none.
 //!
 //! The module knows no component: a fuzz target includes it, and says itself what stands at a path.
 
