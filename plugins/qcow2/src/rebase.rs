@@ -10,8 +10,12 @@
 //! All that says there is a backing file, and of which format, is in the first sector, which one write
 //! changes. A name that does not fit there as well is written before, where the old image uses nothing,
 //! and is durable by then. So a power cut leaves the old reference or the new one. Where the extensions do
-//! not fit into the first sector, the format is changed in place if it takes the same space; else the names of
-//! features are left out, which no program needs.
+//! not fit into the first sector, the format is changed in place if it is the only one and takes the same space;
+//! else the names of features are left out, which no program needs.
+//!
+//! The list of extensions was written by anybody: it can state several formats, of which the last counts, and can
+//! end at the name of the backing file instead of an end mark. The new list states one and has an end mark, for the
+//! name is elsewhere; where that needs more room than there is, nothing changes.
 //!
 //! QEMU, docs/interop/qcow2.rst, "Header" and "Header extensions".
 
@@ -121,8 +125,10 @@ struct Layout {
     others: Option<Vec<u8>>,
     /// The same without the names of features, which are for messages only and may be left out.
     needed: Option<Vec<u8>>,
-    /// The first backing format: where it is with its padding.
-    format: Option<Range<usize>>,
+    /// The list has an end mark; else it ends at the name of the backing file.
+    ended: bool,
+    /// The backing formats: where each is with its padding.
+    formats: Vec<Range<usize>>,
     /// The name of the backing file.
     name: Range<usize>,
 }
@@ -142,7 +148,8 @@ impl Layout {
         let mut at = start;
         let mut others = Some(Vec::new());
         let mut needed = Some(Vec::new());
-        let mut format = None;
+        let mut ended = false;
+        let mut formats = Vec::new();
         while at < limit {
             let head = qcow2.image.read_exact_at("a header extension", at, 8)?;
             let kind = be_u32(&head, 0).unwrap_or_default();
@@ -150,11 +157,12 @@ impl Layout {
             let next = at.saturating_add(8).saturating_add(length.next_multiple_of(8));
             if kind == EXTENSION_END {
                 at = at.saturating_add(8);
+                ended = true;
                 break;
             }
             let place = number(at)..number(next);
             if kind == EXTENSION_BACKING_FORMAT {
-                format = format.or(Some(place));
+                formats.push(place);
             } else {
                 let bytes = sector.get(place);
                 let add = |list: Option<Vec<u8>>| Some([list?.as_slice(), bytes?].concat());
@@ -171,7 +179,8 @@ impl Layout {
             end,
             others,
             needed,
-            format,
+            ended,
+            formats,
             name: number(name)..number(name.saturating_add(name_length)),
         })
     }
@@ -193,20 +202,22 @@ impl Layout {
         if let Some(end) = rewrite(sector, &self.others) {
             return Ok(end);
         }
-        match self.format.clone().filter(|place| place.end <= SECTOR) {
+        match self.formats.as_slice() {
+            _ if !self.ended => {}
             // Without a backing file nobody asks for its format.
-            _ if new.is_empty() => Ok(self.end),
-            Some(place) if place.len() == new.len() => {
-                put(sector, place.start, &new);
-                Ok(self.end)
+            _ if new.is_empty() => return Ok(self.end),
+            [only] if only.end <= SECTOR && only.len() == new.len() => {
+                put(sector, only.start, &new);
+                return Ok(self.end);
             }
-            _ => rewrite(sector, &self.needed).ok_or_else(|| {
-                Error::unsupported(format!(
-                    "naming this backing file: the header extensions of the image do not leave room for its format \
-                     in the first {SECTOR} bytes, which are what can be changed at once"
-                ))
-            }),
+            _ => {}
         }
+        rewrite(sector, &self.needed).ok_or_else(|| {
+            Error::unsupported(format!(
+                "another backing file, or none: the header extensions of the image do not leave room for its format \
+                 and for an end mark in the first {SECTOR} bytes, which are what can be changed at once"
+            ))
+        })
     }
 
     /// Where a name can be: after `end`, and past the first sector only where nothing is used now.
