@@ -185,6 +185,34 @@ fn the_tests_of_the_threat_model_exist() {
     assert!(policy.contains("../host/docs/threat-model.md"));
 }
 
+/// Whatever is written as JSON is fit for a terminal: nobody writes it past `json.rs` but for a file that nobody reads.
+#[test]
+fn json_is_written_in_one_place() {
+    let mut elsewhere = BTreeSet::new();
+    let mut directories = vec![root().join("host")];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            // Not tests, nor the tools of who works on this.
+            if path.is_dir() && !["tests", "xtask"].contains(&name) {
+                directories.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = std::fs::read_to_string(&path).unwrap();
+                let product = text.split("\nmod tests {").next().unwrap();
+                if ["serde_json::to_", "serde_json::ser", "serde_json::Ser", "serde_json::{", "json!"]
+                    .iter()
+                    .any(|way| product.contains(way))
+                {
+                    elsewhere.insert(path.strip_prefix(root().join("host")).unwrap().to_str().unwrap().to_owned());
+                }
+            }
+        }
+    }
+    let known = ["sandbox/src/compiled.rs", "sandbox/src/json.rs"];
+    assert_eq!(elsewhere, known.map(str::to_owned).into());
+}
+
 /// `host/docs/fuzzing.md` says of each target what it feeds, and of no other.
 #[test]
 fn the_fuzz_targets_are_those_of_the_page() {

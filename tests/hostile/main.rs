@@ -17,6 +17,7 @@
 //! | `writing.rs` | components that misuse the right to write |
 //! | `grants.rs` | images that use a grant for what it is not meant for; files that change under a disk |
 //! | `guard.rs` | guests that make a raw disk look like an image |
+//! | `terminal.rs` | names that do something to a terminal that shows them |
 //! | `machine.rs` | a component that breaks under a running guest |
 //! | `neighbours.rs` | one disk of four that a server has |
 //! | `new_files.rs` | images that are read while a file is made |
@@ -48,6 +49,7 @@ mod restart;
 mod snapshot;
 mod surfaces;
 mod tally;
+mod terminal;
 mod traces;
 mod vmdk;
 mod walls;

@@ -190,3 +190,8 @@ fn messages_have_the_first_names_cut_and_escaped() {
         assert!(text.len() < most, "{option:?}: {} bytes", text.len());
     }
 }
+
+/// A component that imports an interface and a function of this name.
+pub(crate) fn importing_evil(evil: &str) -> Vec<u8> {
+    component(&[types(&[functions(0x42, 1)]), imports(&[format!("a:b/{evil}")])])
+}

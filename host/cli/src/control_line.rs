@@ -1,6 +1,7 @@
 //! The lines of the control interface: which command one is, and what is answered. No socket, and no disk of its own.
 
 use blockhouse_block::{Error, ErrorKind, Result};
+use blockhouse_sandbox::json;
 use serde::{Deserialize, Serialize};
 
 use super::error_report::ErrorReport;
@@ -121,7 +122,7 @@ fn invalid<T>(why: String) -> Answer<T> {
 }
 
 fn line(answer: &impl Serialize) -> serde_json::Result<Vec<u8>> {
-    let mut line = serde_json::to_vec(answer)?;
+    let mut line = json::line(answer)?;
     line.push(b'\n');
     Ok(line)
 }

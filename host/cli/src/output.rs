@@ -5,6 +5,7 @@ use std::io::{self, StdoutLock, Write};
 use std::process::ExitCode;
 
 use blockhouse_block::{Error, ErrorKind};
+use blockhouse_sandbox::json;
 use serde::Serialize;
 
 use crate::log;
@@ -80,8 +81,12 @@ fn is_reader_gone(error: &io::Error) -> bool {
 
 /// Prints a text. Whoever has read enough of what came before makes no difference to a command that did its work.
 pub(crate) fn text(text: &str) -> anyhow::Result<()> {
+    print(text.as_bytes())
+}
+
+fn print(bytes: &[u8]) -> anyhow::Result<()> {
     let mut out = stdout();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    match out.write_all(bytes).and_then(|()| out.flush()) {
         Err(error) if is_reader_gone(&error) => Ok(()),
         written => Ok(written?),
     }
@@ -119,14 +124,19 @@ pub(crate) fn fail(error: &anyhow::Error, options: remedy::Options) -> ExitCode 
     ExitCode::from(exit_code(error.kind()))
 }
 
+fn json_text(mut json: Vec<u8>) -> anyhow::Result<()> {
+    json.push(b'\n');
+    print(&json)
+}
+
 /// Prints a value as JSON.
 pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
-    text(&format!("{}\n", serde_json::to_string_pretty(value)?))
+    json_text(json::pretty(value)?)
 }
 
 /// Prints a value as one line of JSON.
 pub(crate) fn json_line(value: &impl Serialize) -> anyhow::Result<()> {
-    text(&format!("{}\n", serde_json::to_string(value)?))
+    json_text(json::line(value)?)
 }
 
 /// A size for people: `1.5 GiB (1610612736 bytes)`.

@@ -16,6 +16,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use crate::json;
+
 /// How many distinct opens that were granted are kept. There are no more of them than files that were granted.
 pub const GRANTED_KEPT: usize = 4096;
 /// How many distinct opens that were denied are kept: a component can make up any number.
@@ -320,10 +322,10 @@ impl AuditSink for AuditFile {
             Some(Seen::LeftOut(left_out)) => Line::LeftOut { time_ms: event.time_ms, image: &event.image, left_out },
             None => return,
         };
-        let written = serde_json::to_string(&line).map_err(io::Error::from).and_then(|mut line| {
-            line.push('\n');
+        let written = json::line(&line).map_err(io::Error::from).and_then(|mut line| {
+            line.push(b'\n');
             // One write call, so that lines of several processes do not mix.
-            self.file.lock().unwrap_or_else(PoisonError::into_inner).write_all(line.as_bytes())
+            self.file.lock().unwrap_or_else(PoisonError::into_inner).write_all(&line)
         });
         if let Err(error) = written {
             tracing::error!(target: "blockhouse::audit", file = %self.name, %error, "cannot write the audit file");

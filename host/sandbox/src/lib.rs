@@ -25,6 +25,7 @@
 //! | `layer.rs`, `crew.rs`, `restart.rs` | an instance as a layer of a disk; further ones that unpack beside it; when one that broke down is started again |
 //! | `chain.rs`, `direct.rs` | from an image to a disk; what direct I/O asks of images that are written |
 //! | `maintenance.rs` | calls that change an image as a whole: create, check, resize, snapshots |
+//! | `text.rs`, `json.rs` | what is shown of images and components, fit for a terminal |
 //! | `surface.rs`, `inspect.rs`, `probe.rs` | reading what a component imports and exports; judging it; guessing a format |
 //!
 //! This crate knows neither virtio nor KVM, and no type of wasmtime is in its public interface.
@@ -61,6 +62,7 @@ mod helper;
 mod host;
 mod inspect;
 mod instance;
+pub mod json;
 mod layer;
 mod limits;
 mod locks;

@@ -14,6 +14,8 @@ mod error_report;
 pub(crate) mod grant;
 #[path = "../../../host/cli/src/grant_arg.rs"]
 pub(crate) mod grant_arg;
+#[path = "../../../host/sandbox/src/json.rs"]
+pub mod json;
 #[path = "../../../host/virtio/src/limit.rs"]
 pub(crate) mod limit;
 #[path = "../../../host/sandbox/src/limits.rs"]
@@ -22,5 +24,7 @@ pub(crate) mod limits;
 pub(crate) mod policy;
 #[path = "../../../host/cli/src/size.rs"]
 mod size;
+#[path = "../../../host/sandbox/src/text.rs"]
+mod text;
 #[path = "../../../host/sandbox/src/whole.rs"]
 pub(crate) mod whole;

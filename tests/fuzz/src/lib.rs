@@ -47,6 +47,8 @@ extern crate self as blockhouse_sandbox;
 #[doc(hidden)]
 pub use crate::included::grant::{Grant, Referrer, Sha256Digest, absolute_name};
 #[doc(hidden)]
+pub use crate::included::json;
+#[doc(hidden)]
 pub use crate::included::limits::Limits;
 
 #[cfg(fuzzing)]

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
+use blockhouse_sandbox::json;
 use serde_json::Value;
 
 use crate::control_line::Command;
@@ -64,7 +65,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let socket = args.socket.display();
     let mut stream = UnixStream::connect(&args.socket)
         .with_context(|| format!("cannot connect to {socket}: was it started with --control {socket}?"))?;
-    let mut line = serde_json::to_vec(&command)?;
+    let mut line = json::line(&command)?;
     line.push(b'\n');
     stream.write_all(&line).with_context(|| format!("cannot send a command to {socket}"))?;
     let mut answer = String::new();

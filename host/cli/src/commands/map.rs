@@ -4,6 +4,7 @@ use std::io::{self, BufWriter, Write};
 use std::process::ExitCode;
 
 use blockhouse_block::{BlockBackend, Run, RunKind};
+use blockhouse_sandbox::json;
 use blockhouse_walls::Plan;
 use serde::Serialize;
 
@@ -99,7 +100,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         if args.json {
             // A list, written as it comes: a map can be longer than memory.
             out.write_all(if first { b"[" } else { b",\n " })?;
-            serde_json::to_writer(&mut out, &Row::new(&run)).map_err(io::Error::from)?;
+            json::write(&mut out, &Row::new(&run)).map_err(io::Error::from)?;
             first = false;
         } else {
             let what = match &run.kind {
