@@ -75,6 +75,6 @@ pub trait BlockBackend: Send + Sync {
     /// [`PoolLane`](crate::PoolLane), whose threads call the functions above.
     ///
     /// # Errors
-    /// [`Storage`](crate::ErrorKind::Storage) if the host has no descriptor left for it.
+    /// [`Storage`](crate::ErrorKind::Storage) if the host has no descriptor or thread left for it.
     fn lane(self: Arc<Self>) -> Result<Box<dyn Lane>>;
 }

@@ -17,6 +17,9 @@
 //! What counts is the sector as it would be, so that order, size and overlap of writes, and the number of
 //! queues, make no difference. A sector is written whole or not at all, so that a failed write leaves no mixture
 //! that nobody looked at. The rest of the disk is not looked at, and a request for it takes no lock.
+//!
+//! One at a time means that somebody waits: never the thread of a lane (`lane.rs` says why), but one of the pool that
+//! the lane of the disk has.
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
@@ -298,40 +301,38 @@ impl BlockBackend for HeaderGuard {
 
     fn lane(self: Arc<Self>) -> Result<Box<dyn Lane>> {
         let lane = Arc::clone(&self.disk).lane()?;
-        Ok(Box::new(GuardLane { guard: self, lane, ended: Vec::new() }))
+        Ok(Box::new(GuardLane { guard: self, lane }))
     }
 }
 
-/// The lane of a guarded disk: that of the disk, except for what touches a guarded sector. That is done at once,
-/// and waits; a guest hardly ever writes there.
+/// The lane of a guarded disk: that of the disk, except for what touches a guarded sector. That waits for others, so
+/// it is done by the threads that may; a guest hardly ever writes there.
 struct GuardLane {
     guard: Arc<HeaderGuard>,
     lane: Box<dyn Lane>,
-    /// Requests that were done at once.
-    ended: Vec<(u64, Result<()>)>,
 }
 
 #[allow(unsafe_code)]
 impl Lane for GuardLane {
     unsafe fn start(&mut self, request: &LaneRequest<'_>) {
-        let (guard, offset) = (&self.guard, request.offset);
-        let touches = |length: u64| guard.guarded_end(offset, length).is_some();
-        let done = match request.operation {
-            Operation::Write => {
-                let length = request.buffers.iter().map(|buffer| buffer.len() as u64).sum();
-                touches(length).then(|| guard.write(request.buffers, offset))
-            }
-            Operation::WriteZeroes { length, may_unmap } => {
-                touches(length).then(|| guard.write_zeroes(offset, length, may_unmap))
-            }
-            Operation::Discard { length } => touches(length).then(|| guard.discard(offset, length)),
-            Operation::Read | Operation::Flush => None,
+        let length = match request.operation {
+            Operation::Write => request.buffers.iter().map(|buffer| buffer.len() as u64).sum(),
+            Operation::WriteZeroes { length, .. } | Operation::Discard { length } => length,
+            Operation::Read | Operation::Flush => 0,
         };
-        match done {
-            Some(result) => self.ended.push((request.token, result)),
+        if self.guard.guarded_end(request.offset, length).is_some() {
+            let guard = Arc::clone(&self.guard);
             // SAFETY: what the caller promises is what the lane of the disk asks for.
-            None => unsafe { self.lane.start(request) },
+            unsafe { self.lane.start_by(guard, request) };
+        } else {
+            // SAFETY: as above.
+            unsafe { self.lane.start(request) };
         }
+    }
+
+    unsafe fn start_by(&mut self, backend: Arc<dyn BlockBackend>, request: &LaneRequest<'_>) {
+        // SAFETY: as above. What stands before the guard asks it.
+        unsafe { self.lane.start_by(backend, request) };
     }
 
     fn submit(&mut self) {
@@ -340,13 +341,10 @@ impl Lane for GuardLane {
 
     fn complete(&mut self, each: &mut dyn FnMut(u64, Result<()>)) {
         self.lane.complete(each);
-        for (token, result) in self.ended.drain(..) {
-            each(token, result);
-        }
     }
 
     fn in_flight(&self) -> usize {
-        self.lane.in_flight().saturating_add(self.ended.len())
+        self.lane.in_flight()
     }
 
     fn ready(&self) -> [Option<BorrowedFd<'_>>; 2] {

@@ -11,9 +11,13 @@
 //! Reads and overwrites in place share a range. Whoever changes where bytes live (an allocating write,
 //! zeroes, a discard) has it alone. So when space is unmapped no request is on its way to it any more,
 //! and none can find it afterwards. Ranges whose slots are the same by chance wait for each other, which is
-//! slow at worst. Slots are taken in ascending order, and no thread waits for a hold while it has another
-//! one, so that nobody waits in a circle: the holds of requests that go on in the kernel are taken only
-//! where they can be had without waiting, by a thread that ends them without waiting.
+//! slow at worst. Nobody waits in a circle:
+//!
+//! * Slots are taken in ascending order. A thread that waits for a hold has no other one; for blocks of a file
+//!   (`direct.rs`) it may have one of the disk, and nobody has these the other way round.
+//! * The holds of requests that go on in the kernel are taken only where they can be had without waiting, and end
+//!   when the thread of their lane sees that the request has. So this thread never waits for a hold, nor for a lock
+//!   under which others wait for one: what has to is done by threads that keep no hold (`lane.rs`).
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};

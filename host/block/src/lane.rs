@@ -12,6 +12,11 @@
 //! of the disk's [`Pool`], with the same functions of [`BlockBackend`] that everybody else calls. Where there is no
 //! io_uring, all of it is.
 //!
+//! That is more than a matter of speed. A request in the kernel has holds (`inflight.rs`) that end when the thread
+//! of its lane sees that it has ended: if this thread waited for a hold of anybody, it could be for one of its own, or
+//! for somebody who waits for one of its own. So whoever stands before a disk and has something to wait for gives
+//! that to the pool as well: [`Lane::start_by`].
+//!
 //! | file | what it holds |
 //! |---|---|
 //! | `lane/disk.rs` | the lane of a [`Disk`](crate::Disk): which requests go to the kernel, and what becomes of them |
@@ -24,12 +29,14 @@ mod ring;
 
 use std::fmt;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use vm_memory::VolatileSlice;
 
 pub(crate) use self::disk::DiskLane;
 pub use self::pool::{Pool, PoolLane};
 pub use self::ring::Rings;
+use crate::backend::BlockBackend;
 use crate::error::Result;
 
 /// Requests that a lane takes at a time: the largest queue that a device offers.
@@ -72,9 +79,25 @@ pub struct LaneRequest<'b> {
     pub buffers: &'b [VolatileSlice<'b>],
 }
 
+impl LaneRequest<'_> {
+    /// Has `backend` do it, and waits until that is done.
+    ///
+    /// # Errors
+    /// Those of the function of [`BlockBackend`] that it is.
+    pub fn run(&self, backend: &dyn BlockBackend) -> Result<()> {
+        match self.operation {
+            Operation::Read => backend.read(self.buffers, self.offset),
+            Operation::Write => backend.write(self.buffers, self.offset),
+            Operation::WriteZeroes { length, may_unmap } => backend.write_zeroes(self.offset, length, may_unmap),
+            Operation::Discard { length } => backend.discard(self.offset, length),
+            Operation::Flush => backend.flush(),
+        }
+    }
+}
+
 /// One thread's own way to a disk. See the [module](self).
 ///
-/// A lane that is dropped waits for what is in flight.
+/// No function of it waits for another request. A lane that is dropped waits for what is in flight.
 #[allow(unsafe_code)]
 pub trait Lane: Send + fmt::Debug {
     /// Starts a request. It may be under way at once, or wait for [`submit`](Self::submit).
@@ -86,6 +109,13 @@ pub trait Lane: Send + fmt::Debug {
     /// The memory of the buffers stays valid until the request has ended, or the lane has been dropped.
     /// (It may change meanwhile: it is guest memory.) A lane must not be leaked.
     unsafe fn start(&mut self, request: &LaneRequest<'_>);
+
+    /// As [`start`](Self::start), for a request that `backend` does instead of the disk, which it stands before: in
+    /// a thread that may wait.
+    ///
+    /// # Safety
+    /// As [`start`](Self::start).
+    unsafe fn start_by(&mut self, backend: Arc<dyn BlockBackend>, request: &LaneRequest<'_>);
 
     /// Sends what was started on its way.
     fn submit(&mut self);

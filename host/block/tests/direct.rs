@@ -17,8 +17,10 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use blockhouse_block::{Access, BlockBackend, Disk, DiskOptions, Engine, ImageFile, LaneRequest, Operation, Validity};
-use support::{Script, pattern, read, writable};
+use blockhouse_block::{
+    Access, BlockBackend, Disk, DiskOptions, Engine, HeaderGuard, ImageFile, LaneRequest, Operation, Validity,
+};
+use support::{Script, does_not_wait, pattern, read, writable};
 use tempfile::TempDir;
 use vm_memory::VolatileSlice;
 
@@ -351,6 +353,41 @@ fn revoked_in_a_read(place: &str) {
         reader.join().unwrap()
     });
     assert_eq!(result.unwrap_err().message(), "the file cannot be used any more: it changed");
+}
+
+/// A guarded sector that is a part of a block, beside which the same lane writes: whoever writes the block again waits
+/// until that has ended, so it is not the thread that says so.
+#[test]
+fn a_guarded_part_of_a_block_is_not_waited_for_by_who_is_waited_for() {
+    PLACES.into_iter().for_each(a_guarded_part_in);
+}
+
+#[allow(unsafe_code)]
+fn a_guarded_part_in(place: &str) {
+    let size = 64 << 10;
+    let Some((image, _directory)) = direct(place, &pattern(size, 1)) else { return };
+    let block = block_of(&image);
+    let disk = disk_over(image, size as u64);
+    read(&disk, 0, size).unwrap();
+    let mut lane = Arc::new(HeaderGuard::new(disk.clone(), "direct").unwrap()).lane().unwrap();
+    does_not_wait("a part of a block that it writes beside is written", move || {
+        let (whole, part) = (pattern(block, 2), pattern(256, 3));
+        let mut memory = [Memory::new(&whole, 0), Memory::new(&part, 0)];
+        for (token, (offset, memory)) in (0..).zip([block as u64, 0].into_iter().zip(&mut memory)) {
+            let request = LaneRequest { token, operation: Operation::Write, offset, buffers: &[memory.slice()] };
+            // SAFETY: the memory is there until both requests have ended.
+            unsafe { lane.start(&request) };
+            lane.submit();
+        }
+        while lane.in_flight() > 0 {
+            lane.complete(&mut |_, result| result.unwrap());
+            thread::yield_now();
+        }
+    });
+    let mut model = pattern(size, 1);
+    model[..256].copy_from_slice(&pattern(256, 3));
+    model[block..2 * block].copy_from_slice(&pattern(block, 2));
+    assert!(read(&disk, 0, size).unwrap() == model);
 }
 
 /// Everybody writes quarters of blocks that are their own, on lanes and without.

@@ -2,14 +2,21 @@
 //! an image, and what does not make it look like one is written.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+mod support;
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use blockhouse_block::{
-    BlockBackend, Error, ErrorKind, HeaderGuard, Lane, LaneRequest, Operation, Pool, PoolLane, Result, Topology,
+    Access, BlockBackend, Disk, DiskOptions, Error, ErrorKind, HeaderGuard, Lane, LaneRequest, Operation, Pool,
+    PoolLane, Result, Topology,
 };
 use proptest::prelude::*;
+use support::growing::{CLUSTER, Growing};
+use support::{Script, does_not_wait, file, pattern, read, writable};
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
 
 const SIZE: usize = 8 << 10;
@@ -367,6 +374,109 @@ fn lanes_are_guarded() {
     // Half of the second sector was discarded.
     assert_eq!(now[512..516], [0, 1, 0, 1]);
     assert_eq!(buffers[4], b"QED\x55");
+}
+
+/// Longer than anything here takes.
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// Starts a request whose memory is given up, so that it is there for as long as anybody may need it.
+#[allow(unsafe_code)]
+fn start(lane: &mut dyn Lane, operation: Operation, offset: u64, bytes: &[u8]) {
+    let bytes = bytes.to_vec().leak();
+    // SAFETY: as said.
+    unsafe { lane.start(&LaneRequest { token: 0, operation, offset, buffers: &[VolatileSlice::from(bytes)] }) };
+}
+
+/// Takes the outcomes of all that is in flight.
+fn drain(lane: &mut dyn Lane) {
+    lane.submit();
+    loop {
+        lane.complete(&mut |_, result| result.unwrap());
+        if lane.in_flight() == 0 {
+            break;
+        }
+        let ready = lane.ready();
+        let mut polled: Vec<_> = ready
+            .iter()
+            .flatten()
+            .map(|ready| rustix::event::PollFd::from_borrowed_fd(ready.as_fd(), rustix::event::PollFlags::IN))
+            .collect();
+        let limit = rustix::event::Timespec { tv_sec: 20, tv_nsec: 0 };
+        assert!(rustix::event::poll(&mut polled, Some(&limit)).unwrap() > 0, "no request ends");
+        drop(polled);
+        lane.acknowledge();
+    }
+}
+
+/// A change of a guarded sector while a request of the same lane is in the kernel, so that only its thread can end
+/// what that holds: the change is for another thread to wait with.
+#[test]
+fn a_guarded_sector_is_not_waited_for_by_who_is_waited_for() {
+    let zeroes = Operation::WriteZeroes { length: 512, may_unmap: false };
+    for change in [zeroes, Operation::Discard { length: 4096 }] {
+        for ends in [true, false] {
+            let (image, _outside) = file(&vec![0x55; 1 << 16], Access::ReadWrite);
+            let layer = Script::honest(vec![writable(1 << 16, 0)], 1).file(image).overwritable();
+            let options = DiskOptions { writable: true, ..DiskOptions::default() };
+            let disk = Arc::new(Disk::new(vec![Arc::new(layer)], options).unwrap());
+            // From here on the lane needs nobody to find out where bytes are.
+            read(&disk, 0, 1 << 16).unwrap();
+            let mut lane = Arc::new(HeaderGuard::new(disk.clone(), "/images/vm.raw").unwrap()).lane().unwrap();
+            does_not_wait("a sector that it reads beside is changed", move || {
+                start(&mut *lane, Operation::Read, 8192, &[0; 4096]);
+                lane.submit();
+                start(&mut *lane, change, 0, &[]);
+                assert_eq!(lane.in_flight(), 2);
+                // Or it ends with both in flight.
+                if ends {
+                    drain(&mut *lane);
+                }
+            });
+            assert!(change != zeroes || read(&disk, 0, 512).unwrap() == [0; 512]);
+            assert_eq!(read(&disk, 4096, 1).unwrap(), [0x55]);
+        }
+    }
+}
+
+/// Somebody has the guarded sector, and what is around it, for as long as he likes.
+#[test]
+fn a_lane_waits_for_nobody_who_has_the_guarded_sector() {
+    let (begin, begun) = mpsc::channel();
+    let (go_on, wait) = mpsc::channel::<()>();
+    let (begin, wait) = (Mutex::new(begin), Mutex::new(wait));
+    let mut top = Growing::new(16 * CLUSTER, HashMap::new());
+    top.twist = Some(Box::new(move |_| {
+        // Once: nobody listens afterwards.
+        if begin.lock().unwrap().send(()).is_ok() {
+            wait.lock().unwrap().recv().unwrap();
+        }
+    }));
+    let options = DiskOptions { writable: true, ..DiskOptions::default() };
+    let disk = Arc::new(Disk::new(vec![Arc::new(top)], options).unwrap());
+    let guard = Arc::new(HeaderGuard::new(disk.clone(), "/images/vm.raw").unwrap());
+    let writer = disk.clone();
+    let writer = std::thread::spawn(move || write(&*writer, &pattern(512, 1), 8 * CLUSTER).unwrap());
+    begun.recv_timeout(LIMIT).unwrap();
+    drop(begun);
+    let mut lane = does_not_wait("somebody allocates", move || {
+        let mut lane = guard.lane().unwrap();
+        start(&mut *lane, Operation::Write, 0, &pattern(512, 2));
+        start(&mut *lane, Operation::Write, 16 * CLUSTER - 1024, &pattern(1024, 3));
+        start(&mut *lane, Operation::WriteZeroes { length: 8, may_unmap: true }, 0, &[]);
+        start(&mut *lane, Operation::Discard { length: CLUSTER }, 0, &[]);
+        start(&mut *lane, Operation::Read, 0, &[0; 512]);
+        start(&mut *lane, Operation::Flush, 0, &[]);
+        lane.submit();
+        // Only of the flush nobody knows.
+        lane.complete(&mut |_, result| result.unwrap());
+        assert!(lane.in_flight() >= 5);
+        lane
+    });
+    go_on.send(()).unwrap();
+    writer.join().unwrap();
+    does_not_wait("nobody allocates", move || drain(&mut *lane));
+    assert_eq!(read(&disk, 8 * CLUSTER, 512).unwrap(), pattern(512, 1));
+    assert_eq!(read(&disk, 16 * CLUSTER - 1024, 1024).unwrap(), pattern(1024, 3));
 }
 
 #[derive(Clone, Debug)]

@@ -22,7 +22,7 @@ use blockhouse_block::{
     Layer, Operation, Placement, Pool, PoolLane, Result, Rings, Validity,
 };
 use support::growing::{CLUSTER, Growing};
-use support::{Script, data, file, pattern, read, writable, zero};
+use support::{Script, data, does_not_wait, file, pattern, read, writable, zero};
 use vm_memory::VolatileSlice;
 
 const ENGINES: [Engine; 2] = [Engine::Auto, Engine::Threads];
@@ -60,17 +60,22 @@ impl Client {
             if self.lane.in_flight() == 0 {
                 break;
             }
-            let ready = self.lane.ready();
-            let mut polled: Vec<_> = ready
-                .iter()
-                .flatten()
-                .map(|ready| rustix::event::PollFd::from_borrowed_fd(ready.as_fd(), rustix::event::PollFlags::IN))
-                .collect();
-            let limit = rustix::event::Timespec { tv_sec: 20, tv_nsec: 0 };
-            assert!(rustix::event::poll(&mut polled, Some(&limit)).unwrap() > 0, "no request ends");
-            drop(polled);
-            self.lane.acknowledge();
+            self.wait();
         }
+    }
+
+    /// Waits until the lane says that there is something to do.
+    fn wait(&mut self) {
+        let ready = self.lane.ready();
+        let mut polled: Vec<_> = ready
+            .iter()
+            .flatten()
+            .map(|ready| rustix::event::PollFd::from_borrowed_fd(ready.as_fd(), rustix::event::PollFlags::IN))
+            .collect();
+        let limit = rustix::event::Timespec { tv_sec: 20, tv_nsec: 0 };
+        assert!(rustix::event::poll(&mut polled, Some(&limit)).unwrap() > 0, "no request ends");
+        drop(polled);
+        self.lane.acknowledge();
     }
 
     /// One request, from its start to its end.
@@ -102,13 +107,16 @@ fn opened(outside: &std::fs::File) -> usize {
     .count()
 }
 
+fn uses_ring(client: &Client) -> bool {
+    format!("{:?}", client.lane).contains("io_uring: true")
+}
+
 /// Rings that were made beforehand are used one after the other, by any thread, and are empty in between.
 #[test]
 fn lanes_take_rings_that_are_there_and_give_them_back() {
     if io_uring::IoUring::new(1).is_err() {
         return;
     }
-    let uses_ring = |client: &Client| format!("{:?}", client.lane).contains("io_uring: true");
     let rings = Rings::make(2);
     assert_eq!(rings.left(), 2);
     let bytes = pattern(1 << 20, 1);
@@ -159,8 +167,7 @@ fn full_lane(piece: usize) {
         let (disk, _outside) = raw(&pattern(size, 1), engine);
         let mut client = Client::new(&disk);
         // This kernel has it; one that has not is served by the pool, which the other engine shows.
-        let kernel = format!("{:?}", client.lane).contains("io_uring: true");
-        assert_eq!(kernel, engine == Engine::Auto && io_uring::IoUring::new(1).is_ok());
+        assert_eq!(uses_ring(&client), engine == Engine::Auto && io_uring::IoUring::new(1).is_ok());
         // Once to learn where everything is, and twice over the map.
         for round in 0..3u64 {
             for number in 0..LANE_REQUESTS {
@@ -437,6 +444,70 @@ fn lanes_share_a_disk_that_grows() {
 
 fn base_cluster(seed: u64, cluster: u64, clusters: u64) -> Vec<u8> {
     pattern((clusters * CLUSTER) as usize, seed)[(cluster * CLUSTER) as usize..][..CLUSTER as usize].to_vec()
+}
+
+/// From here on the kernel answers these system calls of this thread with `error` (seccomp(2)). For a thread that
+/// ends: nothing takes it back.
+#[allow(unsafe_code)]
+fn refuse_calls(calls: &[libc::c_long], error: i32) {
+    // The number of a call is the first word of `struct seccomp_data`.
+    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    let compare = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    let answer = libc::BPF_RET | libc::BPF_K;
+    let line = |code: u32, k: u32, jf: u8| libc::sock_filter { code: u16::try_from(code).unwrap(), jt: 0, jf, k };
+    let mut lines = vec![line(load, 0, 0)];
+    for call in calls {
+        // Past the answer, if it is another one.
+        lines.push(line(compare, u32::try_from(*call).unwrap(), 1));
+        lines.push(line(answer, libc::SECCOMP_RET_ERRNO | u32::try_from(error).unwrap(), 0));
+    }
+    lines.push(line(answer, libc::SECCOMP_RET_ALLOW, 0));
+    let program = libc::sock_fprog { len: u16::try_from(lines.len()).unwrap(), filter: lines.as_mut_ptr() };
+    // SAFETY: the program is there for as long as the call takes, and is as long as it says.
+    let installed = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            | libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program)
+    };
+    assert_eq!(installed, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// From here on this thread can start no other.
+fn refuse_threads() {
+    refuse_calls(&[libc::SYS_clone3, libc::SYS_clone], libc::EAGAIN);
+    assert!(std::thread::Builder::new().spawn(|| {}).is_err(), "a thread was started");
+}
+
+/// Where no thread can be had, there is no lane that would need one; what has one keeps it, and it does what waits.
+#[test]
+fn a_lane_without_further_threads_is_slow_and_waits_for_nothing() {
+    for engine in ENGINES {
+        let bytes = pattern(1 << 20, 1);
+        let (disk, _outside) = raw(&bytes, engine);
+        let without = disk.clone();
+        let error = does_not_wait("making it", move || {
+            refuse_threads();
+            without.lane().map(drop).unwrap_err()
+        });
+        assert_eq!(error.kind(), ErrorKind::Storage);
+        assert!(error.message().starts_with("cannot start a thread for the disk: "), "{error}");
+
+        // From here on the lane needs nobody to find out where bytes are.
+        read(&disk, 0, 1 << 20).unwrap();
+        let mut client = Client::new(&disk);
+        let mut client = does_not_wait("starting", move || {
+            refuse_threads();
+            // In the kernel, and until this thread sees that it has ended, nobody can have the range alone.
+            client.start(Operation::Read, 8192, vec![0; 4096], 4096);
+            client.lane.submit();
+            for number in 0..LANE_REQUESTS as u64 - 1 {
+                client.start(Operation::WriteZeroes { length: 512, may_unmap: false }, number * 512, Vec::new(), 1);
+            }
+            client.drain();
+            client
+        });
+        assert_eq!(client.ended.drain().filter(|(_, result)| result.is_ok()).count(), LANE_REQUESTS);
+        assert!(read(&disk, 0, 1 << 20).unwrap()[255 * 512..] == bytes[255 * 512..]);
+    }
 }
 
 /// A backend whose requests panic: the guest gets an answer all the same.

@@ -6,7 +6,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use blockhouse_block::{BlockBackend, Error, ErrorKind, Lane, LaneRequest, Operation, Result, Topology};
+use blockhouse_block::{BlockBackend, Error, ErrorKind, Lane, LaneRequest, Result, Topology};
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, VolatileSlice};
@@ -146,15 +146,11 @@ struct InlineLane {
 #[allow(unsafe_code)]
 impl Lane for InlineLane {
     unsafe fn start(&mut self, request: &LaneRequest<'_>) {
-        let LaneRequest { token, operation, offset, buffers } = *request;
-        let result = match operation {
-            Operation::Read => self.disk.read(buffers, offset),
-            Operation::Write => self.disk.write(buffers, offset),
-            Operation::WriteZeroes { length, may_unmap } => self.disk.write_zeroes(offset, length, may_unmap),
-            Operation::Discard { length } => self.disk.discard(offset, length),
-            Operation::Flush => self.disk.flush(),
-        };
-        self.ended.push((token, result));
+        self.ended.push((request.token, request.run(&*self.disk)));
+    }
+
+    unsafe fn start_by(&mut self, backend: Arc<dyn BlockBackend>, request: &LaneRequest<'_>) {
+        self.ended.push((request.token, request.run(&*backend)));
     }
 
     fn submit(&mut self) {}

@@ -163,8 +163,8 @@ impl BlockBackend for CheckingDisk {
 }
 
 /// A request that was started, with the buffers, whose memory lives until it has ended.
-#[derive(Debug)]
 struct Waiting {
+    by: Arc<dyn BlockBackend>,
     token: u64,
     operation: Operation,
     offset: u64,
@@ -188,13 +188,19 @@ impl std::fmt::Debug for LateLane {
 
 impl Lane for LateLane {
     unsafe fn start(&mut self, request: &LaneRequest<'_>) {
+        let disk = Arc::clone(&self.disk);
+        // SAFETY: it asks for the same.
+        unsafe { self.start_by(disk, request) };
+    }
+
+    unsafe fn start_by(&mut self, by: Arc<dyn BlockBackend>, request: &LaneRequest<'_>) {
         let buffers = request.buffers.iter().map(|buffer| {
             // SAFETY: by the contract of this function the memory of the buffers stays valid until the request has
             // ended or the lane is dropped, and the copy of the slice lives no longer.
             unsafe { std::mem::transmute::<VolatileSlice<'_>, VolatileSlice<'static>>(*buffer) }
         });
         let LaneRequest { token, operation, offset, .. } = *request;
-        self.waiting.push(Waiting { token, operation, offset, buffers: buffers.collect() });
+        self.waiting.push(Waiting { by, token, operation, offset, buffers: buffers.collect() });
         assert!(self.waiting.len() <= blockhouse_block::LANE_REQUESTS, "more requests than a lane takes");
     }
 
@@ -206,15 +212,8 @@ impl Lane for LateLane {
         let count = self.waiting.len().saturating_sub(keep).max(1).min(self.waiting.len());
         for _ in 0..count {
             let next = if self.disk.reversed { self.waiting.len() - 1 } else { 0 };
-            let Waiting { token, operation, offset, buffers } = self.waiting.remove(next);
-            let result = match operation {
-                Operation::Read => self.disk.read(&buffers, offset),
-                Operation::Write => self.disk.write(&buffers, offset),
-                Operation::WriteZeroes { length, may_unmap } => self.disk.write_zeroes(offset, length, may_unmap),
-                Operation::Discard { length } => self.disk.discard(offset, length),
-                Operation::Flush => self.disk.flush(),
-            };
-            each(token, result);
+            let Waiting { by, token, operation, offset, buffers } = self.waiting.remove(next);
+            each(token, LaneRequest { token, operation, offset, buffers: &buffers }.run(&*by));
         }
     }
 

@@ -18,7 +18,7 @@ use std::thread;
 use std::time::Duration;
 
 use arbitrary::{Result, Unstructured};
-use blockhouse_block::{BlockBackend, Lane, LaneRequest, Operation, Topology, VolatileSlice};
+use blockhouse_block::{BlockBackend, Lane, LaneRequest, Topology, VolatileSlice};
 use blockhouse_vhost::fuzzing::serve;
 use blockhouse_virtio::{BlockDevice, BlockDeviceOptions};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -181,15 +181,11 @@ impl std::fmt::Debug for ShortLane {
 
 impl Lane for ShortLane {
     unsafe fn start(&mut self, request: &LaneRequest<'_>) {
-        let LaneRequest { token, operation, offset, buffers } = *request;
-        let result = match operation {
-            Operation::Read => self.disk.read(buffers, offset),
-            Operation::Write => self.disk.write(buffers, offset),
-            Operation::WriteZeroes { length, may_unmap } => self.disk.write_zeroes(offset, length, may_unmap),
-            Operation::Discard { length } => self.disk.discard(offset, length),
-            Operation::Flush => self.disk.flush(),
-        };
-        self.ended.push((token, result));
+        self.ended.push((request.token, request.run(&*self.disk)));
+    }
+
+    unsafe fn start_by(&mut self, backend: Arc<dyn BlockBackend>, request: &LaneRequest<'_>) {
+        self.ended.push((request.token, request.run(&*backend)));
     }
 
     fn submit(&mut self) {}

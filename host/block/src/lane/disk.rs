@@ -415,6 +415,11 @@ impl Lane for DiskLane {
         }
     }
 
+    unsafe fn start_by(&mut self, backend: Arc<dyn BlockBackend>, request: &LaneRequest<'_>) {
+        // SAFETY: the caller's promise.
+        unsafe { self.slow.start_by(backend, request) };
+    }
+
     fn submit(&mut self) {
         self.disk.map.count_hits(std::mem::take(&mut self.hits));
         if let Some(ring) = &mut self.ring

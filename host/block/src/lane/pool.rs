@@ -1,7 +1,12 @@
 //! Threads that wait, so that the threads of queues need not.
+//!
+//! A job never runs on the thread that started it: it may wait for a hold that only this thread can end (`lane.rs`).
+//! So there is a thread from the first lane on, or there is no lane; it stays until the last lane has gone. Others
+//! come and go with the work, and where the host gives no more, the work takes longer.
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,14 +24,14 @@ use crate::error::{Error, ErrorKind, Result};
 /// Threads of one pool.
 const MAX_THREADS: usize = 8;
 
-/// How long a thread waits for work before it ends.
+/// How long a thread of a pool waits for work before it ends.
 const IDLE: Duration = Duration::from_secs(10);
 
 /// What each thread of a pool calls first.
 type Beginning = Arc<dyn Fn() + Send + Sync>;
 
 /// Threads that do what may wait: calls of components, allocation, flushes. They start when there is work,
-/// up to eight, and end when there is none for a while.
+/// up to eight, and end when there is none for a while, but for one, which is there as long as a lane is.
 #[derive(Clone)]
 pub struct Pool(Arc<Owner>);
 
@@ -37,14 +42,28 @@ struct Shared {
     state: Mutex<State>,
     work: Condvar,
     beginning: Option<Beginning>,
+    /// How long a thread waits for work before it ends.
+    patience: Duration,
 }
 
 #[derive(Default)]
 struct State {
     jobs: VecDeque<Job>,
+    /// Those that were started and have not ended: one at least while there are lanes.
     threads: usize,
+    /// Those of them that have nothing to do, or have not begun.
     idle: usize,
+    lanes: usize,
+    /// How often the host gave no further thread.
+    refused: u64,
     ended: bool,
+}
+
+impl State {
+    /// Whether a thread may end that has nothing to do.
+    fn has_one_to_spare(&self) -> bool {
+        self.threads > 1 || self.lanes == 0
+    }
 }
 
 /// A request with all that it needs.
@@ -106,43 +125,65 @@ struct Outcomes {
 impl Pool {
     /// A pool without threads yet.
     pub fn new() -> Self {
-        Self::with(None)
+        Self::with(None, IDLE)
     }
 
     /// A pool whose threads call `beginning` before anything else: to lower their own rights.
     pub fn beginning_with(beginning: impl Fn() + Send + Sync + 'static) -> Self {
-        Self::with(Some(Arc::new(beginning)))
+        Self::with(Some(Arc::new(beginning)), IDLE)
     }
 
-    fn with(beginning: Option<Beginning>) -> Self {
-        Self(Arc::new(Owner(Arc::new(Shared { state: Mutex::default(), work: Condvar::new(), beginning }))))
+    fn with(beginning: Option<Beginning>, patience: Duration) -> Self {
+        let shared = Shared { state: Mutex::default(), work: Condvar::new(), beginning, patience };
+        Self(Arc::new(Owner(Arc::new(shared))))
     }
 
+    /// There is a lane more, and a thread at least until [`end_lane`](Self::end_lane).
+    fn begin_lane(&self) -> Result<()> {
+        let shared = &self.0.0;
+        let mut state = shared.lock();
+        if state.threads == 0 {
+            shared.start(&mut state).map_err(|error| {
+                let why = format!(
+                    "cannot start a thread for the disk: {error}; let the program have more of them (pids.max of its \
+                     cgroup, ulimit -u)"
+                );
+                Error::new(ErrorKind::Storage, why).with_source(error)
+            })?;
+        }
+        state.lanes = state.lanes.saturating_add(1);
+        Ok(())
+    }
+
+    fn end_lane(&self) {
+        let mut state = self.0.0.lock();
+        state.lanes = state.lanes.saturating_sub(1);
+        let last = state.lanes == 0;
+        drop(state);
+        if last {
+            // Who waited for as long as it takes need not any more.
+            self.0.0.work.notify_all();
+        }
+    }
+
+    /// Has a thread do it, of which there is one: a lane asks.
     fn add(&self, job: Job) {
         let shared = &self.0.0;
         let mut state = shared.lock();
         state.jobs.push_back(job);
-        if state.idle >= state.jobs.len() || state.threads >= MAX_THREADS {
-            drop(state);
-            shared.work.notify_one();
-            return;
-        }
-        state.threads += 1;
-        drop(state);
-        let theirs = Arc::clone(shared);
-        let started = thread::Builder::new().name("disk-pool".to_owned()).spawn(move || theirs.serve());
-        if let Err(error) = started {
-            let alone = {
-                let mut state = shared.lock();
-                state.threads -= 1;
-                state.threads == 0
-            };
-            tracing::warn!(%error, "cannot start a thread for a disk");
-            // Slow, but never without an answer.
-            while alone && let Some(job) = { shared.lock().jobs.pop_front() } {
-                job.run();
+        if state.idle < state.jobs.len()
+            && state.threads < MAX_THREADS
+            && let Err(error) = shared.start(&mut state)
+        {
+            state.refused = state.refused.saturating_add(1);
+            // A guest can have this happen for each request: a line each time that the number has doubled.
+            if state.refused.is_power_of_two() {
+                let (threads, refused) = (state.threads, state.refused);
+                tracing::warn!(%error, threads, refused, "cannot start a further thread for a disk, which gets slower");
             }
         }
+        drop(state);
+        shared.work.notify_one();
     }
 }
 
@@ -171,11 +212,21 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Starts a thread. Whoever holds `state` sees that there is one more or none.
+    fn start(self: &Arc<Self>, state: &mut State) -> io::Result<()> {
+        let theirs = Arc::clone(self);
+        thread::Builder::new().name("disk-pool".to_owned()).spawn(move || theirs.serve())?;
+        state.threads += 1;
+        state.idle += 1;
+        Ok(())
+    }
+
     fn serve(&self) {
         if let Some(beginning) = &self.beginning {
             beginning();
         }
         let mut state = self.lock();
+        state.idle -= 1;
         loop {
             if let Some(job) = state.jobs.pop_front() {
                 drop(state);
@@ -187,10 +238,17 @@ impl Shared {
                 break;
             }
             state.idle += 1;
-            let (woken, timeout) = self.work.wait_timeout(state, IDLE).unwrap_or_else(PoisonError::into_inner);
-            state = woken;
+            let impatient = state.has_one_to_spare();
+            let waited = if impatient {
+                let waited = self.work.wait_timeout(state, self.patience).unwrap_or_else(PoisonError::into_inner);
+                state = waited.0;
+                waited.1.timed_out()
+            } else {
+                state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+                false
+            };
             state.idle -= 1;
-            if timeout.timed_out() && state.jobs.is_empty() {
+            if waited && state.jobs.is_empty() && state.has_one_to_spare() {
                 break;
             }
         }
@@ -206,16 +264,12 @@ impl Job {
             // SAFETY: the lane keeps its caller's promise until it has taken the outcome of this request.
             #[allow(unsafe_code)]
             let buffers: Vec<VolatileSlice<'_>> = buffers.into_iter().map(|buffer| unsafe { buffer.slice() }).collect();
-            match operation {
-                Operation::Read => backend.read(&buffers, offset),
-                Operation::Write => backend.write(&buffers, offset),
-                Operation::WriteZeroes { length, may_unmap } => backend.write_zeroes(offset, length, may_unmap),
-                Operation::Discard { length } => backend.discard(offset, length),
-                Operation::Flush => backend.flush(),
-            }
+            LaneRequest { token, operation, offset, buffers: &buffers }.run(&*backend)
         }));
         let result =
             result.unwrap_or_else(|_| Err(Error::new(ErrorKind::Invalid, "a defect: the request was given up")));
+        // Who sees that all has ended, and lets go of the disk, is the last one.
+        drop(backend);
         outcome.add(token, result);
     }
 }
@@ -238,9 +292,13 @@ impl Outcomes {
         self.changed.notify_all();
         // One signal is enough until somebody looks.
         if !self.any.swap(true, Ordering::AcqRel) {
-            // It cannot fail: a counter that is full is readable.
-            let _ = rustix::io::write(&self.ready, &1u64.to_ne_bytes());
+            self.signal();
         }
+    }
+
+    fn signal(&self) {
+        // It cannot fail: a counter that is full is readable.
+        let _ = rustix::io::write(&self.ready, &1u64.to_ne_bytes());
     }
 }
 
@@ -258,17 +316,28 @@ impl PoolLane {
     /// A lane to `backend`, whose requests `pool` does.
     ///
     /// # Errors
-    /// [`Storage`](ErrorKind::Storage) if the host has no event descriptor left.
+    /// [`Storage`](ErrorKind::Storage) if the host has no event descriptor left, or no thread.
     pub fn new(backend: Arc<dyn BlockBackend>, pool: Pool) -> Result<Self> {
         let outcomes = Arc::new(Outcomes::new()?);
+        pool.begin_lane()?;
         Ok(Self { backend, pool, outcomes, in_flight: 0, taken: Vec::new() })
     }
 
     /// As [`Lane::start`], which says what the buffers must be.
     pub(super) fn start_raw(&mut self, token: u64, operation: Operation, offset: u64, buffers: Vec<RawBuffer>) {
+        self.add(Arc::clone(&self.backend), token, operation, offset, buffers);
+    }
+
+    fn add(
+        &mut self,
+        backend: Arc<dyn BlockBackend>,
+        token: u64,
+        operation: Operation,
+        offset: u64,
+        buffers: Vec<RawBuffer>,
+    ) {
         self.in_flight += 1;
-        let (backend, outcome) = (Arc::clone(&self.backend), Arc::clone(&self.outcomes));
-        self.pool.add(Job { backend, token, operation, offset, buffers, outcome });
+        self.pool.add(Job { backend, token, operation, offset, buffers, outcome: Arc::clone(&self.outcomes) });
     }
 
     pub(super) fn eventfd(&self) -> BorrowedFd<'_> {
@@ -279,8 +348,14 @@ impl PoolLane {
 #[allow(unsafe_code)]
 impl Lane for PoolLane {
     unsafe fn start(&mut self, request: &LaneRequest<'_>) {
+        let backend = Arc::clone(&self.backend);
+        // SAFETY: it asks for the same.
+        unsafe { self.start_by(backend, request) };
+    }
+
+    unsafe fn start_by(&mut self, backend: Arc<dyn BlockBackend>, request: &LaneRequest<'_>) {
         let buffers = request.buffers.iter().map(RawBuffer::new).collect();
-        self.start_raw(request.token, request.operation, request.offset, buffers);
+        self.add(backend, request.token, request.operation, request.offset, buffers);
     }
 
     fn submit(&mut self) {}
@@ -324,11 +399,89 @@ impl Drop for PoolLane {
         while ended.len() < self.in_flight {
             ended = self.outcomes.changed.wait(ended).unwrap_or_else(PoisonError::into_inner);
         }
+        drop(ended);
+        self.pool.end_lane();
     }
 }
 
 impl fmt::Debug for PoolLane {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("PoolLane").field("in_flight", &self.in_flight).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::time::Instant;
+
+    use super::*;
+    use crate::backend::Topology;
+
+    /// A disk that remembers nothing.
+    struct Nothing;
+
+    impl BlockBackend for Nothing {
+        fn capacity(&self) -> u64 {
+            0
+        }
+        fn is_writable(&self) -> bool {
+            true
+        }
+        fn topology(&self) -> Topology {
+            Topology { physical_block_size: 512, optimal_io_size: 512 }
+        }
+        fn read(&self, _: &[VolatileSlice<'_>], _: u64) -> Result<()> {
+            Ok(())
+        }
+        fn write(&self, _: &[VolatileSlice<'_>], _: u64) -> Result<()> {
+            Ok(())
+        }
+        fn flush(&self) -> Result<()> {
+            Ok(())
+        }
+        fn write_zeroes(&self, _: u64, _: u64, _: bool) -> Result<()> {
+            Ok(())
+        }
+        fn discard(&self, _: u64, _: u64) -> Result<()> {
+            Ok(())
+        }
+        fn lane(self: Arc<Self>) -> Result<Box<dyn Lane>> {
+            Ok(Box::new(PoolLane::new(self, Pool::new())?))
+        }
+    }
+
+    /// Waits for something that others do.
+    fn until(pool: &Pool, what: &str, is: impl Fn(&State) -> bool) {
+        let started = Instant::now();
+        while !is(&pool.0.0.lock()) {
+            assert!(started.elapsed() < Duration::from_secs(20), "never {what}: {pool:?}");
+            thread::yield_now();
+        }
+    }
+
+    /// Threads that end as soon as they have nothing to do: one stays as long as there is a lane.
+    #[test]
+    fn a_thread_is_there_from_the_first_lane_to_the_last() {
+        let pool = Pool::with(None, Duration::ZERO);
+        assert_eq!(pool.0.0.lock().threads, 0);
+        for _ in 0..3 {
+            let mut lanes = [(); 2].map(|()| PoolLane::new(Arc::new(Nothing), pool.clone()).unwrap());
+            for round in 0..200 {
+                for lane in &mut lanes {
+                    (0..16).for_each(|token| lane.start_raw(token, Operation::Flush, 0, Vec::new()));
+                }
+                until(&pool, "all of them done", |state| state.jobs.is_empty());
+                until(&pool, "at rest", |state| state.threads == state.idle && state.threads <= 1);
+                assert_eq!(pool.0.0.lock().threads, 1, "round {round}");
+                lanes.iter_mut().for_each(|lane| lane.complete(&mut |_, result| result.unwrap()));
+            }
+            let [first, second] = lanes;
+            drop(first);
+            assert_eq!(pool.0.0.lock().threads, 1);
+            drop(second);
+            until(&pool, "without a thread", |state| state.threads == 0);
+        }
     }
 }

@@ -13,8 +13,10 @@ pub mod growing;
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
 
 use blockhouse_block::{
     Access, BlockBackend, Disk, Extent, FileIndex, ImageFile, Layer, LayerInfo, LayerPacker, LayerWriter, Located,
@@ -178,4 +180,16 @@ pub fn read(disk: &Disk, offset: u64, length: usize) -> Result<Vec<u8>> {
 pub fn write(disk: &Disk, offset: u64, bytes: &[u8]) -> Result<()> {
     let mut bytes = bytes.to_vec();
     disk.write(&[VolatileSlice::from(&mut bytes[..])], offset)
+}
+
+/// What the thread of a lane does must end, whatever others hold or wait for: it is given up after a while, and goes
+/// on by itself until the program ends.
+pub fn does_not_wait<T: Send + 'static>(what: &str, action: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, ended) = mpsc::channel();
+    thread::spawn(move || sender.send(action()));
+    match ended.recv_timeout(Duration::from_secs(20)) {
+        Ok(result) => result,
+        Err(mpsc::RecvTimeoutError::Timeout) => panic!("the thread of a lane waits: {what}"),
+        Err(mpsc::RecvTimeoutError::Disconnected) => panic!("it said why: {what}"),
+    }
 }
