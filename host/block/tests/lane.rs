@@ -359,6 +359,24 @@ fn a_lane_that_is_dropped_waits_for_its_requests() {
     assert_eq!(read(&disk, 0, 4096).unwrap(), pattern(4096, 1));
 }
 
+/// Writes that are large enough to be the kernel's.
+#[test]
+fn a_lane_that_is_dropped_waits_for_the_kernel() {
+    let (disk, _outside) = raw(&pattern(4 << 20, 1), Engine::Auto);
+    read(&disk, 0, 4 << 20).unwrap();
+    let mut client = Client::new(&disk);
+    for number in 0..32 {
+        let written = pattern(128 << 10, number + 2);
+        client.start(Operation::Write, number * (128 << 10), written, 4096);
+    }
+    does_not_wait("the kernel has requests", move || drop(client));
+    for number in 0..32 {
+        let written = read(&disk, number * (128 << 10), 128 << 10).unwrap();
+        assert!(written == pattern(128 << 10, number + 2), "the lane ended before its requests");
+    }
+    does_not_wait("nothing is in flight", move || disk.write_zeroes(0, 4 << 20, false)).unwrap();
+}
+
 /// Lanes and threads that write, zero, discard and read the same clusters: a sector is always a whole one.
 #[test]
 fn lanes_share_a_disk_that_grows() {
@@ -507,6 +525,94 @@ fn a_lane_without_further_threads_is_slow_and_waits_for_nothing() {
         });
         assert_eq!(client.ended.drain().filter(|(_, result)| result.is_ok()).count(), LANE_REQUESTS);
         assert!(read(&disk, 0, 1 << 20).unwrap()[255 * 512..] == bytes[255 * 512..]);
+    }
+}
+
+/// The kernel takes nothing for a while, and nothing else happens: the lane asks again, by itself.
+#[test]
+fn what_the_kernel_did_not_take_is_given_to_it_again() {
+    let bytes = pattern(1 << 20, 1);
+    let (disk, _outside) = raw(&bytes, Engine::Auto);
+    read(&disk, 0, 1 << 20).unwrap();
+    let mut client = Client::new(&disk);
+    if !uses_ring(&client) {
+        return;
+    }
+    let mut tokens = Vec::new();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            refuse_calls(&[libc::SYS_io_uring_enter], libc::EAGAIN);
+            tokens.extend((0..3).map(|number| client.start(Operation::Read, number * 8192, vec![0; 4096], 4096)));
+            for _ in 0..3 {
+                client.lane.submit();
+                client.lane.complete(&mut |_, _| panic!("nothing can have ended"));
+                client.wait();
+            }
+            client.lane.complete(&mut |_, _| panic!("nothing can have ended"));
+        });
+    });
+    assert_eq!(client.lane.in_flight(), 3);
+    client.wait();
+    while client.lane.in_flight() > 0 {
+        let ended = &mut client.ended;
+        client.lane.complete(&mut |token, result| drop(ended.insert(token, result)));
+        thread::yield_now();
+    }
+    for (number, token) in tokens.into_iter().enumerate() {
+        client.ended.remove(&token).unwrap().unwrap();
+        assert!(client.buffers[&token] == bytes[number * 8192..][..4096]);
+    }
+}
+
+/// The kernel takes nothing more, or says for too long that it will later: threads do what it did not take, and
+/// what it did take ends as ever.
+#[test]
+fn what_the_kernel_never_takes_is_done_by_threads() {
+    for error in [libc::EPERM, libc::EAGAIN] {
+        for ends in [true, false] {
+            let bytes = pattern(1 << 20, 1);
+            let (image, _outside) = file(&bytes, Access::ReadWrite);
+            let layer = Script::honest(vec![writable(1 << 20, 0)], 1).file(image).overwritable();
+            let options = DiskOptions { writable: true, ..DiskOptions::default() };
+            let rings = Rings::make(1);
+            let disk = Arc::new(Disk::new(vec![Arc::new(layer)], options).unwrap().with_rings(rings.clone()));
+            read(&disk, 0, 1 << 20).unwrap();
+            let mut client = Client::new(&disk);
+            if !uses_ring(&client) {
+                return;
+            }
+            let written = pattern(128 << 10, 2);
+            let late = written.clone();
+            let client = does_not_wait("the kernel takes nothing", move || {
+                client.start(Operation::Read, 0, vec![0; 4096], 4096);
+                client.lane.submit();
+                refuse_calls(&[libc::SYS_io_uring_enter], error);
+                client.start(Operation::Write, 512 << 10, late, 4096);
+                client.start(Operation::Read, 8192, vec![0; 4096], 4096);
+                client.lane.submit();
+                // Or the lane ends with all of them in flight.
+                if !ends {
+                    drop(client.lane);
+                    return None;
+                }
+                client.drain();
+                assert!(!uses_ring(&client));
+                client.start(Operation::Read, 16384, vec![0; 4096], 4096);
+                client.drain();
+                Some(client)
+            });
+            assert!(read(&disk, 512 << 10, 128 << 10).unwrap() == written, "what was started was not written");
+            if let Some(client) = client {
+                assert!((0..4).all(|token| client.ended[&token].is_ok()));
+                for (token, offset) in [(0, 0), (2, 8192), (3, 16384)] {
+                    assert!(client.buffers[&token] == bytes[offset..][..4096], "what was read is something else");
+                }
+            }
+            // The next lane would give the kernel what is left in the ring.
+            assert_eq!(rings.left(), 0);
+            // Nobody has anything any more.
+            does_not_wait("nothing is in flight", move || disk.write_zeroes(0, 1 << 20, false)).unwrap();
+        }
     }
 }
 

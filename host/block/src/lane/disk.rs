@@ -13,6 +13,9 @@
 //! files, of errors and of alignments: [`ImageFile`](crate::ImageFile). So is a read of a file that was revoked
 //! before all of it was there ([`Validity`](crate::Validity)): the pool refuses it, and says why.
 //!
+//! The same becomes of what the kernel does not take from the ring: at once if it says that it never will, or after
+//! it has been asked for a second. That ring is used no more, and the pool has all that comes.
+//!
 //! A small write into the page cache is a copy, made in less time than it takes to hand it to somebody else.
 //! The kernel hands it on nevertheless, on file systems that do not promise never to wait (ext4): its workers
 //! then write to one file one after the other. So such a write is made at once by the thread of the lane, until
@@ -20,8 +23,10 @@
 
 #![allow(unsafe_code)]
 
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::pool::{PoolLane, RawBuffer};
@@ -52,15 +57,23 @@ const LONG_COPY: Duration = Duration::from_millis(1);
 /// For how long the ring then has the writes.
 const NO_COPIES: Duration = Duration::from_millis(200);
 
+/// Between two attempts to have the kernel take what it did not take.
+const AGAIN: Duration = Duration::from_millis(1);
+
+/// How often in a row it may not take that before the ring is given up.
+const MAX_REFUSALS: u32 = 1000;
+
 pub(crate) struct DiskLane {
     disk: Arc<Disk>,
     slow: PoolLane,
     ring: Option<Ring>,
+    /// In place of it, one of which the kernel takes nothing more. It stays until the lane ends, for what it took.
+    given_up: Option<Ring>,
     /// Which place in the ring's table a file has. `None`: not asked yet; then `None`: none.
     fixed: Vec<Option<Option<FixedFile>>>,
     slots: Vec<Slot>,
     free: Vec<usize>,
-    /// Parts in the kernel.
+    /// Parts in the kernel, or in the ring.
     parts: usize,
     /// Look-ups that found an extent and were not counted yet.
     hits: u64,
@@ -68,6 +81,8 @@ pub(crate) struct DiskLane {
     ended: Vec<(u64, Result<()>)>,
     /// Until then no write is made by this thread: one took long.
     no_copies_until: Option<Instant>,
+    /// How often in a row the kernel did not take what it was given.
+    refused: u32,
 }
 
 /// A request in the kernel. Its vectors are kept for their memory.
@@ -147,6 +162,7 @@ impl DiskLane {
             disk,
             slow,
             ring,
+            given_up: None,
             fixed: Vec::new(),
             slots,
             free: (0..LANE_REQUESTS).rev().collect(),
@@ -154,6 +170,7 @@ impl DiskLane {
             hits: 0,
             ended: Vec::new(),
             no_copies_until: None,
+            refused: 0,
         })
     }
 
@@ -207,9 +224,14 @@ impl DiskLane {
         let whole = slot.parts.get(number).is_some_and(|part| u32::try_from(result) == Ok(part.length));
         slot.again |= !whole;
         slot.left = slot.left.saturating_sub(1);
-        if slot.left > 0 {
-            return;
+        if slot.left == 0 {
+            self.slot_ended(index, each);
         }
+    }
+
+    /// All parts of a request have ended, or never will.
+    fn slot_ended(&mut self, index: usize, each: &mut dyn FnMut(u64, Result<()>)) {
+        let Some(slot) = self.slots.get_mut(index) else { return };
         if slot.write {
             was_written(&self.disk, &slot.parts);
         } else {
@@ -227,11 +249,59 @@ impl DiskLane {
         }
     }
 
-    fn reap(&mut self, each: &mut dyn FnMut(u64, Result<()>)) {
-        while let Some((user_data, result)) = self.ring.as_mut().and_then(Ring::next) {
-            self.part_ended(user_data, result, each);
+    /// Gives the kernel what it has not got yet. If it does not take that now (it has no memory), it is asked again:
+    /// nothing else may ever wake the thread of this lane, so it is woken.
+    fn give(&mut self) {
+        let Some(ring) = &mut self.ring else { return };
+        let Err(error) = ring.submit() else {
+            self.refused = 0;
+            return;
+        };
+        self.refused = self.refused.saturating_add(1);
+        if is_passing(&error) && self.refused < MAX_REFUSALS {
+            if self.refused.is_power_of_two() {
+                tracing::warn!(%error, times = self.refused, "the kernel does not take requests now");
+            }
+            self.slow.signal();
+            return;
+        }
+        tracing::error!(%error, times = self.refused, "the kernel takes no requests: threads read and write instead");
+        self.refused = 0;
+        self.given_up = self.ring.take();
+        self.take_back();
+    }
+
+    /// The pool does what is left in a ring that was given up, as soon as the kernel has nothing of that any more.
+    fn take_back(&mut self) {
+        let Some(ring) = &self.given_up else { return };
+        if self.parts == 0 || self.parts > ring.waiting() {
+            return;
+        }
+        self.parts = 0;
+        for index in 0..self.slots.len() {
+            if let Some(slot) = self.slots.get_mut(index).filter(|slot| slot.left > 0) {
+                slot.left = 0;
+                slot.again = true;
+                self.slot_ended(index, &mut |_, _| {});
+            }
         }
     }
+
+    fn reap(&mut self, each: &mut dyn FnMut(u64, Result<()>)) {
+        while let Some((user_data, result)) = self.any_ring().and_then(Ring::next) {
+            self.part_ended(user_data, result, each);
+        }
+        self.take_back();
+    }
+
+    fn any_ring(&mut self) -> Option<&mut Ring> {
+        self.ring.as_mut().or(self.given_up.as_mut())
+    }
+}
+
+/// Whether the kernel may take the same a little later (io_uring_enter(2)).
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY | libc::EINTR))
 }
 
 /// Who does a request that was planned.
@@ -422,15 +492,17 @@ impl Lane for DiskLane {
 
     fn submit(&mut self) {
         self.disk.map.count_hits(std::mem::take(&mut self.hits));
-        if let Some(ring) = &mut self.ring
-            && let Err(error) = ring.submit()
-        {
-            // The entries stay in the queue: they go with the next submission.
-            tracing::warn!(%error, "the kernel does not take requests now");
+        // Otherwise `complete` does, after a while.
+        if self.refused == 0 {
+            self.give();
         }
     }
 
     fn complete(&mut self, each: &mut dyn FnMut(u64, Result<()>)) {
+        if self.refused > 0 {
+            thread::sleep(AGAIN);
+            self.give();
+        }
         self.reap(each);
         self.slow.complete(each);
         for (token, result) in self.ended.drain(..) {
@@ -444,7 +516,7 @@ impl Lane for DiskLane {
     }
 
     fn ready(&self) -> [Option<BorrowedFd<'_>>; 2] {
-        [Some(self.slow.eventfd()), self.ring.as_ref().map(Ring::as_fd)]
+        [Some(self.slow.eventfd()), self.ring.as_ref().or(self.given_up.as_ref()).map(Ring::as_fd)]
     }
 
     fn acknowledge(&mut self) {
@@ -454,17 +526,22 @@ impl Lane for DiskLane {
 
 impl Drop for DiskLane {
     fn drop(&mut self) {
-        while self.parts > 0 {
-            let waited = match &mut self.ring {
-                Some(ring) => ring.wait(),
-                None => break,
-            };
-            if let Err(error) = waited {
+        self.give();
+        while self.refused > 0 {
+            thread::sleep(AGAIN);
+            self.give();
+        }
+        loop {
+            self.reap(&mut |_, _| {});
+            if self.parts == 0 {
+                break;
+            }
+            let Some(ring) = self.any_ring() else { break };
+            if let Err(error) = ring.wait() {
                 tracing::error!(%error, "cannot wait for requests in the kernel");
                 // Their memory must not go while the kernel may use it.
-                std::thread::sleep(std::time::Duration::from_millis(10));
+                thread::sleep(Duration::from_millis(10));
             }
-            self.reap(&mut |_, _| {});
         }
         if let Some(ring) = self.ring.take() {
             self.disk.rings().give_back(ring);

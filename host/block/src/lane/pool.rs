@@ -340,6 +340,11 @@ impl PoolLane {
         self.pool.add(Job { backend, token, operation, offset, buffers, outcome: Arc::clone(&self.outcomes) });
     }
 
+    /// Has the thread of the lane look at what has ended, whether anything has or not.
+    pub(super) fn signal(&self) {
+        self.outcomes.signal();
+    }
+
     pub(super) fn eventfd(&self) -> BorrowedFd<'_> {
         self.outcomes.ready.as_fd()
     }

@@ -29,6 +29,9 @@ const FIXED_FILE: u8 = 1;
 /// `IORING_REGISTER_FILES_UPDATE` of linux/io_uring.h.
 const REGISTER_FILES_UPDATE: u8 = 6;
 
+/// `IORING_ENTER_GETEVENTS` of linux/io_uring.h.
+const IORING_ENTER_GETEVENTS: u32 = 1;
+
 /// A file in the table of a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FixedFile(u32);
@@ -124,26 +127,29 @@ impl Ring {
         Ok(())
     }
 
-    /// Hands the kernel what was pushed.
+    /// Hands the kernel what was pushed. After an error the rest of it is still there.
     pub(super) fn submit(&mut self) -> io::Result<()> {
         while self.waiting > 0 {
-            match self.ring.submit() {
-                Ok(count) => self.waiting = self.waiting.saturating_sub(count.max(1)),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+            match self.ring.submit()? {
+                0 => return Err(io::Error::from_raw_os_error(libc::EAGAIN)),
+                count => self.waiting = self.waiting.saturating_sub(count),
             }
         }
         Ok(())
     }
 
-    /// Waits until something has ended.
+    /// Entries that the kernel has not got.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting
+    }
+
+    /// Waits until something has ended of what the kernel has got.
     pub(super) fn wait(&mut self) -> io::Result<()> {
-        match self.ring.submit_and_wait(1) {
+        // SAFETY: it hands over no entries, and there is no argument.
+        let waited = unsafe { self.ring.submitter().enter::<libc::sigset_t>(0, 1, IORING_ENTER_GETEVENTS, None) };
+        match waited {
             Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
-            _ => {
-                self.waiting = 0;
-                Ok(())
-            }
+            _ => Ok(()),
         }
     }
 
@@ -207,7 +213,8 @@ impl Rings {
         self.lock().pop()
     }
 
-    /// Takes a ring back, of which nothing is in the kernel any more. One that a lane made for itself ends.
+    /// Takes a ring back, of which nothing is in the kernel any more, nor waits to be. One that a lane made for itself
+    /// ends.
     pub(super) fn give_back(&self, mut ring: Ring) {
         let mut left = self.lock();
         if left.len() < self.0.count {
