@@ -46,7 +46,8 @@ const SUBCLUSTERS: u32 = 32;
 /// What one L2 entry says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cluster {
-    Unallocated,
+    /// With the offset of a cluster that is kept for it, if there is one, which takes extended L2.
+    Unallocated(Option<u64>),
     /// With the offset of a cluster that is kept for it, if there is one.
     Zero(Option<u64>),
     Data(u64),
@@ -65,8 +66,8 @@ impl Cluster {
     pub(crate) fn place(self) -> Option<u64> {
         match self {
             Self::Data(offset) => Some(offset),
-            Self::Zero(place) | Self::Subclusters { place, .. } => place,
-            Self::Unallocated | Self::Packed(_) => None,
+            Self::Unallocated(place) | Self::Zero(place) | Self::Subclusters { place, .. } => place,
+            Self::Packed(_) => None,
         }
     }
 }
@@ -147,7 +148,7 @@ impl Shape {
             return Ok(match (zero, place) {
                 (true, place) => Cluster::Zero(place),
                 (false, Some(offset)) => Cluster::Data(offset),
-                (false, None) => Cluster::Unallocated,
+                (false, None) => Cluster::Unallocated(None),
             });
         }
         let (zeroes, data) = halves(bitmap);
@@ -160,7 +161,7 @@ impl Shape {
         Ok(match (data, zeroes) {
             (u32::MAX, _) => Cluster::Data(offset),
             (_, u32::MAX) => Cluster::Zero(place),
-            (0, 0) => Cluster::Unallocated,
+            (0, 0) => Cluster::Unallocated(place),
             _ => Cluster::Subclusters { place, data, zero: zeroes },
         })
     }
@@ -181,7 +182,7 @@ impl Shape {
         let data =
             |offset: u64, within: u64| Placement::Data { file, offset: offset.saturating_add(within), overwrite };
         match cluster {
-            Cluster::Unallocated => list.push(length, Placement::Unallocated),
+            Cluster::Unallocated(_) => list.push(length, Placement::Unallocated),
             Cluster::Zero(_) => list.push(length, Placement::Zero),
             Cluster::Data(offset) => list.push(length, data(offset, within)),
             // A packed extent is whole: an answer that has to start inside a cluster is about subclusters.

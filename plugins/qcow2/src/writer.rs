@@ -349,9 +349,9 @@ impl Writing {
         Ok(match cluster {
             _ if entry & COPIED == 0 || count != 1 => Need::Space,
             Cluster::Data(_) => Need::Nothing,
-            Cluster::Zero(Some(offset)) | Cluster::Subclusters { place: Some(offset), data: 0, .. } => {
-                Need::Kept(offset)
-            }
+            Cluster::Unallocated(Some(offset))
+            | Cluster::Zero(Some(offset))
+            | Cluster::Subclusters { place: Some(offset), data: 0, .. } => Need::Kept(offset),
             _ => Need::Space,
         })
     }
@@ -491,7 +491,7 @@ impl Writing {
             let change = match table {
                 None => true,
                 Some((table, _)) => match parts.map.entry(parts.image, table, guest)?.1 {
-                    Cluster::Unallocated => self.backing,
+                    Cluster::Unallocated(place) => self.backing || (place.is_some() && !keep),
                     Cluster::Zero(place) => place.is_some() && !keep,
                     Cluster::Data(_) | Cluster::Packed(_) | Cluster::Subclusters { .. } => true,
                 },
@@ -501,10 +501,8 @@ impl Writing {
                 let (_, cluster) = parts.map.entry(parts.image, table, guest)?;
                 // Whatever is given up must be the cluster's own.
                 let need = self.need(parts, table, guest)?;
-                let kept = match (cluster, need) {
-                    (Cluster::Data(offset), Need::Nothing) if keep && !self.external && shape.version >= 3 => {
-                        Some(offset)
-                    }
+                let kept = match need {
+                    Need::Nothing | Need::Kept(_) if keep && !self.external && shape.version >= 3 => cluster.place(),
                     _ => None,
                 };
                 let place = kept.map_or(0, |offset| offset | COPIED);

@@ -87,6 +87,24 @@ fn a_data_cluster_on_metadata_is_refused_and_ends_writing() {
     }
 }
 
+/// With extended L2, an entry can have a place and nothing in it.
+#[test]
+fn a_place_without_data_is_taken_if_nobody_else_has_it() {
+    for (place, count) in [(5, 1), (5, 2), (2, 1), (4, 1), (5, 0)] {
+        let mut image = image();
+        set_count(&mut image, 5, count);
+        let entry = image.cluster(place) | COPIED;
+        image.be64(72, 1 << 4).extended(0, entry, 0).extended(1, 0, 0);
+        let mut disk = begin(&image);
+        let taken = disk.format.prepare(0, CLUSTER, 1).map(|allocations| allocations[0].offset);
+        match (place, count) {
+            (5, 1) => assert_eq!(taken.unwrap(), 5 * CLUSTER),
+            (5, 2) => assert!(taken.unwrap() >= 7 * CLUSTER),
+            _ => assert!(matches!(taken, Err(Error::Corrupt(_))), "{place}, {count}: {taken:?}"),
+        }
+    }
+}
+
 #[test]
 fn a_cluster_in_use_without_a_reference_count_ends_writing() {
     let mut image = image();

@@ -55,6 +55,13 @@ pub(crate) const TEMPLATES: &[Template] = &[
     template("lazy", "cluster_size=8k,lazy_refcounts=on", (8 * KIB, 700 * KIB), true, "data"),
     template("dirty", "cluster_size=4k,lazy_refcounts=on", (4 * KIB, 300 * KIB), true, "data die"),
     template("extended", "cluster_size=16k,extended_l2=on", (16 * KIB, 900 * KIB), true, "data"),
+    template(
+        "preallocated",
+        "cluster_size=16k,extended_l2=on,preallocation=metadata",
+        (16 * KIB, 900 * KIB),
+        true,
+        "data",
+    ),
     template("snapshot", "cluster_size=4k", (4 * KIB, 400 * KIB), false, "data snapshot"),
     template("snapshots", "cluster_size=1k,refcount_bits=8", (KIB, 200 * KIB), true, "data snapshot snapshot"),
     template("packed", "cluster_size=4k", (4 * KIB, 400 * KIB), false, "compress"),
