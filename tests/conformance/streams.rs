@@ -120,3 +120,68 @@ fn standard_error_that_takes_nothing_changes_nothing() {
         }
     }
 }
+
+/// The commands that `help` lists, those of groups as `snapshot list`.
+fn commands() -> Vec<String> {
+    let listed = |group: &[&str]| {
+        let help = blockhouse().args(group).arg("--help").output().unwrap().stdout;
+        let help = String::from_utf8(help).unwrap();
+        let list = help.split_once("\nCommands:\n").map_or("", |(_, list)| list.split("\n\n").next().unwrap());
+        let names = list.lines().filter(|line| !line.starts_with("     "));
+        let names = names.filter_map(|line| line.split_whitespace().next()).filter(|name| *name != "help");
+        names.map(|name| [group, &[name]].concat().join(" ")).collect::<Vec<_>>()
+    };
+    let groups = ["snapshot", "plugin"];
+    let top = listed(&[]).into_iter().filter(|name| !groups.contains(&name.as_str()));
+    top.chain(groups.iter().flat_map(|group| listed(&[group]))).collect()
+}
+
+/// With `--json` a program that reads standard output finds the error there, whatever the command is.
+#[test]
+fn an_error_is_json_for_who_asked_for_json() {
+    let lab = lab();
+    let failing = [
+        ("info", "--format none a.raw", 5),
+        ("map", "--format qcow2 missing.qcow2", 1),
+        ("run", "--disk file=missing.qcow2,format=qcow2", 1),
+        ("serve", "--socket missing/socket --disk file=a.raw,format=raw", 1),
+        ("create", "--format qcow2 a.qcow2 1M", 1),
+        ("check", "--format qcow2 a.raw", 4),
+        ("resize", "--format qcow2 a.raw 2M", 4),
+        ("convert", "--format qcow2 --to-format raw a.raw new.raw", 4),
+        ("compare", "--format-a raw --format-b qcow2 a.raw a.raw", 4),
+        ("commit", "--format qcow2 --base missing.raw --base-format raw a.qcow2", 1),
+        ("rebase", "--format qcow2 --no-backing a.raw", 4),
+        ("probe", "missing.raw", 1),
+        ("control", "--socket missing status", 1),
+        ("snapshot list", "--format qcow2 a.raw", 4),
+        ("snapshot create", "--format qcow2 a.raw one", 4),
+        ("snapshot apply", "--format qcow2 a.qcow2 none", 1),
+        ("snapshot delete", "--format qcow2 a.qcow2 none", 1),
+        ("plugin inspect", "missing.wasm", 1),
+        ("plugin compile", "missing.wasm --output new", 1),
+    ];
+    for command in commands() {
+        let words = || command.split(' ');
+        let help = blockhouse().args(words()).arg("--help").output().unwrap().stdout;
+        if !String::from_utf8(help).unwrap().contains("--json") {
+            assert!(["read", "plugin list"].contains(&&*command), "{command} has no --json");
+            continue;
+        }
+        let Some((_, arguments, code)) = failing.iter().find(|(name, ..)| *name == command) else {
+            assert_eq!(command, "plugin list", "a command that is not tried");
+            continue;
+        };
+        let mut program: Command = blockhouse();
+        program.args(words()).arg("--json").args(arguments.split(' ')).current_dir(lab.path("")).stdin(Stdio::null());
+        let output = program.output().unwrap();
+        let (out, err) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        assert_eq!(output.status.code(), Some(*code), "{command}: {err}");
+        let answer: serde_json::Value =
+            serde_json::from_str(&out).unwrap_or_else(|why| panic!("{command}: {why}: {out}"));
+        let message = answer["error"]["message"].as_str().unwrap_or_else(|| panic!("{command}: {out}"));
+        let first = message.split(": ").next().unwrap();
+        assert!(command == "info" || err.contains(first), "{command}: {message:?} is not {err:?}");
+        assert!(answer["error"]["kind"].as_str().is_some_and(|kind| !kind.is_empty()), "{command}: {out}");
+    }
+}

@@ -94,7 +94,10 @@ Exit codes:
   4 corrupt image       5 unsupported feature or format
   6 component failed or went over a limit
   7 `check` found lost space and nothing worse    8 `compare` found a difference
-  9 --require-walls, and this kernel lacks one";
+  9 --require-walls, and this kernel lacks one
+
+With --json, an error is a line on standard output as well, if nothing else is:
+  {\"error\":{\"kind\":\"denied\",\"image\":...,\"message\":...}}";
 
 /// Disk images from strangers, parsed in a sandbox.
 #[derive(Debug, Parser)]

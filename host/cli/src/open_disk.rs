@@ -183,7 +183,7 @@ impl ControlledDisk {
     pub(crate) fn row(&self) -> DiskRow {
         let open = &self.open;
         DiskRow {
-            disk: open.number,
+            disk: self.name(),
             image: open.name.clone(),
             format: open.format.clone(),
             serial: open.serial.clone(),
@@ -243,8 +243,8 @@ pub(crate) fn prometheus_of(disks: &Arc<[ControlledDisk]>) -> outlet::Figures {
 /// What became of a disk, for programs.
 #[derive(Serialize)]
 pub(crate) struct DiskRow {
-    /// Its number, from 0.
-    disk: usize,
+    /// Its name: `disk0`.
+    disk: String,
     image: String,
     format: String,
     serial: String,

@@ -3,11 +3,13 @@
 use std::fmt;
 use std::io::{self, StdoutLock, Write};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use blockhouse_block::{Error, ErrorKind};
 use blockhouse_sandbox::json;
 use serde::Serialize;
 
+use crate::error_report::ErrorReport;
 use crate::log;
 use crate::remedy;
 use crate::walls::MissingWalls;
@@ -97,31 +99,62 @@ pub(crate) fn line(line: fmt::Arguments<'_>) -> anyhow::Result<()> {
     text(&format!("{line}\n"))
 }
 
-/// Prints an error with its causes on standard error, and what can be done about it with these options; gives the
-/// exit code for it.
+/// Prints an error with its causes on standard error, and what can be done about it with these options; for `--json`
+/// as a line of JSON as well, if there is no result yet that it could be taken for a part of. Gives the exit code.
 pub(crate) fn fail(error: &anyhow::Error, options: remedy::Options) -> ExitCode {
     // A reader that closed its end of a pipe has what it wanted.
     if error.chain().any(|cause| cause.downcast_ref::<io::Error>().is_some_and(is_reader_gone)) {
         return ExitCode::SUCCESS;
     }
+    let causes = causes(error);
     log::line(format_args!("blockhouse: {}", printable(&error.to_string())));
-    let mut shown = error.to_string();
-    for cause in error.chain().skip(1) {
-        let cause = cause.to_string();
-        // Causes that the message already contains add nothing.
-        if !shown.contains(&cause) && cause.len() < 2000 && !cause.contains('\n') {
-            log::line(format_args!("  because: {}", printable(&cause)));
-            shown += &cause;
-        }
+    for cause in causes.iter().skip(1) {
+        log::line(format_args!("  because: {}", printable(cause)));
+    }
+    let ours = error.chain().find_map(|cause| cause.downcast_ref::<Error>());
+    if let Some(remedy) = ours.and_then(|error| remedy::of(error, options)) {
+        log::line(format_args!("  {}", printable(&remedy)));
+    }
+    if options.json && !ANSWERED.load(Ordering::Relaxed) {
+        let report = match ours {
+            // The image is not twice in it.
+            Some(ours) if causes.len() == 1 => ErrorReport::from(ours),
+            Some(ours) => ErrorReport { message: causes.join(": "), ..ErrorReport::from(ours) },
+            None => ErrorReport { kind: "other", image: None, message: causes.join(": ") },
+        };
+        // Standard error has it.
+        let _full = json_line(&Failed { error: report });
     }
     if error.downcast_ref::<MissingWalls>().is_some() {
         return ExitCode::from(NO_WALLS);
     }
-    let Some(error) = error.chain().find_map(|cause| cause.downcast_ref::<Error>()) else { return ExitCode::FAILURE };
-    if let Some(remedy) = remedy::of(error, options) {
-        log::line(format_args!("  {}", printable(&remedy)));
+    ours.map_or(ExitCode::FAILURE, |error| ExitCode::from(exit_code(error.kind())))
+}
+
+/// An error as the only answer.
+#[derive(Serialize)]
+struct Failed {
+    error: ErrorReport,
+}
+
+/// What an error says, and of its causes those that say more.
+fn causes(error: &anyhow::Error) -> Vec<String> {
+    let mut causes = vec![error.to_string()];
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        let says_more = !causes.iter().any(|said| said.contains(&cause));
+        if says_more && cause.len() < 2000 && !cause.contains('\n') {
+            causes.push(cause);
+        }
     }
-    ExitCode::from(exit_code(error.kind()))
+    causes
+}
+
+/// Whether a result went to standard output, or a part of one.
+static ANSWERED: AtomicBool = AtomicBool::new(false);
+
+/// From here on there is a result on standard output, or a part of one.
+pub(crate) fn answered() {
+    ANSWERED.store(true, Ordering::Relaxed);
 }
 
 fn json_text(mut json: Vec<u8>) -> anyhow::Result<()> {
@@ -131,6 +164,7 @@ fn json_text(mut json: Vec<u8>) -> anyhow::Result<()> {
 
 /// Prints a value as JSON.
 pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
+    answered();
     json_text(json::pretty(value)?)
 }
 

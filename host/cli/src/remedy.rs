@@ -10,7 +10,7 @@ use super::disk_arg;
 use super::grant_arg;
 use super::output::printable;
 
-/// The options of a command that a remedy can be said in.
+/// The options of a command that an error is said in.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Options {
     /// `--allow PATH`.
@@ -21,6 +21,8 @@ pub(crate) struct Options {
     pub(crate) force_share: bool,
     /// `--disk file=IMAGE,allow=PATH,...`.
     pub(crate) disk_string: bool,
+    /// `--json`, and it was given.
+    pub(crate) json: bool,
 }
 
 impl Options {
@@ -35,6 +37,7 @@ impl Options {
             allow_write: has("allow_write"),
             force_share: has("force_share"),
             disk_string: has("disks"),
+            json: matches.try_get_one("json").ok().flatten().copied().unwrap_or(false),
         }
     }
 }

@@ -99,6 +99,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         let run = Run { start, length: stop - start, kind, ..run };
         if args.json {
             // A list, written as it comes: a map can be longer than memory.
+            output::answered();
             out.write_all(if first { b"[" } else { b",\n " })?;
             json::write(&mut out, &Row::new(&run)).map_err(io::Error::from)?;
             first = false;

@@ -43,6 +43,9 @@ pub(crate) enum Command {
         /// Replace the file if it exists
         #[arg(long)]
         force: bool,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
     /// List the built-in components
     List {
@@ -57,7 +60,7 @@ impl Command {
     pub(crate) fn plan(&self, plan: &mut Plan) -> anyhow::Result<()> {
         match self {
             Self::Inspect { file, .. } => plan.read(file),
-            Self::Compile { file, output, force } => {
+            Self::Compile { file, output, force, .. } => {
                 plan.read(file);
                 compiled(output, *force).plan(plan)?;
             }
@@ -85,7 +88,7 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
             let loadable = inspection.world.is_some();
             Ok(if loadable { ExitCode::SUCCESS } else { ExitCode::from(6) })
         }
-        Command::Compile { file, output, force } => compile(&sandbox, file, output, *force),
+        Command::Compile { file, output, force, json } => compile(&sandbox, file, output, *force, *json),
         Command::List { json } => list(*json),
     }
 }
@@ -95,7 +98,14 @@ fn compiled(output: &Path, force: bool) -> NewFile<'_> {
     NewFile { mode: 0o600, ..NewFile::new(output, force) }
 }
 
-fn compile(sandbox: &Sandbox, file: &Path, output: &Path, force: bool) -> anyhow::Result<ExitCode> {
+/// What was made.
+#[derive(Serialize)]
+struct Compiled {
+    compiled: String,
+    size_bytes: usize,
+}
+
+fn compile(sandbox: &Sandbox, file: &Path, output: &Path, force: bool, json: bool) -> anyhow::Result<ExitCode> {
     let code = sandbox.precompile(file)?;
     let target = Target::take(&compiled(output, force))?;
     let mut partial = target.open()?;
@@ -104,6 +114,9 @@ fn compile(sandbox: &Sandbox, file: &Path, output: &Path, force: bool) -> anyhow
         .and_then(|()| partial.sync_all())
         .with_context(|| format!("cannot write {}", output.display()))?;
     target.finish()?;
+    if json {
+        output::json(&Compiled { compiled: output.display().to_string(), size_bytes: code.len() })?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,5 +1,6 @@
 //! `blockhouse snapshot`: the snapshots inside an image.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -90,6 +91,10 @@ pub(crate) struct ApplyArgs {
     /// The snapshot: its id, or its name
     #[arg(value_name = "ID")]
     id: String,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// Delete a snapshot, and free what only it used
@@ -104,6 +109,10 @@ pub(crate) struct DeleteArgs {
     /// The snapshot: its id, or its name
     #[arg(value_name = "ID")]
     id: String,
+
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
 }
 
 /// An image whose snapshots are changed. No file that it refers to is opened.
@@ -143,17 +152,29 @@ pub(crate) fn run(command: Command) -> anyhow::Result<ExitCode> {
     match command {
         Command::List(args) => list(args),
         Command::Create(CreateArgs { image, name, json }) => create(&image, &name, json),
-        Command::Apply(ApplyArgs { image, id }) => {
-            let _spinner = Spinner::new("applying the snapshot");
-            image.host.opener()?.apply_snapshot(&image.image, &image.format, &id)?;
-            Ok(ExitCode::SUCCESS)
+        Command::Apply(ApplyArgs { image, id, json }) => {
+            {
+                let _spinner = Spinner::new("applying the snapshot");
+                image.host.opener()?.apply_snapshot(&image.image, &image.format, &id)?;
+            }
+            done("applied", id, json)
         }
-        Command::Delete(DeleteArgs { image, id }) => {
-            let _spinner = Spinner::new("deleting the snapshot");
-            image.host.opener()?.delete_snapshot(&image.image, &image.format, &id)?;
-            Ok(ExitCode::SUCCESS)
+        Command::Delete(DeleteArgs { image, id, json }) => {
+            {
+                let _spinner = Spinner::new("deleting the snapshot");
+                image.host.opener()?.delete_snapshot(&image.image, &image.format, &id)?;
+            }
+            done("deleted", id, json)
         }
     }
+}
+
+/// What was done to a snapshot, as it was named: `{"applied": "1"}`.
+fn done(what: &'static str, id: String, json: bool) -> anyhow::Result<ExitCode> {
+    if json {
+        output::json(&BTreeMap::from([(what, id)]))?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn create(image: &Edited, name: &str, json: bool) -> anyhow::Result<ExitCode> {
