@@ -84,6 +84,9 @@ fn ranges_past_the_end() {
     ended(&read(&["--offset", "-1"]), 2, &[]);
     // Nothing was created for a range that does not exist.
     ended(&read(&["--offset", "1025", "--output", "out"]), 1, &["1024 bytes"]);
+    let map = |offset| run(subject.command(&lab, "map").args(["--json", "--offset", offset]));
+    ended(&map("0x401"), 1, &["--offset 1025", "1024 bytes"]);
+    assert_eq!(map("0x400").succeeded().text(), "[]\n");
     assert!(!lab.path("out").exists());
 }
 

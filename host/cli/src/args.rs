@@ -359,7 +359,7 @@ impl ImageArgs {
 /// A part of a disk.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct RangeArgs {
-    /// Start at byte N of the disk; K, M, G, T multiply
+    /// Start at byte N of the disk; K, M, G, T multiply, 0x is hexadecimal
     #[arg(long, value_name = "N", default_value = "0", value_parser = parse_size)]
     pub(crate) offset: u64,
 

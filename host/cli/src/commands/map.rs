@@ -3,6 +3,7 @@
 use std::io::{self, BufWriter, Write};
 use std::process::ExitCode;
 
+use anyhow::bail;
 use blockhouse_block::{BlockBackend, Run, RunKind};
 use blockhouse_sandbox::json;
 use blockhouse_walls::Plan;
@@ -72,9 +73,13 @@ impl Args {
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let opened = args.image.opener()?.open(&args.image.request())?;
+    let capacity = opened.disk.capacity();
+    if args.range.offset > capacity {
+        bail!("--offset {} lies past the end of the disk, which has {capacity} bytes", args.range.offset);
+    }
     let end = match args.range.length {
-        Some(length) => args.range.offset.saturating_add(length).min(opened.disk.capacity()),
-        None => opened.disk.capacity(),
+        Some(length) => args.range.offset.saturating_add(length).min(capacity),
+        None => capacity,
     };
     let mut out = BufWriter::new(output::stdout());
     if !args.json {
