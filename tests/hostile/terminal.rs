@@ -142,3 +142,25 @@ fn no_name_reaches_a_terminal_raw_from_a_server() {
     serve.terminate();
     assert_escaped("serve", &std::fs::read_to_string(Path::new(&printed)).unwrap(), true);
 }
+
+/// The log, with all that there is: an image is named by it as well as what it refers to.
+#[test]
+fn no_name_reaches_a_terminal_raw_in_the_log() {
+    let place = Place::new();
+    let (image, base) = images(&place);
+    let granted = place.text("images");
+    for allow in [&["--allow", &*granted][..], &[]] {
+        for command in ["info", "read"] {
+            let mut program = limited();
+            program.env("RUST_LOG", "trace").args([command, "--format", "qcow2"]).args(allow).arg(&image);
+            let outcome = run(&mut program);
+            let log = &outcome.stderr;
+            let raw = EVIL.chars().filter(|character| !"[2J31m".contains(*character)).find(|evil| log.contains(*evil));
+            assert_eq!(raw, None, "{command}: {log:?}");
+            for name in [&image, &base] {
+                let escaped = name.escape_default().to_string();
+                assert!(log.contains(&escaped), "{command}: {name:?} is not in {log}");
+            }
+        }
+    }
+}

@@ -8,6 +8,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tracing::field::Field;
+use tracing_subscriber::field::MakeExt;
+use tracing_subscriber::fmt::FormatFields;
+use tracing_subscriber::fmt::format::{Writer, debug_fn};
+
+use crate::output::printable;
 
 /// What a pipe that can be written takes without waiting (`PIPE_BUF` of pipe(7)).
 const PIECE: usize = 4096;
@@ -55,6 +61,15 @@ impl<F: AsFd> Write for Raw<F> {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// What an event says, with text out of images escaped as everywhere: its line ends there, and says what it seems to.
+pub(crate) fn fields() -> impl for<'writer> FormatFields<'writer> {
+    let write = |writer: &mut Writer<'_>, field: &Field, value: &dyn fmt::Debug| {
+        let text = printable(&format!("{value:?}"));
+        if field.name() == "message" { write!(writer, "{text}") } else { write!(writer, "{}={text}", field.name()) }
+    };
+    debug_fn(write).delimited(" ")
 }
 
 /// Where the log goes: no write fails.

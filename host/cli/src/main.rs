@@ -156,6 +156,7 @@ fn main() -> ExitCode {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .fmt_fields(log::fields())
         .with_writer(|| log::Stderr)
         // Whoever panics for a line of the log takes a disk with it.
         .log_internal_errors(false)
