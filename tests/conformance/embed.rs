@@ -1,6 +1,6 @@
-//! The example `examples/embed`: the library from outside, run as its page says.
+//! The library from outside: the example `examples/embed`, run as its page says, and a workspace of somebody else.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -75,4 +75,77 @@ fn the_embedding_example() {
     assert!(refused.text().lines().any(|line| line.starts_with(&denied)), "{}", refused.text());
     assert!(!refused.text().contains("layer") && !refused.text().contains("checksum"), "{}", refused.text());
     assert!(refused.stderr.contains(&base) && refused.stderr.contains("not granted"), "{}", refused.stderr);
+}
+
+/// What the README has people write into a file of their own workspace.
+fn written(file: &str) -> String {
+    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
+    let (_, section) = readme.split_once("\n## From your own workspace\n").expect("the section");
+    let section = section.split_once("\n## ").expect("another section").0;
+    let mut blocks = section.split("```toml\n# ").skip(1).filter_map(|block| block.strip_prefix(file));
+    blocks
+        .next()
+        .unwrap_or_else(|| panic!("no {file}"))
+        .split_once("```")
+        .unwrap()
+        .0
+        .split_once('\n')
+        .unwrap()
+        .1
+        .to_owned()
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
+/// Who has not built the components, or not said where they are, is told what to do; and what README says is enough.
+#[test]
+fn a_workspace_of_somebody_else() {
+    let lab = Lab::new();
+    lab.directory("mine/src");
+    lab.directory("mine/.cargo");
+    // The crates of the README are there, under these names. To build the sandbox again would take minutes.
+    let mut manifest = "[package]\nname = 'mine'\nedition = '2024'\n\n[workspace]\n\n".to_owned();
+    for line in written("Cargo.toml").lines() {
+        let Some((name, source)) = line.split_once(" = ") else {
+            manifest.push_str(&format!("{line}\n"));
+            continue;
+        };
+        let crate_directory = root().join("host").join(name.strip_prefix("blockhouse-").expect("a crate of ours"));
+        let theirs = std::fs::read_to_string(crate_directory.join("Cargo.toml")).unwrap();
+        assert!(theirs.contains(&format!("\nname = \"{name}\"\n")), "{name}");
+        assert!(source.starts_with("{ git = \"URL\", rev = \"REVISION\" }"), "{source}");
+        if name == "blockhouse-formats" {
+            manifest.push_str(&format!("{name} = {{ path = {crate_directory:?} }}\n"));
+        }
+    }
+    assert!(manifest.contains("blockhouse-formats"), "{manifest}");
+    lab.write("mine/Cargo.toml", manifest.as_bytes());
+    lab.write("mine/src/main.rs", b"fn main() { blockhouse_formats::FORMATS.map(|it| println!(\"{}\", it.format)); }");
+
+    let cargo = |components: Option<&str>| {
+        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        cargo.current_dir(lab.path("mine")).args(["run", "--quiet", "--offline", "--target-dir"]).arg(lab.path("out"));
+        cargo.env_remove("BLOCKHOUSE_COMPONENTS");
+        cargo.envs(components.map(|directory| ("BLOCKHOUSE_COMPONENTS", directory)));
+        run_within(Duration::from_secs(300), &mut cargo)
+    };
+    let remedy = format!("`cargo xtask build-plugins` in {}. From another workspace, set", root().display());
+    let none = cargo(None).refused();
+    let components = lab.absolute("out/components");
+    for part in [&*remedy, "BLOCKHOUSE_COMPONENTS", "\"From your own workspace\"", &components] {
+        assert!(none.stderr.contains(part), "{part}: {}", none.stderr);
+    }
+    let empty = lab.absolute("mine");
+    let wrong = cargo(Some(&empty)).refused();
+    let missing = format!("BLOCKHOUSE_COMPONENTS names a directory without {empty}/raw.wasm. ");
+    assert!(wrong.stderr.contains(&missing) && wrong.stderr.contains(&remedy), "{}", wrong.stderr);
+
+    // The clone beside it, with what `build-plugins` made in it.
+    lab.directory("blockhouse/target");
+    let built = component("raw").parent().unwrap().to_owned();
+    std::os::unix::fs::symlink(built, lab.path("blockhouse/target/components")).unwrap();
+    lab.write("mine/.cargo/config.toml", written(".cargo/config.toml").as_bytes());
+    assert_eq!(cargo(None).succeeded().text(), "qcow2\nraw\nvmdk\n");
 }

@@ -1,5 +1,8 @@
 //! The built-in format components, embedded as bytes. Which crate made each: `plugins/`.
 //!
+//! They are built before this crate, by `cargo xtask build-plugins`. From another workspace the environment variable
+//! `BLOCKHOUSE_COMPONENTS` says where they are: `README.md`, "From your own workspace".
+//!
 //! They have no rights that a component from a file would not have, and are replaced by one of the
 //! same format name.
 

@@ -62,6 +62,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
     for (name, bytes) in &components {
         println!("{}", describe(name, bytes));
     }
+    println!("in {}", directory(workspace).display());
     if arguments.check_reproducible {
         println!("{}", check_reproducible(workspace, &toolchain, &components)?);
     }
@@ -124,8 +125,13 @@ pub(crate) fn target_is_installed() -> Result<bool> {
 fn build_and_publish(workspace: &Workspace, way: Option<Way>) -> Result<(Toolchain, Components)> {
     let toolchain = Toolchain::prepare(way)?;
     let components = build(workspace, &toolchain, &workspace.root, &workspace.target)?;
-    publish(&workspace.target.join("components"), &components)?;
+    publish(&directory(workspace), &components)?;
     Ok((toolchain, components))
+}
+
+/// Where components are once they are built: `BLOCKHOUSE_COMPONENTS` for other workspaces.
+fn directory(workspace: &Workspace) -> PathBuf {
+    workspace.target.join("components")
 }
 
 /// Components by name, as built.
