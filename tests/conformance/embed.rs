@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use blockhouse_tests::{component, run, run_within, sha256, target_directory};
+use blockhouse_tests::{component, landlock_is_here, on_path, run, run_within, sha256, skip, target_directory};
 
 use crate::case::have_qemu;
 use crate::content::Content;
@@ -69,12 +69,48 @@ fn the_embedding_example() {
         )
     );
 
+    the_walls_stand(&lab, &mut command("images"));
+
     // The same image with a grant that does not hold its base.
     let refused = run(&mut command("elsewhere")).refused();
     let denied = format!("audit: {overlay}: denied {base:?} read-only: ");
     assert!(refused.text().lines().any(|line| line.starts_with(&denied)), "{}", refused.text());
     assert!(!refused.text().contains("layer") && !refused.text().contains("checksum"), "{}", refused.text());
     assert!(refused.stderr.contains(&base) && refused.stderr.contains("not granted"), "{}", refused.stderr);
+}
+
+/// The walls go up, are made narrower before an image is opened, and close; the process that compiles has its own.
+fn the_walls_stand(lab: &Lab, command: &mut Command) {
+    if !landlock_is_here() {
+        return;
+    }
+    if !on_path("strace") {
+        return skip("strace is not installed");
+    }
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "-e", "signal=none", "-e", "trace=execve,openat,seccomp,landlock_restrict_self", "-o"]);
+    strace.arg(lab.path("trace")).arg(command.get_program()).args(command.get_args());
+    run(&mut strace).succeeded();
+    let trace = std::fs::read_to_string(lab.path("trace")).unwrap();
+    let started: Vec<&str> = trace.lines().filter(|line| line.contains(" execve(")).collect();
+    let [program, compiler] = started.as_slice() else { panic!("a program, and a compiler: {trace}") };
+    assert!(compiler.contains("--compile-for-parent"), "{compiler}");
+    let walls = |of: &str| {
+        let (process, _) = of.split_once(' ').unwrap();
+        let calls = trace.lines().filter_map(|line| line.strip_prefix(process));
+        let known = ["landlock_restrict_self", "seccomp(", "qcow2.wasm\", O_RDONLY", "overlay.qcow2\", O_RDONLY"];
+        // To plan a path is to find it, and not to open what is there.
+        let opened = calls.filter(|call| !call.contains("O_PATH") && !call.contains("execve("));
+        let mut order: Vec<&str> = opened.filter_map(|call| known.into_iter().find(|it| call.contains(it))).collect();
+        order.dedup();
+        order.iter().map(|call| call.split(['_', '(', '"']).next().unwrap()).collect::<Vec<_>>().join(" ")
+    };
+    assert_eq!(
+        walls(program),
+        "landlock seccomp qcow2.wasm landlock seccomp overlay.qcow2 seccomp",
+        "raised, narrowed, sealed: {trace}"
+    );
+    assert_eq!(walls(compiler), "landlock seccomp", "{trace}");
 }
 
 /// What the README has people write into a file of their own workspace.

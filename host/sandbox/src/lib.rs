@@ -42,6 +42,21 @@
 //! println!("{} layers", opened.report.layers.len());
 //! # Ok(()) }
 //! ```
+//!
+//! # What an embedder adds
+//!
+//! The above holds components. What stands around the `blockhouse` program beside that is for the embedder to set up,
+//! in this order; `examples/embed` has all but the last row.
+//!
+//! | what it keeps a stranger from | how |
+//! |---|---|
+//! | time and memory of this process, while a component is compiled | [`CompilerProcess`] and [`serve_compiler`], prepared before the walls; [`Sandbox::compiler`]. Without it, [`Sandbox::load_file`] compiles here, unbounded |
+//! | files that nobody planned, most system calls | `Walls::raise` of `blockhouse-walls`, before the first thread, with a plan of the images, the grants, the component files and `/dev/null` |
+//! | what only start-up needs: component files, making and renaming files | `Walls::narrow`, once components are loaded and before an image is opened |
+//! | files by name, new code | `Walls::seal`, once all is open |
+//! | more than that in threads that move bytes | `Walls::thread_start`, as the first thing that they do: [`block::Pool::beginning_with`]. Rings are made before the walls narrow ([`block::Rings`]), and both are handed to the disk |
+//!
+//! A policy file, the code cache ([`Sandbox::code_cache`]) and the metrics are the program's as well.
 
 #![deny(unsafe_code)]
 
