@@ -12,9 +12,10 @@
 //! | `maintenance.rs` | `snapshot list` |
 //! | `policy.rs` | the page about policies |
 //! | `streams.rs` | standard output and error that cannot be written |
-//! | `embed.rs` | the example `examples/embed` |
+//! | `embed.rs`, `author.rs` | the example `examples/embed`; workspaces of other people, as the README and the manual have them |
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+mod author;
 mod case;
 mod chains;
 mod commands;

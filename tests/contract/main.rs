@@ -1,9 +1,10 @@
 //! The contract's documents say what the code does: the authority table is the one that the host links
-//! by, and the reference page is generated from the WIT.
+//! by, the reference page is generated from the WIT, and the author's manual has each method of the tool kit.
 //!
 //! `UPDATE=1 cargo test --package blockhouse-tests --test contract` writes both anew.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+mod methods;
 mod reference;
 
 use std::path::{Path, PathBuf};
@@ -24,15 +25,24 @@ fn check(file: &Path, wanted: &str) {
     );
 }
 
+/// As [`check`], for what is between two marks.
+fn check_part(file: &Path, name: &str, wanted: &str) {
+    let (start, end) = (format!("<!-- {name}: generated, see tests -->\n"), format!("<!-- end of {name} -->"));
+    let text = std::fs::read_to_string(file).unwrap();
+    let (before, rest) = text.split_once(&start).expect("the start mark");
+    let (_, after) = rest.split_once(&end).expect("the end mark");
+    check(file, &format!("{before}{start}{wanted}{end}{after}"));
+}
+
 #[test]
 fn the_authority_table_is_the_one_the_host_links_by() {
-    const START: &str = "<!-- authority table: generated, see tests -->\n";
-    const END: &str = "<!-- end of authority table -->";
-    let file = wit().join("README.md");
-    let text = std::fs::read_to_string(&file).unwrap();
-    let (before, rest) = text.split_once(START).expect("the start mark");
-    let (_, after) = rest.split_once(END).expect("the end mark");
-    check(&file, &format!("{before}{START}{}{END}{after}", blockhouse_sandbox::authority::table()));
+    check_part(&wit().join("README.md"), "authority table", &blockhouse_sandbox::authority::table());
+}
+
+#[test]
+fn the_manual_has_every_method() {
+    let plugins = wit().with_file_name("plugins");
+    check_part(&plugins.join("README.md"), "every method", &methods::generate(&plugins.join("sdk/src")));
 }
 
 #[test]
