@@ -113,11 +113,16 @@ fn the_walls_stand(lab: &Lab, command: &mut Command) {
     assert_eq!(walls(compiler), "landlock seccomp", "{trace}");
 }
 
+/// A section of the README.
+fn section(title: &str) -> String {
+    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
+    let (_, section) = readme.split_once(&format!("\n## {title}\n")).expect("the section");
+    section.split_once("\n## ").expect("another section").0.to_owned()
+}
+
 /// What the README has people write into a file of their own workspace.
 fn written(file: &str) -> String {
-    let readme = std::fs::read_to_string(root().join("README.md")).unwrap();
-    let (_, section) = readme.split_once("\n## From your own workspace\n").expect("the section");
-    let section = section.split_once("\n## ").expect("another section").0;
+    let section = section("From your own workspace");
     let mut blocks = section.split("```toml\n# ").skip(1).filter_map(|block| block.strip_prefix(file));
     blocks
         .next()
@@ -184,4 +189,27 @@ fn a_workspace_of_somebody_else() {
     std::os::unix::fs::symlink(built, lab.path("blockhouse/target/components")).unwrap();
     lab.write("mine/.cargo/config.toml", written(".cargo/config.toml").as_bytes());
     assert_eq!(cargo(None).succeeded().text(), "qcow2\nraw\nvmdk\n");
+}
+
+/// To build it for speed takes many minutes: that the commands mean something is what can be said here.
+#[test]
+fn the_installation() {
+    let section = section("Install");
+    let (_, commands) = section.split_once("```sh\n").unwrap();
+    let commands: Vec<&str> = commands.split_once("```").unwrap().0.lines().collect();
+    let [components, install] = commands.as_slice() else { panic!("two commands: {commands:?}") };
+    assert!(components.starts_with("cargo xtask build-plugins "), "{components}");
+    let words: Vec<&str> = install.split_whitespace().collect();
+    let ["cargo", "install", "--locked", "--path", path, "#", "makes", made] = words[..] else { panic!("{install}") };
+
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(root().join(path)).args(["metadata", "--format-version=1", "--no-deps", "--offline"]);
+    let metadata: serde_json::Value = serde_json::from_slice(&run(&mut cargo).succeeded().stdout).unwrap();
+    let manifest = root().join(path).join("Cargo.toml");
+    let packages = metadata["packages"].as_array().unwrap();
+    let package = packages.iter().find(|package| package["manifest_path"] == manifest.to_str().unwrap()).unwrap();
+    let programs = package["targets"].as_array().unwrap().iter().filter(|target| target["kind"][0] == "bin");
+    let programs: Vec<String> =
+        programs.map(|target| format!("~/.cargo/bin/{}", target["name"].as_str().unwrap())).collect();
+    assert_eq!(programs, [made]);
 }

@@ -12,7 +12,7 @@
 //! | `maintenance.rs` | `snapshot list` |
 //! | `policy.rs` | the page about policies |
 //! | `streams.rs` | standard output and error that cannot be written |
-//! | `embed.rs`, `author.rs` | the example `examples/embed`; workspaces of other people, as the README and the manual have them |
+//! | `embed.rs`, `author.rs` | the example `examples/embed`; workspaces of other people, and the installation, as the README and the manual have them |
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
 mod author;

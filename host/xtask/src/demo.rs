@@ -41,7 +41,17 @@ pub(crate) fn run(workspace: &Workspace, _arguments: &Arguments) -> Result<()> {
     boot(&blockhouse, &images)?;
     refuse(&blockhouse, &images)?;
     println!("\n{}", style("1;32", "The disk was right, its twin was refused."));
+    println!("{}", go_on(&blockhouse, &images));
     Ok(())
+}
+
+/// Which program it was, and what to try with it.
+fn go_on(blockhouse: &Path, images: &Images) -> String {
+    let mut info = Command::new(blockhouse);
+    info.args(["info", "--format", "qcow2", "--allow"]).args([&images.golden, &images.overlay]);
+    let mut help = Command::new(blockhouse);
+    help.arg("help");
+    format!("The program is {}. To go on:\n   {}\n   {}", blockhouse.display(), tools::line(&info), tools::line(&help))
 }
 
 /// Builds the `blockhouse` program; `BLOCKHOUSE` names another one instead.
@@ -267,4 +277,22 @@ fn heading(text: &str) {
 
 fn tick() -> String {
     style("32", "✓")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_names_the_program() {
+        let path = |name: &str| Path::new("/a target").join(name);
+        let (root, overlay, golden) = (path("demo"), path("over"), path("gold"));
+        let images = Images { root, overlay, golden, twin: path("twin"), private: path("keys") };
+        assert_eq!(
+            go_on(&path("blockhouse"), &images),
+            "The program is /a target/blockhouse. To go on:\n   \
+             '/a target/blockhouse' info --format qcow2 --allow '/a target/gold' '/a target/over'\n   \
+             '/a target/blockhouse' help"
+        );
+    }
 }
