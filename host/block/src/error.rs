@@ -70,7 +70,8 @@ pub enum Remedy {
 
 /// An error of a disk or of one of its layers.
 ///
-/// `Display` prints one line: what was being done, to which image, and why it failed.
+/// `Display` prints one line: what was being done, to which image, and why it failed. Names in it are as the image has
+/// them, control characters included: whoever shows it to people escapes them.
 #[derive(Debug)]
 pub struct Error {
     kind: ErrorKind,

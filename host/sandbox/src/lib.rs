@@ -46,7 +46,7 @@
 //! # What an embedder adds
 //!
 //! The above holds components. What stands around the `blockhouse` program beside that is for the embedder to set up,
-//! in this order; `examples/embed` has all but the last row.
+//! the walls in this order; `examples/embed` has all but the last three rows.
 //!
 //! | what it keeps a stranger from | how |
 //! |---|---|
@@ -55,6 +55,8 @@
 //! | what only start-up needs: component files, making and renaming files | `Walls::narrow`, once components are loaded and before an image is opened |
 //! | files by name, new code | `Walls::seal`, once all is open |
 //! | more than that in threads that move bytes | `Walls::thread_start`, as the first thing that they do: [`block::Pool::beginning_with`]. Rings are made before the walls narrow ([`block::Rings`]), and both are handed to the disk |
+//! | a terminal, and a log, that show another text than there is | [`clean`] for every name and error that is shown, [`json`] for what is written as JSON, and a subscriber of `tracing` that does the same with its fields (`host/cli/src/log.rs` is one): they are as images and components have them |
+//! | a shell, where people paste what an error suggests | errors suggest nothing themselves: [`block::Error::remedy`] says what would help, in no words of any program |
 //!
 //! A policy file, the code cache ([`Sandbox::code_cache`]) and the metrics are the program's as well.
 
