@@ -89,7 +89,7 @@ fn option_value(option: &str, value: &str) -> Option<String> {
 /// `text` as one word of a POSIX shell (Shell & Utilities, 2.2.2 Single-Quotes); nothing if it has characters that a
 /// terminal would not show as they are.
 fn shell_word(text: &str) -> Option<String> {
-    let plain = |character: char| character.is_ascii_alphanumeric() || "/._-+:,@%=".contains(character);
+    let plain = |character: char| character.is_ascii_alphanumeric() || "/._-+:,@".contains(character);
     if text.is_empty() || printable(text) != text {
         return None;
     }
