@@ -72,8 +72,13 @@ pub enum Remedy {
 ///
 /// `Display` prints one line: what was being done, to which image, and why it failed. Names in it are as the image has
 /// them, control characters included: whoever shows it to people escapes them.
+///
+/// As small as a pointer: a result goes with every request, and hardly ever is an error.
 #[derive(Debug)]
-pub struct Error {
+pub struct Error(Box<Inner>);
+
+#[derive(Debug)]
+struct Inner {
     kind: ErrorKind,
     message: String,
     image: Option<String>,
@@ -87,69 +92,79 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// An error of `kind`; `message` says what happened and what to do next.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), image: None, remedy: None, source: None }
+        Self(Box::new(Inner { kind, message: message.into(), image: None, remedy: None, source: None }))
     }
 
     /// Names the image that the error is about. The innermost name stays.
     #[must_use]
     pub fn on_image(mut self, name: impl Into<String>) -> Self {
-        self.image.get_or_insert_with(|| name.into());
+        self.0.image.get_or_insert_with(|| name.into());
         self
     }
 
     /// Names the image that the error is about, whatever it was called before: what the operator knows it by.
     #[must_use]
     pub fn renamed(mut self, name: impl Into<String>) -> Self {
-        self.image = Some(name.into());
+        self.0.image = Some(name.into());
         self
     }
 
     /// Says what would let the request pass.
     #[must_use]
     pub fn with_remedy(mut self, remedy: impl Into<Option<Remedy>>) -> Self {
-        self.remedy = remedy.into();
+        self.0.remedy = remedy.into();
         self
     }
 
     /// Keeps the error below.
     #[must_use]
     pub fn with_source(mut self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        self.source = Some(source.into());
+        self.0.source = Some(source.into());
         self
     }
 
     /// What an operator has to do about it.
     pub fn kind(&self) -> ErrorKind {
-        self.kind
+        self.0.kind
     }
 
     /// The image that it is about, as named when it was opened.
     pub fn image(&self) -> Option<&str> {
-        self.image.as_deref()
+        self.0.image.as_deref()
     }
 
     /// What would let the request pass, if anything would.
     pub fn remedy(&self) -> Option<&Remedy> {
-        self.remedy.as_ref()
+        self.0.remedy.as_ref()
     }
 
     /// The message alone, without the image.
     pub fn message(&self) -> &str {
-        &self.message
+        &self.0.message
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(image) = &self.image {
+        if let Some(image) = &self.0.image {
             write!(f, "{image}: ")?;
         }
-        f.write_str(&self.message)
+        f.write_str(&self.0.message)
     }
 }
 
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.source.as_deref().map(|e| e as _)
+        self.0.source.as_deref().map(|e| e as _)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_result_is_as_small_as_a_pointer() {
+        assert_eq!(size_of::<Result<()>>(), size_of::<usize>());
     }
 }

@@ -118,6 +118,7 @@ struct Part {
 
 impl Slot {
     /// Ends what the request holds.
+    #[inline]
     fn let_go(&mut self, disk: &Disk) {
         for part in &mut self.parts {
             // The file is in the table, since it was looked up there.
@@ -217,6 +218,7 @@ impl DiskLane {
     }
 
     /// A part has ended.
+    #[inline]
     fn part_ended(&mut self, user_data: u64, result: i32, each: &mut dyn FnMut(u64, Result<()>)) {
         self.parts = self.parts.saturating_sub(1);
         let (index, number) = slot_and_part(user_data);
@@ -224,14 +226,9 @@ impl DiskLane {
         let whole = slot.parts.get(number).is_some_and(|part| u32::try_from(result) == Ok(part.length));
         slot.again |= !whole;
         slot.left = slot.left.saturating_sub(1);
-        if slot.left == 0 {
-            self.slot_ended(index, each);
+        if slot.left > 0 {
+            return;
         }
-    }
-
-    /// All parts of a request have ended, or never will.
-    fn slot_ended(&mut self, index: usize, each: &mut dyn FnMut(u64, Result<()>)) {
-        let Some(slot) = self.slots.get_mut(index) else { return };
         if slot.write {
             was_written(&self.disk, &slot.parts);
         } else {
@@ -272,17 +269,16 @@ impl DiskLane {
     }
 
     /// The pool does what is left in a ring that was given up, as soon as the kernel has nothing of that any more.
+    #[cold]
     fn take_back(&mut self) {
         let Some(ring) = &self.given_up else { return };
         if self.parts == 0 || self.parts > ring.waiting() {
             return;
         }
-        self.parts = 0;
         for index in 0..self.slots.len() {
-            if let Some(slot) = self.slots.get_mut(index).filter(|slot| slot.left > 0) {
-                slot.left = 0;
-                slot.again = true;
-                self.slot_ended(index, &mut |_, _| {});
+            // As if the kernel had failed: the whole request is done again.
+            while self.slots.get(index).is_some_and(|slot| slot.left > 0) {
+                self.part_ended(user_data(index, 0), -libc::EAGAIN, &mut |_, _| {});
             }
         }
     }
@@ -291,7 +287,9 @@ impl DiskLane {
         while let Some((user_data, result)) = self.any_ring().and_then(Ring::next) {
             self.part_ended(user_data, result, each);
         }
-        self.take_back();
+        if self.given_up.is_some() {
+            self.take_back();
+        }
     }
 
     fn any_ring(&mut self) -> Option<&mut Ring> {
