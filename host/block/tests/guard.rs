@@ -2,10 +2,11 @@
 //! an image, and what does not make it look like one is written.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+#[path = "support/ready.rs"]
+mod ready;
 mod support;
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
@@ -15,6 +16,7 @@ use blockhouse_block::{
     PoolLane, Result, Topology,
 };
 use proptest::prelude::*;
+use ready::wait_for;
 use support::growing::{CLUSTER, Growing};
 use support::{Script, does_not_wait, file, pattern, read, writable};
 use vm_memory::{MmapRegion, VolatileMemory, VolatileSlice};
@@ -395,16 +397,7 @@ fn drain(lane: &mut dyn Lane) {
         if lane.in_flight() == 0 {
             break;
         }
-        let ready = lane.ready();
-        let mut polled: Vec<_> = ready
-            .iter()
-            .flatten()
-            .map(|ready| rustix::event::PollFd::from_borrowed_fd(ready.as_fd(), rustix::event::PollFlags::IN))
-            .collect();
-        let limit = rustix::event::Timespec { tv_sec: 20, tv_nsec: 0 };
-        assert!(rustix::event::poll(&mut polled, Some(&limit)).unwrap() > 0, "no request ends");
-        drop(polled);
-        lane.acknowledge();
+        wait_for(lane);
     }
 }
 

@@ -7,10 +7,11 @@
     clippy::cast_possible_truncation
 )]
 
+#[path = "support/ready.rs"]
+mod ready;
 mod support;
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -21,6 +22,7 @@ use blockhouse_block::{
     Access, BlockBackend, Disk, DiskOptions, Engine, ErrorKind, FileIndex, ImageFile, LANE_REQUESTS, Lane, LaneRequest,
     Layer, Operation, Placement, Pool, PoolLane, Result, Rings, Validity,
 };
+use ready::wait_for;
 use support::growing::{CLUSTER, Growing};
 use support::{Script, data, does_not_wait, file, pattern, read, writable, zero};
 use vm_memory::VolatileSlice;
@@ -66,16 +68,7 @@ impl Client {
 
     /// Waits until the lane says that there is something to do.
     fn wait(&mut self) {
-        let ready = self.lane.ready();
-        let mut polled: Vec<_> = ready
-            .iter()
-            .flatten()
-            .map(|ready| rustix::event::PollFd::from_borrowed_fd(ready.as_fd(), rustix::event::PollFlags::IN))
-            .collect();
-        let limit = rustix::event::Timespec { tv_sec: 20, tv_nsec: 0 };
-        assert!(rustix::event::poll(&mut polled, Some(&limit)).unwrap() > 0, "no request ends");
-        drop(polled);
-        self.lane.acknowledge();
+        wait_for(&mut *self.lane);
     }
 
     /// One request, from its start to its end.

@@ -32,7 +32,7 @@ use crate::layer::{ComponentLayer, Incarnation, Revival};
 use crate::locks::{self, LockMode};
 use crate::maintenance::{each_size, resize};
 use crate::pin::Pin;
-use crate::policy::GRANT_IS_READ_ONLY;
+use crate::policy::{GRANT_IS_READ_ONLY, NOT_GRANTED};
 use crate::regular;
 use crate::restart::{Backoff, Held, Now, Restart, monotonic};
 use crate::sandbox::{Plugin, PluginKind, Sandbox, hex};
@@ -904,8 +904,7 @@ fn explain_denial(error: Error, events: &[OpenEvent]) -> Error {
     let (ErrorKind::Denied, Some(event)) = (error.kind(), refused) else { return error };
     let reason = event.reason.as_deref().unwrap_or("refused");
     let writes = event.access == "read-write";
-    let not_granted = event.grant.is_none() && reason.contains("not granted");
-    let remedy = (not_granted || writes && reason == GRANT_IS_READ_ONLY).then(|| Remedy::Grant {
+    let remedy = (reason == NOT_GRANTED || writes && reason == GRANT_IS_READ_ONLY).then(|| Remedy::Grant {
         path: event.path.clone(),
         access: if writes { Access::ReadWrite } else { Access::ReadOnly },
     });

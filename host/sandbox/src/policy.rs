@@ -23,6 +23,8 @@ use crate::pin::Pin;
 use crate::regular;
 use crate::restart::{Held, HeldFile};
 
+/// Why what lies in no grant is not opened.
+pub(crate) const NOT_GRANTED: &str = "it is not granted";
 /// Why what is granted to be read is not opened to be written.
 pub(crate) const GRANT_IS_READ_ONLY: &str = "the grant is read-only";
 
@@ -146,12 +148,7 @@ pub(crate) fn open(
         })
         .min_by_key(|(_, _, _, rest)| rest.len());
     let Some((grant, dir, granted, rest)) = nearest else {
-        return Err(Denied {
-            code: ErrorCode::NotPermitted,
-            path: full,
-            grant: None,
-            reason: "it is not granted".to_owned(),
-        });
+        return Err(Denied { code: ErrorCode::NotPermitted, path: full, grant: None, reason: NOT_GRANTED.to_owned() });
     };
     let denied =
         |code: ErrorCode, reason: String| Denied { code, path: full.clone(), grant: Some(grant.clone()), reason };

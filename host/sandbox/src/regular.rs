@@ -64,12 +64,12 @@ pub(crate) fn open(path: &Path, write: bool) -> io::Result<Result<File, &'static
     let file = File::options().read(true).write(write).custom_flags(careful()).open(path)?;
     let kind = file.metadata()?.file_type();
     if !kind.is_file() {
-        return Ok(Err(match () {
-            () if kind.is_dir() => "it is not a regular file but a directory",
-            () if kind.is_block_device() => {
-                "it is not a regular file but a block device, and none is opened; a file system on it may hold images"
-            }
-            () => "it is not a regular file",
+        return Ok(Err(if kind.is_dir() {
+            "it is not a regular file but a directory"
+        } else if kind.is_block_device() {
+            "it is not a regular file but a block device, and none is opened; a file system on it may hold images"
+        } else {
+            "it is not a regular file"
         }));
     }
     usual_mode(&file)?;
