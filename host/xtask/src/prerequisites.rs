@@ -101,6 +101,12 @@ fn prepare(workspace: &Workspace, purpose: Purpose) -> Vec<Needed> {
             found: program("strace", "strace"),
         },
         Needed {
+            name: "valgrind",
+            why: "counting what a request costs",
+            essential: false,
+            found: program("valgrind", "valgrind"),
+        },
+        Needed {
             name: "/dev/kvm",
             why: "everything that runs a guest",
             essential: purpose == Purpose::Demo,

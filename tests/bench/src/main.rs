@@ -48,8 +48,8 @@ use clap::Parser;
 #[command(version)]
 struct Arguments {
     /// The `blockhouse` program.
-    #[arg(long, value_name = "FILE")]
-    blockhouse: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "system")]
+    blockhouse: Option<PathBuf>,
 
     /// Short rounds, and without `instructions` and `vm`: a few minutes.
     #[arg(long)]
@@ -79,15 +79,17 @@ struct Arguments {
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
 
-    /// Only so many passes of one system, for `instructions.rs`.
-    #[arg(long, hide = true, requires_all = ["system", "image"])]
-    passes: Option<u64>,
-
-    #[arg(long, hide = true)]
+    /// Only what a request of this system costs, in instructions, as a number.
+    #[arg(long, value_name = "NAME", requires = "image")]
     system: Option<String>,
 
-    #[arg(long, hide = true)]
+    /// The image of `--system`, of at least 8 MiB.
+    #[arg(long, value_name = "FILE", requires = "system")]
     image: Option<PathBuf>,
+
+    /// Only so many passes: what is counted to know the costs.
+    #[arg(long, hide = true, requires = "system")]
+    passes: Option<u64>,
 }
 
 /// How long and how often.
@@ -99,9 +101,14 @@ struct Pace {
 
 fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    if let (Some(passes), Some(system), Some(image)) = (arguments.passes, &arguments.system, &arguments.image) {
-        return instructions::passes(system, image, passes);
+    if let (Some(system), Some(image)) = (&arguments.system, &arguments.image) {
+        if let Some(passes) = arguments.passes {
+            return instructions::passes(system, image, passes);
+        }
+        println!("{:.0}", instructions::cost(system, image)?);
+        return Ok(());
     }
+    let blockhouse = arguments.blockhouse.as_deref().context("which program?")?;
     let directory = match &arguments.directory {
         Some(directory) => tempfile::tempdir_in(directory),
         None => tempfile::tempdir(),
@@ -120,7 +127,7 @@ fn main() -> Result<()> {
         eprintln!("── {name}");
         let place = groups::Place {
             directory: directory.path(),
-            blockhouse: &arguments.blockhouse,
+            blockhouse,
             pace,
             quick: arguments.quick,
             workload: &arguments.workload,
