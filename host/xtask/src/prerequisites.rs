@@ -95,24 +95,28 @@ fn prepare(workspace: &Workspace, purpose: Purpose) -> Vec<Needed> {
             found: program("qemu-img", "qemu-utils"),
         },
         Needed {
-            name: "strace",
-            why: "recording and failing system calls, in the tests of power cuts and of attacks",
-            essential: false,
-            found: program("strace", "strace"),
-        },
-        Needed {
-            name: "valgrind",
-            why: "counting what a request costs",
-            essential: false,
-            found: program("valgrind", "valgrind"),
-        },
-        Needed {
             name: "/dev/kvm",
             why: "everything that runs a guest",
             essential: purpose == Purpose::Demo,
             found: kvm(),
         },
     ];
+    if purpose != Purpose::Demo {
+        all.extend([
+            Needed {
+                name: "strace",
+                why: "recording and failing system calls, in the tests of power cuts and of attacks",
+                essential: false,
+                found: program("strace", "strace"),
+            },
+            Needed {
+                name: "valgrind",
+                why: "counting what a request costs",
+                essential: false,
+                found: program("valgrind", "valgrind"),
+            },
+        ]);
+    }
     if purpose == Purpose::Test {
         all.push(fuzzer());
         all.extend(guest(&workspace.target.join("cache")));
