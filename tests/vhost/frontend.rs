@@ -37,6 +37,7 @@ pub(crate) const USER_BASE: u64 = 0x7000_0000_0000;
 
 pub(crate) const READ: u32 = 0;
 pub(crate) const WRITE: u32 = 1;
+pub(crate) const FLUSH: u32 = 4;
 
 /// A guest with one queue.
 pub(crate) struct Guest {

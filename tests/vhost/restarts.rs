@@ -11,7 +11,7 @@ use vhost::VhostBackend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
-use crate::frontend::{BUFFER, Guest, READ, SLOTS, WRITE};
+use crate::frontend::{BUFFER, FLUSH, Guest, READ, SLOTS, WRITE};
 
 /// The slots that are marked as in flight.
 fn marked(guest: &Guest) -> Vec<u16> {
@@ -168,6 +168,83 @@ fn writes_through_the_cache_survive_kills() {
         drop(frontend);
         serve.kill();
     }
+}
+
+/// The guest's requests, one after the other, and how each is answered.
+fn statuses(guest: &mut Guest, requests: &[(u32, u64, u8)]) -> Vec<u8> {
+    let each = |(kind, sector, byte): &(u32, u64, u8)| {
+        guest.submit(0, *kind, *sector, &[*byte; 512]);
+        guest.wait(1)[0].1
+    };
+    requests.iter().map(each).collect()
+}
+
+const OK: u8 = 0;
+const IO_ERROR: u8 = 1;
+
+/// With a format that allocates, where bytes lie is known to a component alone until a flush. If it is gone with its
+/// process, no later flush promises what was lost, and nothing of before is read.
+#[test]
+fn what_was_answered_and_not_flushed_is_lost_with_a_process_and_the_guest_is_told() {
+    let directory = scratch();
+    let image = directory.path().join("disk.qcow2");
+    qemu_img(["create", "-q", "-f", "qcow2"].map(AsRef::as_ref).into_iter().chain([image.as_os_str(), "4M".as_ref()]));
+    let socket = directory.path().join("socket");
+    let fields = format!("file={},format=qcow2", image.display());
+    let mut guest = Guest::new();
+    let mut serve = Serve::disk(&socket, &fields);
+    let mut frontend = guest.connect(&socket);
+
+    // Flushed, or in place in a cluster that is: both are in the file.
+    assert_eq!(statuses(&mut guest, &[(WRITE, 0, 1), (FLUSH, 0, 0), (WRITE, 1, 2)]), [OK; 3]);
+    serve.kill();
+    serve = Serve::disk(&socket, &fields);
+    drop(std::mem::replace(&mut frontend, guest.connect(&socket)));
+    assert_eq!(statuses(&mut guest, &[(FLUSH, 0, 0), (READ, 0, 9)]), [OK; 2]);
+    assert_eq!(guest.data(0, 512), [1; 512]);
+    assert_eq!(statuses(&mut guest, &[(READ, 1, 9)]), [OK]);
+    assert_eq!(guest.data(0, 512), [2; 512]);
+
+    // A new cluster. A front end that comes back to the same process has lost nothing, nor has a server that ends well.
+    assert_eq!(statuses(&mut guest, &[(WRITE, 1024, 3)]), [OK]);
+    drop(frontend);
+    frontend = guest.connect(&socket);
+    assert_eq!(statuses(&mut guest, &[(READ, 1024, 9), (WRITE, 2048, 4)]), [OK; 2]);
+    serve.terminate();
+    serve = Serve::disk(&socket, &fields);
+    drop(std::mem::replace(&mut frontend, guest.connect(&socket)));
+    assert_eq!(statuses(&mut guest, &[(FLUSH, 0, 0), (READ, 2048, 9)]), [OK; 2]);
+    assert_eq!(guest.data(0, 512), [4; 512]);
+
+    // What is written through is not answered before it is flushed.
+    set_writeback(&mut frontend, 0);
+    assert_eq!(statuses(&mut guest, &[(WRITE, 3072, 5)]), [OK]);
+    serve.kill();
+    serve = Serve::disk(&socket, &fields);
+    drop(std::mem::replace(&mut frontend, guest.connect(&socket)));
+    assert_eq!(statuses(&mut guest, &[(FLUSH, 0, 0), (READ, 3072, 9)]), [OK; 2]);
+    assert_eq!(guest.data(0, 512), [5; 512]);
+    set_writeback(&mut frontend, 1);
+
+    assert_eq!(statuses(&mut guest, &[(WRITE, 4096, 6)]), [OK]);
+    serve.kill();
+    for _ in 0..2 {
+        serve = Serve::disk(&socket, &fields);
+        drop(std::mem::replace(&mut frontend, guest.connect(&socket)));
+        assert_eq!(statuses(&mut guest, &[(FLUSH, 0, 0), (READ, 0, 9), (WRITE, 0, 9), (FLUSH, 0, 0)]), [IO_ERROR; 4]);
+        serve.expect("They are lost: the guest gets I/O errors until it is reset");
+        serve.kill();
+    }
+
+    // The guest starts again: it reads what is there.
+    serve = Serve::disk(&socket, &fields);
+    frontend = guest.connect(&socket);
+    frontend.reset_device().unwrap();
+    drop(frontend);
+    let _frontend = guest.connect(&socket);
+    assert_eq!(statuses(&mut guest, &[(READ, 4096, 9), (FLUSH, 0, 0)]), [OK; 2]);
+    assert_eq!(guest.data(0, 512), [0; 512], "it was lost, and the guest knows");
+    serve.terminate();
 }
 
 /// In a session: before the features are set, and after a reset, and for the memory that comes next.

@@ -19,6 +19,10 @@ pub struct Topology {
     pub optimal_io_size: u32,
 }
 
+/// Hears whether something that was answered would be lost with this process; see
+/// [`watch_unflushed`](BlockBackend::watch_unflushed).
+pub type UnflushedWatch = Arc<dyn Fn(bool) + Send + Sync>;
+
 /// A disk as a device sees it: a fixed number of bytes that can be read, and perhaps written.
 ///
 /// Every call may be made from any thread, and calls may overlap in time. A call returns when its
@@ -70,6 +74,18 @@ pub trait BlockBackend: Send + Sync {
     /// # Errors
     /// As [`write`](Self::write).
     fn discard(&self, offset: u64, length: u64) -> Result<()>;
+
+    /// From now on `watch` hears, instead of whoever did before, whether the end of this process would take changes
+    /// along that are not flushed. Bytes that were written survive a process that is killed: they are in the page
+    /// cache. Where they lie does not, while only the layer on top knows it.
+    ///
+    /// `watch` is called at once, with `true` before such a change is answered, and with `false` after a flush. It must
+    /// not call the disk.
+    ///
+    /// A backend that keeps nothing in memory never calls it, which is what this does if it is left out.
+    fn watch_unflushed(&self, watch: Option<UnflushedWatch>) {
+        drop(watch);
+    }
 
     /// A lane to the disk, for one thread. A backend that has nothing better returns a
     /// [`PoolLane`](crate::PoolLane), whose threads call the functions above.

@@ -2,11 +2,11 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use vm_memory::VolatileSlice;
 
-use crate::backend::{BlockBackend, SECTOR_SIZE, Topology};
+use crate::backend::{BlockBackend, SECTOR_SIZE, Topology, UnflushedWatch};
 use crate::buffers::Buffers;
 use crate::chain::{Chain, MAX_EXTENTS, Questions};
 use crate::error::{Error, ErrorKind, Result};
@@ -106,6 +106,9 @@ pub struct Disk {
     pub(crate) stream: Stream,
     /// Held during every call of the writer; see [`flush`](BlockBackend::flush).
     pub(crate) space: Mutex<()>,
+    /// Whether the layer on top has changes in its memory. Set and cleared with `space` held.
+    pub(crate) unflushed: AtomicBool,
+    pub(crate) unflushed_watch: RwLock<Option<UnflushedWatch>>,
     /// Set once, while nothing is in flight.
     pub(crate) closed: AtomicBool,
     topology: Topology,
@@ -156,6 +159,8 @@ impl Disk {
             allocate_ahead: options.allocate_ahead_bytes.min(MAX_ALLOCATE_AHEAD),
             stream: Stream::default(),
             space: Mutex::default(),
+            unflushed: AtomicBool::new(false),
+            unflushed_watch: RwLock::new(None),
             closed: AtomicBool::new(false),
             topology: Topology { physical_block_size, optimal_io_size },
             pool: Pool::new(),
@@ -401,6 +406,12 @@ impl BlockBackend for Disk {
         let space = self.lock_space();
         self.refuse_closed()?;
         self.publish(&space)
+    }
+
+    fn watch_unflushed(&self, watch: Option<UnflushedWatch>) {
+        let _space = self.lock_space();
+        *self.unflushed_watch.write().unwrap_or_else(PoisonError::into_inner) = watch;
+        self.note_unflushed(self.unflushed.load(Ordering::Relaxed));
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, may_unmap: bool) -> Result<()> {

@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::VolatileSlice;
 
-use crate::backend::{BlockBackend, SECTOR_SIZE, Topology};
+use crate::backend::{BlockBackend, SECTOR_SIZE, Topology, UnflushedWatch};
 use crate::buffers::Buffers;
 use crate::error::{Error, ErrorKind, Result};
 use crate::lane::{Lane, LaneRequest, Operation};
@@ -281,6 +281,10 @@ impl BlockBackend for HeaderGuard {
 
     fn flush(&self) -> Result<()> {
         self.disk.flush()
+    }
+
+    fn watch_unflushed(&self, watch: Option<UnflushedWatch>) {
+        self.disk.watch_unflushed(watch);
     }
 
     fn write_zeroes(&self, offset: u64, length: u64, may_unmap: bool) -> Result<()> {

@@ -64,7 +64,7 @@ mod whole;
 mod write;
 
 pub use answer::MAX_PACKED_UNIT;
-pub use backend::{BlockBackend, SECTOR_SIZE, Topology};
+pub use backend::{BlockBackend, SECTOR_SIZE, Topology, UnflushedWatch};
 pub use chain::MAX_CHAIN_DEPTH;
 pub use disk::{Disk, DiskOptions, Engine};
 pub use error::{Error, ErrorKind, Remedy, Result};

@@ -114,6 +114,7 @@ impl Disk {
         let _alone = self.take(offset, end)?;
         let result = {
             let _space = self.lock_space();
+            self.note_unflushed(true);
             self.chain.pack(offset, bytes)
         };
         // Whatever was said: after an error nobody knows. A new unit may have the token of an old one.

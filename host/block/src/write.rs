@@ -207,7 +207,9 @@ impl Disk {
     /// `space` locked until all of it is done.
     pub(crate) fn publish(&self, _space: &MutexGuard<'_, ()>) -> Result<()> {
         self.sync_files()?;
-        for (file, offset, length) in self.chain.flush()? {
+        let freed = self.chain.flush()?;
+        self.note_unflushed(false);
+        for (file, offset, length) in freed {
             // A hole that cannot be made wastes space and nothing else.
             match self.file(file)?.punch_hole(offset, length) {
                 Ok(true) => {}
@@ -219,6 +221,15 @@ impl Disk {
             }
         }
         Ok(())
+    }
+
+    /// Notes that the layer on top is about to change something in its memory, or has nothing there any more. The
+    /// caller has `space` locked.
+    pub(crate) fn note_unflushed(&self, unflushed: bool) {
+        self.unflushed.store(unflushed, Ordering::Relaxed);
+        if let Some(watch) = &*self.unflushed_watch.read().unwrap_or_else(PoisonError::into_inner) {
+            watch(unflushed);
+        }
     }
 
     /// The end of the piece of `start..end` that begins at `start`. Pieces end between clusters.
@@ -386,6 +397,7 @@ impl Disk {
             self.chain.abandon(&tickets);
             return Err(error);
         }
+        self.note_unflushed(true);
         // If it fails, nothing was published, and the reservations still stand.
         let committed =
             self.chain.writer(|writer| writer.commit(&tickets)).inspect_err(|_| self.chain.abandon(&tickets));
@@ -525,7 +537,12 @@ impl Disk {
     fn unmap(&self, from: u64, to: u64, call: impl FnOnce(&dyn LayerWriter) -> Result<()>) -> Result<bool> {
         let result = {
             let _space = self.lock_space();
-            self.chain.writer(call)
+            let before = self.unflushed.load(Ordering::Relaxed);
+            self.note_unflushed(true);
+            // What is not supported has changed nothing.
+            self.chain.writer(call).inspect_err(|error| {
+                self.note_unflushed(before || error.kind() != ErrorKind::Unsupported);
+            })
         };
         // Whatever was said: after an error nobody knows.
         self.map.invalidate(from, to.saturating_sub(from));

@@ -14,7 +14,7 @@ use crate::session;
 
 /// Serves one front end of `device` to its end.
 pub fn serve(stream: UnixStream, device: &Arc<BlockDevice>, name: &str) {
-    session::serve(stream, Handler::new(Arc::clone(device), name.to_owned()), &NewsChannel::default(), name);
+    session::serve(stream, Handler::new(Arc::clone(device), name.to_owned(), 0), &NewsChannel::default(), name);
 }
 
 /// See [`InFlightMemory`].

@@ -29,12 +29,13 @@ pub(crate) struct Handler {
 }
 
 impl Handler {
-    /// `device` as after power-on; `name` is for threads and the log.
-    pub(crate) fn new(device: Arc<BlockDevice>, name: String) -> Self {
+    /// `device` as after power-on; `name` is for threads and the log, `owner` for the memory that the front end keeps.
+    pub(crate) fn new(device: Arc<BlockDevice>, name: String, owner: u64) -> Self {
         device.reset();
+        device.watch_unflushed(None);
         let rings = (0..device.queues()).map(Ring::new).collect();
         let memory = MemoryMap::default();
-        let common = Common { device, memory, inflight: None, features: None, writeback: None, name };
+        let common = Common { device, memory, inflight: None, features: None, writeback: None, name, owner };
         Self { common, rings }
     }
 
@@ -84,7 +85,10 @@ impl Handler {
         for ring in &mut self.rings {
             ring.reset();
         }
-        self.common.inflight = None;
+        if let Some(inflight) = &self.common.inflight {
+            inflight.forget_lost();
+        }
+        self.common.record_in(None);
         self.common.features = None;
         self.common.device.reset();
     }
@@ -253,7 +257,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
     fn get_inflight_fd(&mut self, asked: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
         let (memory, told, file) = InFlightMemory::create(asked)?;
         self.change_common(|common| {
-            common.inflight = Some(memory);
+            common.record_in(Some(memory));
             common.settle_writeback();
             Ok(())
         })?;
@@ -264,7 +268,7 @@ impl VhostUserBackendReqHandlerMut for Handler {
         self.change_common(|common| {
             let memory = InFlightMemory::adopt(told, file)?;
             common.writeback = common.writeback.or(memory.writeback());
-            common.inflight = Some(memory);
+            common.record_in(Some(memory));
             common.settle_writeback();
             Ok(())
         })

@@ -14,16 +14,21 @@
 //! ring and mark is what `last_batch_head`, `next` and `used_idx` are for: if the ring is ahead of
 //! `used_idx`, the requests of that list were answered.
 //!
-//! After the queues comes what the specification knows nothing about, and others leave alone: whether the guest
-//! has its writes stay volatile until it flushes. The front end says that once, and not again to whoever takes over.
+//! After the queues comes what the specification knows nothing about, and others leave alone.
 //!
 //! ```text
 //!  64-byte aligned
-//!  ┌───────┬───────────┐
-//!  │ magic │ writeback │ …
-//!  │ 8     │ 1         │
-//!  └───────┴───────────┘
+//!  ┌───────┬───────────┬───────────┬─────────┬───────┐
+//!  │ magic │ writeback │ unflushed │ padding │ owner │ …
+//!  │ 8     │ 1         │ 1         │ 6       │ 8     │
+//!  └───────┴───────────┴───────────┴─────────┴───────┘
 //! ```
+//! * `writeback`: whether the guest has its writes stay volatile until it flushes. The front end says that once, and
+//!   not again to whoever takes over.
+//! * `unflushed`: whether `owner`, a number that each device of each process draws for itself, has changes in its
+//!   memory that were answered. With a format that allocates, bytes survive a process that is killed, and where they
+//!   lie does not. Whoever finds this mark of another owner has lost them, and keeps saying so to all who take over
+//!   from it, until the guest resets the device.
 //!
 //! All of it is hostile, as guest memory is: what makes no sense can make requests of this guest be
 //! executed twice or never, and nothing else.
@@ -63,6 +68,14 @@ const MAGIC: u64 = u64::from_le_bytes(*b"blkhouse");
 const WRITEBACK: usize = 8;
 const THROUGH: u8 = 1;
 const BACK: u8 = 2;
+
+/// Where `unflushed` is, and what it can be besides what memory begins with: nothing is.
+const UNFLUSHED: usize = 9;
+const HELD: u8 = 1;
+const LOST: u8 = 2;
+
+/// Where `owner` is.
+const OWNER: usize = 16;
 
 /// The version of the layout. Zero stands for memory that nobody used yet.
 const CURRENT: u16 = 1;
@@ -120,6 +133,40 @@ impl InFlightMemory {
         // Not in the memory of another back end, which may have something else there.
         if self.load::<u64>(0) == Some(MAGIC) {
             self.store(WRITEBACK, if writeback { BACK } else { THROUGH });
+        }
+    }
+
+    /// Whether the guest believes changes to be there that ended with another process: no flush may promise them.
+    pub(crate) fn has_lost(&self, owner: u64) -> bool {
+        // Memory of another back end has no such mark.
+        if self.load::<u64>(0) != Some(MAGIC) {
+            return false;
+        }
+        let lost = match self.load::<u8>(UNFLUSHED) {
+            None | Some(0) => false,
+            Some(HELD) => self.load::<u64>(OWNER) != Some(owner),
+            Some(_) => true,
+        };
+        if lost {
+            self.store(UNFLUSHED, LOST);
+        }
+        lost
+    }
+
+    /// Marks that `owner` has changes in its memory, or has none any more.
+    pub(crate) fn keep_unflushed(&self, owner: u64, unflushed: bool) {
+        let mark = if unflushed { HELD } else { 0 };
+        let now = self.load::<u8>(UNFLUSHED);
+        if self.load::<u64>(0) == Some(MAGIC) && now != Some(mark) && now != Some(LOST) {
+            self.store(OWNER, owner);
+            self.store(UNFLUSHED, mark);
+        }
+    }
+
+    /// The guest has reset the device, and believes nothing any more.
+    pub(crate) fn forget_lost(&self) {
+        if self.load::<u64>(0) == Some(MAGIC) {
+            self.store(UNFLUSHED, 0_u8);
         }
     }
 
@@ -285,15 +332,38 @@ mod tests {
         record.answering(5);
         record.answered(5, 0xabd);
         memory.keep_writeback(true);
+        memory.keep_unflushed(0x7766_5544_3322_1100, true);
         let mut bytes = vec![0; 2 * 192 + 64];
         std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
         let mut expected = vec![0; 2 * 192 + 64];
-        expected[384..393].copy_from_slice(b"blkhouse\x02");
+        expected[384..394].copy_from_slice(b"blkhouse\x02\x01");
+        expected[400..408].copy_from_slice(&[0, 0x11, 0x22, 0x33, 0x44, 0x55, 0x66, 0x77]);
         let queue = &mut expected[192..];
         queue[8..16].copy_from_slice(&[1, 0, 8, 0, 5, 0, 0xbd, 0x0a]);
         queue[16 + 3 * 16] = 1;
         queue[16 + 5 * 16 + 8] = 1;
         assert_eq!(bytes, expected);
+    }
+
+    #[test]
+    fn what_one_process_held_is_lost_to_every_other_until_a_reset() {
+        let (memory, told, file) = InFlightMemory::create(&inflight(2, 8)).unwrap();
+        let adopt = || InFlightMemory::adopt(&told, file.try_clone().unwrap()).unwrap();
+        let (one, two, three) = (1, 2, 3);
+        assert!(!memory.has_lost(one));
+        memory.keep_unflushed(one, true);
+        assert!(!adopt().has_lost(one), "the front end came back to the same process");
+        memory.keep_unflushed(one, false);
+        assert!(!adopt().has_lost(two), "it was flushed");
+        memory.keep_unflushed(one, true);
+        assert!(adopt().has_lost(two));
+        // Neither a flush of what the second one has, nor its end, brings it back.
+        memory.keep_unflushed(two, true);
+        memory.keep_unflushed(two, false);
+        assert!(adopt().has_lost(two));
+        assert!(adopt().has_lost(three));
+        memory.forget_lost();
+        assert!(!adopt().has_lost(three));
     }
 
     #[test]

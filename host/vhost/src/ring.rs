@@ -12,6 +12,7 @@ use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use blockhouse_block::UnflushedWatch;
 use blockhouse_virtio::{BlockDevice, BlockQueue, Worker};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::{Queue, QueueT};
@@ -45,9 +46,31 @@ pub(crate) struct Common {
     pub(crate) writeback: Option<bool>,
     /// Names threads and is in every line of the log.
     pub(crate) name: String,
+    /// What this process calls itself in the memory for requests in flight.
+    pub(crate) owner: u64,
 }
 
 impl Common {
+    /// Has requests in flight recorded in this memory from now on, or nowhere; and what its guest believes to be on
+    /// the disk.
+    pub(crate) fn record_in(&mut self, inflight: Option<InFlightMemory>) {
+        let lost = inflight.as_ref().is_some_and(|inflight| inflight.has_lost(self.owner));
+        if lost && !self.device.has_lost() {
+            let disk = &self.name;
+            tracing::error!(
+                disk,
+                "the process that served this disk before ended with changes that its guest had not flushed. They are \
+                 lost: the guest gets I/O errors until it is reset"
+            );
+        }
+        self.device.set_lost(lost);
+        self.device.watch_unflushed(inflight.clone().map(|inflight| -> UnflushedWatch {
+            let owner = self.owner;
+            Arc::new(move |unflushed| inflight.keep_unflushed(owner, unflushed))
+        }));
+        self.inflight = inflight;
+    }
+
     /// Has the device and whoever takes over do what the front end said about `writeback`.
     pub(crate) fn settle_writeback(&self) {
         let Some(writeback) = self.writeback else { return };

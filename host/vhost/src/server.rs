@@ -1,5 +1,6 @@
 //! One disk at one socket: front ends come one after the other.
 
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
@@ -29,6 +30,8 @@ pub struct Server {
     device: Arc<BlockDevice>,
     flushes: bool,
     name: String,
+    /// What this server calls itself in memory that front ends keep.
+    owner: u64,
     shared: Arc<Shared>,
 }
 
@@ -104,7 +107,8 @@ impl Server {
             Shared { stop: AtomicBool::new(false), wake, session: Mutex::default(), news: NewsChannel::default() };
         let device = Arc::new(BlockDevice::new(Arc::clone(&backend), options));
         let flushes = !options.read_only && backend.is_writable() && options.cache != CacheMode::Unsafe;
-        Ok(Self { listener, backend, device, flushes, name, shared: Arc::new(shared) })
+        let owner = RandomState::new().hash_one(std::process::id());
+        Ok(Self { listener, backend, device, flushes, name, owner, shared: Arc::new(shared) })
     }
 
     /// To stop the server with, to tell front ends of another size, and to see what it did.
@@ -154,7 +158,7 @@ impl Server {
                 return;
             }
         }
-        let handler = Handler::new(Arc::clone(&self.device), self.name.clone());
+        let handler = Handler::new(Arc::clone(&self.device), self.name.clone(), self.owner);
         // A thread of its own, so that a bug in it ends this session alone.
         let ended = thread::scope(|scope| {
             let session = || session::serve(stream, handler, &self.shared.news, &self.name);

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use blockhouse_block::{BlockBackend, SECTOR_SIZE};
+use blockhouse_block::{BlockBackend, SECTOR_SIZE, UnflushedWatch};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -125,6 +125,8 @@ pub struct BlockDevice {
     accepted: AtomicU64,
     /// The field of config space with this name, while it can be toggled.
     writeback: AtomicBool,
+    /// Whether the disk is without something that its guest believes to be there.
+    lost: AtomicBool,
     report: Report,
     /// One for each queue.
     counters: Box<[QueueCounters]>,
@@ -152,6 +154,7 @@ impl BlockDevice {
             poll: options.poll.min(MAX_POLL),
             accepted: AtomicU64::new(0),
             writeback: AtomicBool::new(true),
+            lost: AtomicBool::new(false),
             report: Report::new(options.serial.clone()),
             counters: (0..queues).map(|_| QueueCounters::default()).collect(),
             limiter: Limiter::new(&options.limits),
@@ -230,6 +233,33 @@ impl BlockDevice {
     pub fn reset(&self) {
         self.accepted.store(0, Ordering::Release);
         self.writeback.store(true, Ordering::Release);
+        self.lost.store(false, Ordering::Release);
+    }
+
+    /// The transport says whether the disk is without changes that were answered and not flushed, which nobody has
+    /// any more. Whatever is asked of the disk is an I/O error then, until the driver resets the device: a flush would
+    /// promise what is not so, and a read could give bytes of before.
+    pub fn set_lost(&self, lost: bool) {
+        self.lost.store(lost, Ordering::Release);
+    }
+
+    /// Whether all that is asked of the disk is an I/O error; see [`set_lost`](Self::set_lost).
+    pub fn has_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
+    /// Has `watch` hear, instead of whoever did before, whether changes that the driver believes to be on the disk, or
+    /// that it has yet to flush, would be lost if this process ended now. See
+    /// [`watch_unflushed`](BlockBackend::watch_unflushed) of the backend.
+    pub fn watch_unflushed(self: &Arc<Self>, watch: Option<UnflushedWatch>) {
+        let device = Arc::downgrade(self);
+        self.backend.watch_unflushed(watch.map(|watch| -> UnflushedWatch {
+            Arc::new(move |unflushed| {
+                // What is written through is not answered before it is flushed.
+                let waits = |device: Arc<Self>| !device.writes_through(device.accepted.load(Ordering::Acquire));
+                watch(unflushed && device.upgrade().is_none_or(waits));
+            })
+        }));
     }
 
     /// The guest writes `data` to config space at `offset`. One byte can be written, `writeback`, by a

@@ -102,6 +102,11 @@ impl BlockDevice {
     /// `features` are those that the driver accepted.
     pub(crate) fn begin(&self, request: &Request<'_>, features: u64) -> (Job, Next) {
         let mut job = Job::Flush;
+        if self.has_lost() && !matches!(request.operation, Asked::GetId | Asked::Unknown(_)) {
+            let detail = "the guest gets an I/O error: changes that it made are lost, and it has to be reset";
+            self.report().fault(Fault::Lost, None, &detail);
+            return (job, Status::IoError.into());
+        }
         let next = match request.operation {
             Asked::In { sector } => self.read(sector, &request.writable, &mut job),
             Asked::Out { sector } => self.write(sector, &request.readable, &mut job),

@@ -16,6 +16,8 @@ pub(crate) enum Fault {
     Malformed(Malformed),
     /// The guest broke a queue.
     BrokenQueue,
+    /// The disk is without what its guest believes to be there.
+    Lost,
     /// The guest asked for something that the device or this disk does not do.
     Refused(&'static str),
 }
@@ -48,7 +50,7 @@ impl Report {
             Fault::Backend(kind) => {
                 tracing::warn!(serial, %kind, offset, count, "disk error, the guest gets an I/O error: {detail}");
             }
-            Fault::BrokenQueue => tracing::warn!(serial, count, "{detail}"),
+            Fault::BrokenQueue | Fault::Lost => tracing::warn!(serial, count, "{detail}"),
             Fault::Malformed(_) | Fault::Refused(_) => {
                 tracing::warn!(serial, offset, count, "refused a request of the guest: {detail}");
             }
