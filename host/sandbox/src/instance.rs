@@ -40,6 +40,8 @@ pub(crate) struct Instance {
     dead: AtomicBool,
     /// Because an answer broke the contract.
     condemned: AtomicBool,
+    /// What becomes of it was decided.
+    mourned: AtomicBool,
     /// How messages name the image.
     image: String,
     clock: Arc<Clock>,
@@ -77,6 +79,7 @@ impl Instance {
                     health: Mutex::new(Health::Running(running)),
                     dead: AtomicBool::new(false),
                     condemned: AtomicBool::new(false),
+                    mourned: AtomicBool::new(false),
                     image,
                     clock,
                     tally,
@@ -156,6 +159,11 @@ impl Instance {
     /// Whether it was thrown away.
     pub(crate) fn is_dead(&self) -> bool {
         self.dead.load(Ordering::Acquire)
+    }
+
+    /// Whether it is yet to be decided what becomes of it, which is up to the caller then.
+    pub(crate) fn is_new_loss(&self) -> bool {
+        !self.mourned.swap(true, Ordering::AcqRel)
     }
 
     /// Whether it was thrown away because an answer broke the contract.

@@ -130,6 +130,8 @@ impl ComponentLayer {
         if !current.instance.is_dead() {
             return Ok(Arc::clone(&current));
         }
+        // Whoever's call it was may not have come to that yet.
+        self.lost(&current.instance);
         let down = |what: String| {
             let why = format!("{}; {what}", current.instance.cause());
             Err(Error::new(ErrorKind::Component, why).on_image(&*self.info.name))
@@ -140,6 +142,7 @@ impl ComponentLayer {
             match backoff.due(now) {
                 Due::Never(why) => return down(format!("it is not started again: {why}")),
                 Due::In(time) => return down(format!("it is started again in {} ms", time.as_millis())),
+                Due::Undecided => return down("it is not decided yet whether it is started again".to_owned()),
                 Due::Now => backoff.attempt(now),
             }
         };
@@ -166,8 +169,12 @@ impl ComponentLayer {
         }
     }
 
-    /// The instance has broken down. Decides what becomes of it, and says so if there is something to say.
+    /// The instance has broken down. Decides what becomes of it, if that is not decided, and says so if there is
+    /// something to say.
     fn lost(&self, instance: &Instance) -> Option<String> {
+        if !instance.is_new_loss() {
+            return self.verdict();
+        }
         let ledger = self.ledger.as_ref().map(|ledger| ledger.lock().unwrap_or_else(PoisonError::into_inner));
         let mut backoff = self.backoff();
         if backoff.is_over() || backoff.is_off() {
@@ -191,17 +198,25 @@ impl ComponentLayer {
             Some(why) => backoff.give_up(why),
             None => backoff.died((self.revival.now)()),
         }
+        let over = backoff.is_over();
+        drop(backoff);
+        let verdict = self.verdict();
         let image = &self.info.name;
+        match verdict.as_deref().unwrap_or("it is started again now") {
+            verdict if over => tracing::error!(%image, "the component broke down: {verdict}"),
+            verdict => tracing::warn!(%image, "the component broke down: {verdict}"),
+        }
+        verdict
+    }
+
+    /// What was decided about an instance that is down, for a person.
+    fn verdict(&self) -> Option<String> {
+        let backoff = self.backoff();
         match backoff.due((self.revival.now)()) {
-            Due::Never(why) => {
-                tracing::error!(%image, "the component is not started again: {why}");
-                Some(format!("it is not started again: {why}"))
-            }
-            Due::In(time) => {
-                tracing::warn!(%image, "the component is started again in {time:?}");
-                Some(format!("it is started again in {} ms", time.as_millis()))
-            }
-            Due::Now => None,
+            Due::Never(why) if why == OFF => None,
+            Due::Never(why) => Some(format!("it is not started again: {why}")),
+            Due::In(time) => Some(format!("it is started again in {} ms", time.as_millis())),
+            Due::Now | Due::Undecided => None,
         }
     }
 
@@ -251,8 +266,10 @@ impl ComponentLayer {
         what: &str,
         call: impl FnOnce(&wit_writer::Guest, &mut Store<State>) -> wasmtime::Result<std::result::Result<T, WitError>>,
     ) -> Result<T> {
-        self.note(|ledger| ledger.unflushed = true);
-        self.write(what, call)
+        self.write(what, |writer, store| {
+            self.note(|ledger| ledger.unflushed = true);
+            call(writer, store)
+        })
     }
 
     /// The instance's name of the packed extent that starts at `start`.
@@ -440,10 +457,12 @@ impl Layer for ComponentLayer {
 
 impl LayerPacker for ComponentLayer {
     fn pack(&self, offset: u64, bytes: &[u8]) -> Result<bool> {
-        self.note(|ledger| ledger.unflushed = true);
         self.with(|from| {
             let Some(packer) = &from.packer else { return Err(self.not_written()) };
-            from.instance.call("pack", |to| packer.blockhouse_format_packer().call_pack(to.store, offset, bytes))
+            from.instance.call("pack", |to| {
+                self.note(|ledger| ledger.unflushed = true);
+                packer.blockhouse_format_packer().call_pack(to.store, offset, bytes)
+            })
         })
     }
 }

@@ -75,6 +75,8 @@ pub(crate) enum Due {
     In(Duration),
     /// It is never started again, and why.
     Never(String),
+    /// Nobody has said yet that it broke down.
+    Undecided,
 }
 
 /// The state of one layer's restarts.
@@ -144,7 +146,8 @@ impl Backoff {
         match (&self.over, self.due) {
             (Some(why), _) => Due::Never(why.clone()),
             (None, Some(due)) if due > now => Due::In(due.saturating_sub(now)),
-            (None, _) => Due::Now,
+            (None, Some(_)) => Due::Now,
+            (None, None) => Due::Undecided,
         }
     }
 }
@@ -213,6 +216,19 @@ mod tests {
         backoff.died(now);
         assert_eq!(backoff.due(now), Due::Never("it broke down again after 8 restarts".to_owned()));
         assert!(backoff.is_over());
+    }
+
+    /// Somebody else may find it broken before it is decided what becomes of it.
+    #[test]
+    fn what_did_not_break_down_is_not_started() {
+        let mut backoff = Backoff::new(Restart::default());
+        assert_eq!(backoff.due(SECOND), Due::Undecided);
+        backoff.died(SECOND);
+        assert_eq!(backoff.due(SECOND * 2), Due::Now);
+        backoff.attempt(SECOND * 2);
+        assert_eq!(backoff.due(SECOND * 3), Due::Undecided);
+        backoff.give_up("it lied");
+        assert_eq!(backoff.due(SECOND * 3), Due::Never("it lied".to_owned()));
     }
 
     #[test]
