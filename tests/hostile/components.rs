@@ -7,8 +7,8 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use blockhouse_sandbox::block::{BlockBackend, Error, ErrorKind};
-use blockhouse_sandbox::{Limits, OpenedDisk};
+use blockhouse_sandbox::block::{Access, BlockBackend, Error, ErrorKind};
+use blockhouse_sandbox::{BackingReference, Limits, NewImage, OpenRequest, OpenedDisk, Opener, Tally};
 use blockhouse_tests::{component, noise};
 
 use crate::library::{Library, read, shared};
@@ -199,10 +199,15 @@ fn every_lie_is_found() {
 #[test]
 fn huge_answers_are_stopped_on_the_way() {
     let place = Place::new();
-    for line in ["lie-too-many 200000", "lie-facts 200000", "lie-files 100000", "lie-text 3000000"] {
+    for (line, kind) in [
+        ("lie-too-many 200000", ErrorKind::Component),
+        ("lie-facts 200000", ErrorKind::Component),
+        ("lie-files 100000", ErrorKind::Limit),
+        ("lie-text 3000000", ErrorKind::Component),
+    ] {
         let started = Instant::now();
         let error = use_all(small(), &place, line).expect_err(line);
-        assert_eq!(error.kind(), ErrorKind::Component, "{line}: {error}");
+        assert_eq!(error.kind(), kind, "{line}: {error}");
         assert!(error.to_string().len() < 5000, "{line}");
         assert!(started.elapsed() < Duration::from_secs(5), "{line}");
         tally::component_stopped();
@@ -223,9 +228,6 @@ fn lies_about_the_image_are_found() {
         ("lie-overwritable", "overwritable that was opened read-only"),
         ("lie-backing-reported", "did not return the backing file that `open` reported"),
         ("lie-backing-returned", "returned a backing file that `open` did not report"),
-        ("lie-facts 70000", "more than 65536 facts or files"),
-        ("lie-files 70000", "more than 65536 facts or files"),
-        ("lie-text 100000", "a name of more than 4096 bytes"),
     ] {
         let error = open(shared(), &place, line).map(|opened| opened.report).expect_err(line);
         assert_eq!(error.kind(), ErrorKind::Component, "{line}: {error}");
@@ -239,11 +241,54 @@ fn lies_about_the_image_are_found() {
         assert!(error.to_string().contains(why), "{line}: {error}");
         tally::component_stopped();
     }
+    // An image can want these as well: nobody says that its component lied.
+    for (line, why) in [
+        ("lie-facts 70000", "more than 65536 facts or further files"),
+        ("lie-files 70000", "more than 65536 facts or further files"),
+        ("lie-text 100000", "the image names another file, or its format, with 100000 bytes; 4096 are read"),
+    ] {
+        let error = open(shared(), &place, line).map(|opened| opened.report).expect_err(line);
+        assert_eq!(error.kind(), ErrorKind::Limit, "{line}: {error}");
+        assert!(error.to_string().contains(why), "{line}: {error}");
+        tally::component_stopped();
+    }
     // The largest disk there is, of zeroes: nothing grows with it.
     let opened = open(shared(), &place, "zero 9223372036854775296").unwrap();
     assert_eq!(opened.disk.capacity(), (1 << 63) - 512);
     assert_eq!(read(&opened.disk, (1 << 63) - 1024, 512).unwrap(), [0; 512]);
     tally::component_stopped();
+}
+
+/// What the contract rules out is refused before a component hears of it.
+#[test]
+fn components_are_asked_for_what_can_be_only() {
+    let place = Place::new();
+    let opener = Opener::new(&shared().sandbox, shared().formats.clone());
+    let path = image(&place, "ok");
+    let tally = Arc::new(Tally::default());
+    let both =
+        OpenRequest { access: Access::ReadWrite, snapshot: Some("1".to_owned()), ..OpenRequest::new(&path, "hostile") };
+    let error = opener.clone().tally(Arc::clone(&tally)).open(&both).map(|opened| opened.report).unwrap_err();
+    assert!(error.to_string().contains("a snapshot inside an image can only be read"), "{error}");
+    assert_eq!(tally.calls().map(|(_, count)| count).sum::<u64>(), 0);
+
+    let new = place.path("images/vm/new.qcow2");
+    let backing = BackingReference { name: "base.raw".to_owned(), format: None };
+    for (wrong, why) in [
+        (NewImage { virtual_size: 513, ..NewImage::default() }, "a disk cannot have 513 bytes"),
+        (NewImage { virtual_size: 1 << 63, ..NewImage::default() }, "a disk cannot have 9223372036854775808 bytes"),
+        (NewImage { backing: Some(backing.clone()), ..NewImage::default() }, "named without its format"),
+    ] {
+        let error = opener.create(&new, "qcow2", &wrong).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+        assert!(error.to_string().contains(why), "{error}");
+        assert!(!new.exists(), "{why}");
+    }
+    opener.create(&new, "qcow2", &NewImage { virtual_size: 1 << 20, ..NewImage::default() }).unwrap();
+    let before = std::fs::read(&new).unwrap();
+    let error = opener.set_backing(&new, "qcow2", Some(&backing)).unwrap_err();
+    assert!(error.to_string().contains("named without its format"), "{error}");
+    assert_eq!(std::fs::read(&new).unwrap(), before);
 }
 
 /// A component that changes its mind about the same place only changes its own disk.
@@ -386,7 +431,7 @@ fn the_default_limits_stop_it_as_well() {
         ("open-many-at-connect", "more than ".to_owned()),
         ("huge-error-at-locate", format!("it sent more than {} bytes to the host in one call", limits.transfer_bytes)),
         ("lie-wrap", "wrong answer".to_owned()),
-        ("lie-facts", "the component ".to_owned()),
+        ("lie-facts", format!("the image has more than {} facts", limits.description_entries)),
     ] {
         let attempt = attack(&place, line, &[place.path("images")]);
         attempt.assert_error(6, &["$ROOT/images/vm/hostile.img: ", &why]);

@@ -29,6 +29,7 @@ use crate::grants::{GrantReport, Grants, Sha256Digest, absolute_name};
 use crate::host::{Identity, OpenFile, SharedFiles, State};
 use crate::instance::Instance;
 use crate::layer::{ComponentLayer, Incarnation, Revival};
+use crate::limits::Limits;
 use crate::locks::{self, LockMode};
 use crate::maintenance::{each_size, resize};
 use crate::pin::Pin;
@@ -491,6 +492,10 @@ impl Opener {
             return Err(Error::new(ErrorKind::Corrupt, why));
         }
 
+        if image.access == Access::ReadWrite && image.snapshot.is_some() {
+            let why = "a snapshot inside an image can only be read; open it read-only (readonly=on)";
+            return Err(Error::new(ErrorKind::Unsupported, why));
+        }
         let plugin = &self.formats.load(&self.sandbox, &image.format)?;
         let depth = u32::try_from(chain.layers.len()).unwrap_or(u32::MAX);
         let hand = Hand { file: image.file, name: image.name.clone(), access: image.access, pin: image.pin.clone() };
@@ -572,10 +577,6 @@ impl Opener {
                 return Err(instance.condemn("`connect` did not return the backing file that `open` reported"));
             }
         };
-        if image.access == Access::ReadWrite && image.snapshot.is_some() {
-            let why = "a snapshot inside an image can only be read; open it read-only (readonly=on)";
-            return Err(Error::new(ErrorKind::Unsupported, why));
-        }
         let mut writer = None;
         if image.access == Access::ReadWrite && !info.overwritable {
             if !plugin.inspection().exports_ability("writer") {
@@ -817,9 +818,8 @@ impl Opener {
         let info = instance.call("open", |call| {
             call.format.blockhouse_format_reader().call_open(call.store, handle, name, wit_access)
         })?;
-        let limits = self.sandbox.limits();
-        check_info(&info, access, limits.description_entries, limits.text_bytes)
-            .map_err(|why| instance.condemn(&why))?;
+        check_info(&info, access).map_err(|why| instance.condemn(&why))?;
+        check_length(&info, self.sandbox.limits())?;
         Ok(info)
     }
 
@@ -875,7 +875,7 @@ pub(crate) fn open_image(path: &Path, access: Access, locks: LockMode) -> Result
 }
 
 /// Checks what `open` reported against `wit/reader.wit`.
-fn check_info(info: &ImageInfo, access: Access, entries: usize, text: usize) -> Result<(), String> {
+fn check_info(info: &ImageInfo, access: Access) -> Result<(), String> {
     const LARGEST: u64 = (1 << 63) - 512;
     let size = info.virtual_size_bytes;
     if !size.is_multiple_of(512) || size > LARGEST {
@@ -888,12 +888,22 @@ fn check_info(info: &ImageInfo, access: Access, entries: usize, text: usize) -> 
     if info.overwritable && access == Access::ReadOnly {
         return Err("`open` reported an image as overwritable that was opened read-only".to_owned());
     }
+    Ok(())
+}
+
+/// What `open` reported is bounded, whoever wants it to be long: an image may, as well as a component.
+fn check_length(info: &ImageInfo, limits: &Limits) -> Result<()> {
+    let over = |why: String| Err(Error::new(ErrorKind::Limit, why));
+    let entries = limits.description_entries;
     if info.facts.len() > entries || info.files.len() > entries {
-        return Err(format!("`open` reported more than {entries} facts or files"));
+        return over(format!("the image has more than {entries} facts or further files"));
     }
+    let text = limits.text_bytes;
     let names = info.files.iter().chain(info.backing.iter().map(|backing| &backing.name));
-    if names.chain(info.backing.iter().filter_map(|backing| backing.format.as_ref())).any(|name| name.len() > text) {
-        return Err(format!("`open` reported a name of more than {text} bytes"));
+    let mut names = names.chain(info.backing.iter().filter_map(|backing| backing.format.as_ref()));
+    if let Some(name) = names.find(|name| name.len() > text) {
+        let length = name.len();
+        return over(format!("the image names another file, or its format, with {length} bytes; {text} are read"));
     }
     Ok(())
 }
@@ -929,7 +939,7 @@ fn list_snapshots(plugin: &Plugin, instance: &Instance, entries: usize, text: us
         ability.blockhouse_format_snapshots().call_list_snapshots(call.store)
     })?;
     if list.len() > entries {
-        return Err(instance.condemn(&format!("`list-snapshots` returned more than {entries} snapshots")));
+        return Err(Error::new(ErrorKind::Limit, format!("the image has more than {entries} snapshots")));
     }
     let text = |value: &str| clean(value, text);
     Ok(list

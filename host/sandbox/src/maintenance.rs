@@ -132,6 +132,7 @@ impl Opener {
     /// file is there already or cannot be written.
     pub fn create(&self, path: &Path, format: &str, new: &NewImage) -> Result<()> {
         let name = absolute_name(path)?;
+        new.check()?;
         // Before there is a file.
         self.able(format, "creator", "cannot make new images")?;
         let file = File::options()
@@ -162,6 +163,7 @@ impl Opener {
     /// As [`create`](Self::create); [`Invalid`](ErrorKind::Invalid) if the file is none that is new.
     pub fn create_in(&self, file: File, path: &Path, format: &str, new: &NewImage) -> Result<()> {
         let name = &*absolute_name(path)?;
+        new.check()?;
         let plugin = self.able(format, "creator", "cannot make new images")?;
         let metadata = file.metadata().map_err(|error| storage("cannot look at the image", error).on_image(name))?;
         if !metadata.is_file() || metadata.len() != 0 {
@@ -235,10 +237,7 @@ impl Opener {
     /// [`Unsupported`](ErrorKind::Unsupported) if the format cannot do it; what opening and the component
     /// answer.
     pub fn resize(&self, request: &OpenRequest, size: u64) -> Result<()> {
-        if !size.is_multiple_of(512) || i64::try_from(size).is_err() {
-            let why = format!("a disk cannot have {size} bytes: sizes are multiples of 512, below 2^63");
-            return Err(Error::new(ErrorKind::Invalid, why));
-        }
+        check_size(size)?;
         let (path, format) = (request.path.as_path(), request.format.as_str());
         self.able(format, "resizer", RESIZER)?;
         let opened = self.open(&OpenRequest { access: Access::ReadWrite, ..request.clone() })?;
@@ -263,8 +262,10 @@ impl Opener {
     /// as before only if the caller has seen to that.
     ///
     /// # Errors
-    /// As [`create_snapshot`](Self::create_snapshot).
+    /// As [`create_snapshot`](Self::create_snapshot); [`Invalid`](ErrorKind::Invalid) for a reference without its
+    /// format.
     pub fn set_backing(&self, path: &Path, format: &str, backing: Option<&BackingReference>) -> Result<()> {
+        check_backing(backing)?;
         let backing = backing.map(lower_backing);
         self.edit(path, format, "rebaser", "cannot change the backing file of an image", |instance| {
             instance.maintain("set-backing", |call| {
@@ -372,6 +373,33 @@ pub(crate) fn each_size(
         now = next;
     }
     Ok(())
+}
+
+impl NewImage {
+    /// Sees that a component is asked for what can be only.
+    fn check(&self) -> Result<()> {
+        check_size(self.virtual_size)?;
+        check_backing(self.backing.as_ref())
+    }
+}
+
+fn check_size(size: u64) -> Result<()> {
+    if size.is_multiple_of(512) && i64::try_from(size).is_ok() {
+        return Ok(());
+    }
+    let why = format!("a disk cannot have {size} bytes: sizes are multiples of 512, below 2^63");
+    Err(Error::new(ErrorKind::Invalid, why))
+}
+
+/// An image that names a backing file without its format cannot be opened by anybody who does not guess.
+fn check_backing(backing: Option<&BackingReference>) -> Result<()> {
+    match backing {
+        Some(BackingReference { name, format: None }) => {
+            let why = format!("the backing file {name:?} would be named without its format: state it");
+            Err(Error::new(ErrorKind::Invalid, why))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn lower_backing(backing: &BackingReference) -> WitBacking {
