@@ -162,7 +162,8 @@ impl ExtentList {
 ///
 /// Calls come in the order `open`, `connect`, then any number of `locate` and `unpack`; never two at
 /// a time. A hostile image must end in an [`Error`](crate::Error), never in a panic: a panic traps
-/// the component, and the disk answers I/O errors from then on.
+/// the component. It is started again a few times, later and later, and not at all if it had written
+/// something that was not flushed; until then the disk answers I/O errors for what is not known of it.
 pub trait Format: Sized + 'static {
     /// Reads and checks what the image file itself says. Opens nothing else.
     ///

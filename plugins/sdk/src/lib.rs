@@ -10,7 +10,7 @@
 //!        └── natively:        testing::Storage, files in memory                (testing.rs)
 //! ```
 //!
-//! The same source builds twice: for `wasm32-wasip2`, where it becomes a component of 20 to 100 KB that
+//! The same source builds twice: for `wasm32-wasip2`, where it becomes a component of 50 KB and more that
 //! imports nothing but what its world lists, and natively, where unit tests, Miri and fuzzers run it
 //! against [`testing::Storage`]. The author's manual is `plugins/README.md`; the contract that this
 //! crate wraps is `wit/`.
