@@ -101,3 +101,52 @@ fn a_raw_disk_is_resized_as_raw_whatever_its_guest_wrote() {
     assert!(now[..1 << 20] == bytes && now[1 << 20..].iter().all(|byte| *byte == 0));
     tally::image_served();
 }
+
+/// Two entries name one cluster, which is counted once. Freed by one of them, it is written by the other: it may have
+/// become data by then, and nothing that the image consists of.
+#[test]
+fn a_cluster_with_two_names_does_not_become_a_table() {
+    const SMALL: u64 = 4096;
+    const TABLE: u64 = SMALL / 8 * SMALL;
+    let place = Place::new();
+    let image = place.path("images/vm/image");
+    let create = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k"];
+    std::fs::create_dir_all(image.parent().unwrap()).unwrap();
+    qemu_img(create.into_iter().chain([image.to_str().unwrap(), "64M"]));
+    write(&image, 0, &mut noise(1, 4096)).unwrap();
+    let mut bytes = std::fs::read(&image).unwrap();
+    let l2 = usize::try_from(long(&bytes, long(&bytes, 40))).unwrap();
+    bytes.copy_within(l2..l2 + 8, l2 + 8);
+    let image = place.write("images/vm/image", &bytes);
+    let corruptions = || {
+        let opener = Opener::new(&library::shared().sandbox, library::shared().formats.clone());
+        opener.check(&image, "qcow2", None).unwrap().corruptions
+    };
+    let before = corruptions();
+    assert!(before > 0);
+
+    let library = library::shared();
+    let opener = Opener::new(&library.sandbox, library.formats.clone());
+    let request = OpenRequest { access: Access::ReadWrite, ..OpenRequest::new(&image, "qcow2") };
+    let disk = opener.open(&request).unwrap().disk;
+    let put = |offset, byte| disk.write(&[VolatileSlice::from(&mut [byte; 4096][..])], offset).unwrap();
+    // The host knows both by now, and that they may be overwritten.
+    library::read(&disk, 0, 8192).unwrap();
+    disk.discard(0, SMALL).unwrap();
+    disk.flush().unwrap();
+    // Each of these takes a table and a cluster, one of which is the one that was freed.
+    for table in 1..=11_u8 {
+        put(u64::from(table) * TABLE, table);
+    }
+    disk.flush().unwrap();
+    put(SMALL, 0xff);
+    disk.flush().unwrap();
+    let right = (1..=11_u8)
+        .filter(|table| library::read(&disk, u64::from(*table) * TABLE, 4096).is_ok_and(|read| read == [*table; 4096]));
+    assert!(right.count() >= 10, "what one of them has is the other one's as well, and no more");
+    disk.close().unwrap();
+    drop(disk);
+    let after = corruptions();
+    assert!(after <= before, "{before} corruptions have become {after}");
+    tally::image_served();
+}

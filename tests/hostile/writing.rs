@@ -328,7 +328,7 @@ fn a_writer_that_breaks_ends_its_own_disk() {
     let (base, bytes) = bystander(&place);
     let other = shared().open("raw", &base, &[]).unwrap();
     let mut limits = Limits::default();
-    limits.call_time = Duration::from_secs(1);
+    limits.call_time = Duration::from_secs(3);
     let library = Library::new(limits);
     for line in ["trap-at-prepare", "trap-at-commit", "trap-at-flush", "loop-at-flush"] {
         let image = image(&place, line);

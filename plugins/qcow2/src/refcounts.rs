@@ -32,6 +32,8 @@ const MAX_SEARCH: u64 = 1 << 16;
 const MAX_BEHIND: u64 = 4 << 20;
 /// A search for the last cluster in use looks at so many counts: 1 TiB with 64 KiB clusters.
 const MAX_CUT: u64 = 1 << 24;
+/// Runs of clusters that were freed, which are remembered one by one: with more of them, all in between count too.
+const MAX_FREED_RUNS: usize = 1 << 12;
 /// Areas of metadata that are kept in memory, at most: tables and blocks of an image of 128 TiB or more
 /// with 64 KiB clusters.
 pub(crate) const MAX_AREAS: usize = 1 << 18;
@@ -72,6 +74,10 @@ pub(crate) struct Refcounts {
     uncounted: Vec<u64>,
     /// How often each count goes down once the mapping is durable.
     freeing: BTreeMap<u64, u64>,
+    /// Runs of clusters that were freed since the image was opened, from first to end, perhaps with others in between.
+    freed: BTreeMap<u64, u64>,
+    /// The first cluster that can be free and not among these.
+    table_hint: u64,
     /// Once the counts in the file are left alone: where the blocks were that have a new place now, by
     /// their index in the table.
     moved: Option<BTreeMap<u64, u64>>,
@@ -126,6 +132,8 @@ impl Refcounts {
             behind: 0..0,
             uncounted: Vec::new(),
             freeing: BTreeMap::new(),
+            freed: BTreeMap::new(),
+            table_hint: 0,
             moved: None,
             taking: 0..0,
         })
@@ -219,6 +227,46 @@ impl Refcounts {
         self.own(image, cluster, count, areas)?;
         self.hint = cluster + count;
         Ok(Run { cluster, count, zeroed: false })
+    }
+
+    /// Takes a free cluster for a table: none that was freed since the image was opened. If an image names a cluster
+    /// twice and counts it once, it can be freed by one name, while the host writes to it by the other: what is
+    /// there by then may be data, and nothing that the image consists of.
+    pub(crate) fn allocate_table(&mut self, image: &File, areas: &mut Areas) -> Result<u64> {
+        let mut cluster = self.table_hint;
+        let stop = self.end.min(cluster.saturating_add(MAX_SEARCH));
+        while cluster < stop {
+            let (_, freed) = self.freed.range(..=cluster).next_back().map_or((0, 0), |(first, end)| (*first, *end));
+            if freed > cluster {
+                cluster = freed;
+            } else if self.is_free(image, cluster)? {
+                self.table_hint = cluster;
+                self.own(image, cluster, 1, areas)?;
+                return Ok(cluster);
+            } else {
+                cluster += 1;
+            }
+        }
+        // Clusters only ever stop to be of use for this: the next search goes on from here.
+        self.table_hint = cluster;
+        self.append(image, 1, areas).map(|run| run.cluster)
+    }
+
+    /// Notes that a cluster was freed.
+    fn note_freed(&mut self, cluster: u64) {
+        let end = cluster.saturating_add(1);
+        let before = self.freed.range(..=cluster).next_back().map(|(first, end)| (*first, *end));
+        let (first, end) = match before {
+            Some((first, before)) if before >= cluster => (first, before.max(end)),
+            _ => (cluster, end),
+        };
+        let end = self.freed.remove(&end).unwrap_or(end);
+        self.freed.insert(first, end);
+        if self.freed.len() > MAX_FREED_RUNS
+            && let (Some((&first, _)), Some((_, &end))) = (self.freed.first_key_value(), self.freed.last_key_value())
+        {
+            self.freed = BTreeMap::from([(first, end)]);
+        }
     }
 
     /// Adds one to the count of a cluster that is in use. False if it is not, or has no higher count.
@@ -545,6 +593,7 @@ impl Refcounts {
                 self.hint = self.hint.min(cluster);
                 // If it was behind the end, it may have been written there: it is not zero any more.
                 self.end = self.end.max(cluster.saturating_add(1));
+                self.note_freed(cluster);
                 free.push(cluster);
             }
             self.freeing.remove(&cluster);

@@ -19,6 +19,7 @@ use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use blockhouse_plugin::bytes::be_u64;
 use blockhouse_plugin::{Allocation, Error, File, FileIndex, Freed, Level, Result, log};
@@ -207,7 +208,7 @@ impl Writing {
                 return Ok(table);
             }
         }
-        let new = self.allocate(parts, 1)?.cluster.saturating_mul(cluster_size);
+        let new = self.allocate_table(parts)?.saturating_mul(cluster_size);
         let made = parts
             .map
             .create_table(parts.image, new, table.map(|(old, _)| old))
@@ -233,14 +234,29 @@ impl Writing {
             Err(Error::Corrupt(why)) => return Err(self.corrupt(parts, why)),
             other => other?,
         };
+        self.taken(parts, run.cluster..run.cluster.saturating_add(run.count));
+        Ok(run)
+    }
+
+    /// As [`allocate`](Self::allocate), for a table.
+    fn allocate_table(&mut self, parts: &mut Parts<'_>) -> Result<u64> {
+        let cluster = match self.refcounts.allocate_table(parts.image, &mut self.areas) {
+            Err(Error::Corrupt(why)) => return Err(self.corrupt(parts, why)),
+            other => other?,
+        };
+        self.taken(parts, cluster..cluster.saturating_add(1));
+        Ok(cluster)
+    }
+
+    /// Clusters are in use now.
+    fn taken(&mut self, parts: &mut Parts<'_>, clusters: Range<u64>) {
         // In use again before the host heard that it was free.
         if !self.external {
-            for cluster in run.cluster..run.cluster.saturating_add(run.count) {
+            for cluster in clusters {
                 self.freed.remove(&cluster);
             }
         }
         parts.map.grow_image(self.refcounts.file_size());
-        Ok(run)
     }
 
     /// See `prepare` in `wit/writer.wit`.
