@@ -32,6 +32,19 @@ fn converted(lab: &Lab, kind: &str, size: u64, places: &[(u64, usize)]) {
     lab.qemu_img(&format!("convert -t unsafe -f raw -O vmdk -o subformat={kind} disk.raw a.vmdk"));
 }
 
+/// What the line of a file about itself calls it, in encodings and spellings that other systems have.
+const OTHER_NAMES: [(&str, &[u8]); 2] = [("in Latin-1", b"\xe9.vmdk"), ("with a quote", b"\".vmdk")];
+
+/// Has a file that is the whole disk call itself otherwise in its descriptor.
+fn rename_inside(lab: &Lab, image: &str, name: &[u8]) {
+    let head = std::fs::read(lab.path(image)).unwrap();
+    let old = format!("SPARSE \"{image}\"");
+    let at = head.windows(old.len()).position(|bytes| bytes == old.as_bytes()).expect("a line about the file");
+    let mut line = [b"SPARSE \"", name, b"\""].concat();
+    line.resize(old.len(), b' ');
+    lab.poke(image, at as u64, &line);
+}
+
 /// VMDK images.
 pub(crate) fn vmdk() -> Vec<Case> {
     let mut cases = Vec::new();
@@ -80,6 +93,23 @@ pub(crate) fn vmdk() -> Vec<Case> {
             }
             pen.done();
             Subject::new("a.vmdk", "vmdk").allow(&["parents"]).beyond(&[Beyond::SparseVmdk, Beyond::VmdkParent])
+        }));
+    }
+    for (what, name) in OTHER_NAMES {
+        for kind in ["monolithicSparse", "streamOptimized"] {
+            cases.push(Case::new(format!("vmdk {kind}: a name of its own {what}"), move |lab| {
+                converted(lab, kind, MIB, &[(0, 300_000)]);
+                rename_inside(lab, "a.vmdk", name);
+                subject(kind, 1)
+            }));
+        }
+        cases.push(Case::new(format!("vmdk with a parent with a name of its own {what}"), move |lab| {
+            lab.raw("disk.raw", MIB, &[(0, 300_000)]);
+            lab.qemu_img("convert -t unsafe -f raw -O vmdk disk.raw b.vmdk");
+            rename_inside(lab, "b.vmdk", name);
+            lab.qemu_img("create -q -f vmdk -b b.vmdk -F vmdk a.vmdk");
+            Pen::new(lab, "vmdk", "a.vmdk", MIB, 64 * KIB).scattered(3).done();
+            Subject::new("a.vmdk", "vmdk").allow(&["b.vmdk"]).beyond(&[Beyond::SparseVmdk, Beyond::VmdkParent])
         }));
     }
     cases.push(Case::new("vmdk with a parent that has a parent", |lab| {

@@ -77,11 +77,13 @@ pub(crate) struct Line {
 /// A parsed descriptor.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Descriptor {
-    pub(crate) create_type: String,
+    pub(crate) create_type: Option<String>,
     pub(crate) content_id: Option<u32>,
     pub(crate) parent_content_id: Option<u32>,
     pub(crate) parent_hint: Option<String>,
-    pub(crate) parts: Vec<Line>,
+    /// The lines about parts, as they stand there. A sparse file that is the whole disk has one for itself, with the
+    /// name that it once had, in whatever encoding: nobody has to understand that.
+    pub(crate) parts: Vec<Vec<u8>>,
 }
 
 impl Descriptor {
@@ -98,7 +100,6 @@ impl Descriptor {
 
     pub(crate) fn parse(text: &[u8]) -> Result<Self> {
         let mut descriptor = Self::default();
-        let mut create_type = None;
         for line in text.split(|byte| *byte == b'\n') {
             let line = line.trim_ascii();
             let first = line.split(|byte| b" \t=".contains(byte)).next().unwrap_or_default();
@@ -107,10 +108,10 @@ impl Descriptor {
                     if descriptor.parts.len() >= MAX_PARTS {
                         return Err(Error::unsupported(format!("a disk of more than {MAX_PARTS} parts")));
                     }
-                    descriptor.parts.push(parse_part(utf8(line)?)?);
+                    descriptor.parts.push(line.to_vec());
                 }
                 // As in QEMU, the first of several wins.
-                b"createType" => keep_first(&mut create_type, value(line)?.to_string()),
+                b"createType" => keep_first(&mut descriptor.create_type, value(line)?.to_string()),
                 b"CID" => keep_first(&mut descriptor.content_id, content_id(line)?),
                 b"parentCID" => keep_first(&mut descriptor.parent_content_id, content_id(line)?),
                 b"parentFileNameHint" => keep_first(&mut descriptor.parent_hint, value(line)?.to_string()),
@@ -120,24 +121,23 @@ impl Descriptor {
                 _ => {}
             }
         }
-        descriptor.create_type = create_type.ok_or_else(|| {
-            Error::corrupt("this is no VMDK: there is neither the magic KDMV nor a descriptor with a createType")
-        })?;
-        if REFUSED_TYPES.contains(&descriptor.create_type.as_str()) {
-            return Err(Error::unsupported(format!(
-                "a disk of the type {:?} is not read; convert the image",
-                descriptor.create_type
-            )));
+        if let Some(refused) = descriptor.create_type.as_ref().filter(|kind| REFUSED_TYPES.contains(&kind.as_str())) {
+            return Err(Error::unsupported(format!("a disk of the type {refused:?} is not read; convert the image")));
         }
         Ok(descriptor)
     }
 
-    /// The size of all parts together, in bytes.
-    pub(crate) fn size(&self) -> Result<u64> {
-        let sum = self.parts.iter().try_fold(0u64, |sum, part| sum.checked_add(part.length));
-        sum.filter(|sum| i64::try_from(*sum).is_ok())
-            .ok_or_else(|| Error::corrupt("the parts of the disk add up to more than a disk can have"))
+    /// What the lines about parts say.
+    pub(crate) fn lines(&self) -> Result<Vec<Line>> {
+        self.parts.iter().map(|line| parse_part(utf8(line)?)).collect()
     }
+}
+
+/// The size of all parts together, in bytes.
+pub(crate) fn size(lines: &[Line]) -> Result<u64> {
+    let sum = lines.iter().try_fold(0u64, |sum, line| sum.checked_add(line.length));
+    sum.filter(|sum| i64::try_from(*sum).is_ok())
+        .ok_or_else(|| Error::corrupt("the parts of the disk add up to more than a disk can have"))
 }
 
 fn keep_first<T>(slot: &mut Option<T>, value: T) {
@@ -260,14 +260,19 @@ mod tests {
               createType=custom\r\nCID=5\r\ncreateType=other\r\nparentFileNameHint=\"../a b\"\r\nddb.x = \"\xff\"\r\n",
         )
         .unwrap();
-        assert_eq!(descriptor.create_type, "custom");
+        assert_eq!(descriptor.create_type.as_deref(), Some("custom"));
         assert_eq!(descriptor.content_id, Some(0xabcd));
         assert_eq!(descriptor.parent_content_id, Some(0x1234_5678));
         assert_eq!(descriptor.parent_hint.as_deref(), Some("../a b"));
         assert!(matches!(Descriptor::parse(b"createType=\"seSparse\""), Err(Error::Unsupported(_))));
         assert!(matches!(Descriptor::parse(b"createType=\"x\nCID=1"), Err(Error::Corrupt(_))));
-        assert!(matches!(Descriptor::parse(b"createType=x\nCID=xyz"), Err(Error::Corrupt(_))));
-        assert!(matches!(Descriptor::parse(b"hello"), Err(Error::Corrupt(_))));
-        assert!(matches!(Descriptor::parse(b"createType=x\nRW 8 FLAT \"\xff\" 0"), Err(Error::Unsupported(_))));
+        for id in ["xyz", "0x12", ""] {
+            let text = format!("createType=x\nCID={id}");
+            assert!(matches!(Descriptor::parse(text.as_bytes()), Err(Error::Corrupt(_))), "{id}");
+        }
+        assert_eq!(Descriptor::parse(b"hello").unwrap().create_type, None);
+        let parts = Descriptor::parse(b"RW 8 FLAT \"\xff\" 0\nRW x\n").unwrap();
+        assert_eq!(parts.parts.len(), 2);
+        assert!(matches!(parts.lines(), Err(Error::Unsupported(_))));
     }
 }

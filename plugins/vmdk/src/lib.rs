@@ -13,10 +13,16 @@
 //!
 //! Source: VMware, Virtual Disk Format 5.0; where it is silent, what QEMU 10 does.
 //!
-//! Differences to QEMU, on purpose: parts that are read-only, ZERO or NOACCESS keep their place in the
-//! disk (QEMU leaves them out, so that all after them moves); a part whose file is too short is an
-//! error, not zeroes; a parent whose content id does not match is refused when the chain is opened, not
-//! at the first read from it.
+//! Differences to QEMU, on purpose:
+//!
+//! * Parts that are read-only, ZERO or NOACCESS keep their place in the disk (QEMU leaves them out, so that all after
+//!   them moves).
+//! * A part of no sectors or of an unknown type is refused (QEMU leaves it out as well).
+//! * A SPARSE part is as long as its line in the descriptor says (for QEMU as its header says), also if it ends inside
+//!   of a grain: what follows is the next part (QEMU reads on in the grain).
+//! * A part whose file is too short is an error, not zeroes, and so is a grain past the end of its file.
+//! * A parent whose content id does not match is refused when the chain is opened, not at the first read from it.
+//! * A content id is hexadecimal digits and nothing else (QEMU takes a 0x before them).
 
 #![cfg_attr(target_family = "wasm", no_std)]
 #![forbid(unsafe_code)]
@@ -90,7 +96,9 @@ impl Format for Vmdk {
         })?;
         let mut info = ImageInfo::default();
         let mut fact = |name: &str, value: String| info.facts.push(Fact::new(name, value));
-        fact("create-type", descriptor.create_type.clone());
+        if let Some(kind) = &descriptor.create_type {
+            fact("create-type", kind.clone());
+        }
         if let Some(id) = descriptor.content_id {
             fact("content-id", format!("{id:08x}"));
         }
@@ -117,14 +125,14 @@ impl Format for Vmdk {
                 Plan::Alone(image, header)
             }
             None => {
-                if descriptor.parts.is_empty() {
+                let lines = descriptor.lines()?;
+                if lines.is_empty() {
                     return Err(Error::corrupt("the descriptor names no parts"));
                 }
-                fact("parts", descriptor.parts.len().to_string());
-                info.virtual_size = descriptor.size()?;
-                info.files =
-                    descriptor.parts.iter().filter_map(|part| part.content.name()).map(str::to_string).collect();
-                Plan::Named(descriptor.parts)
+                fact("parts", lines.len().to_string());
+                info.virtual_size = descriptor::size(&lines)?;
+                info.files = lines.iter().filter_map(|line| line.content.name()).map(str::to_string).collect();
+                Plan::Named(lines)
             }
         };
         info.backing =
@@ -231,6 +239,9 @@ impl Vmdk {
         let found = match read_descriptor(&parent) {
             Ok((_, descriptor)) => descriptor.and_then(|descriptor| descriptor.content_id),
             Err(Error::Storage(text)) => return Err(Error::Storage(text)),
+            Err(Error::Unsupported(text)) => {
+                return Err(Error::unsupported(about(&format!("cannot be read: {text}"))));
+            }
             Err(error) => return Err(Error::corrupt(about(&format!("cannot be read: {error}")))),
         };
         match (found, expected) {
@@ -258,21 +269,24 @@ fn read_descriptor(file: &File) -> Result<(Option<Header>, Option<Descriptor>)> 
             let header = Header::read(file)?;
             let (offset, length) = header.descriptor;
             let descriptor = if length == 0 { None } else { Descriptor::read(file, offset, length)? };
+            // A file that is the disk itself is known by its header.
+            if header.capacity == 0 && descriptor.as_ref().is_some_and(|descriptor| descriptor.create_type.is_none()) {
+                return Err(Error::corrupt("the embedded descriptor has no createType, and the file has no capacity"));
+            }
             Ok((Some(header), descriptor))
         }
         Kind::Text => {
             let descriptor = Descriptor::read(file, 0, file.size()?)?;
-            let descriptor = match descriptor {
-                Some(descriptor) => descriptor,
-                None => Descriptor::parse(b"")?,
-            };
+            let descriptor = descriptor.filter(|descriptor| descriptor.create_type.is_some()).ok_or_else(|| {
+                Error::corrupt("this is no VMDK: there is neither the magic KDMV nor a descriptor with a createType")
+            })?;
             Ok((None, Some(descriptor)))
         }
     }
 }
 
 fn parent(descriptor: &Descriptor) -> Result<Option<(String, Option<u32>)>> {
-    match (&descriptor.parent_hint, descriptor.parent_content_id) {
+    match (descriptor.parent_hint.as_ref().filter(|hint| !hint.is_empty()), descriptor.parent_content_id) {
         (Some(hint), id) => Ok(Some((hint.clone(), id))),
         (None, None | Some(NO_PARENT)) => Ok(None),
         (None, Some(id)) => Err(Error::corrupt(format!("the image has a parent (content id {id:08x}) without a name"))),

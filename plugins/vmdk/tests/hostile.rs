@@ -262,6 +262,55 @@ fn a_descriptor_inside_a_sparse_file_names_files_only_without_a_capacity() {
     assert!(matches!(open(bytes), Err(Error::Corrupt(_))));
 }
 
+/// [`image`] with this text for its descriptor.
+fn embedded(text: &[u8]) -> Vec<u8> {
+    let mut bytes = image(None);
+    bytes[512..21 * 512].fill(0);
+    bytes[512..512 + text.len()].copy_from_slice(text);
+    bytes
+}
+
+/// A file that is the whole disk has a line about itself, which nobody uses.
+#[test]
+fn what_an_embedded_descriptor_says_of_its_own_file_does_not_matter() {
+    for line in [
+        &b"RW 1280 SPARSE \"caf\xe9.vmdk\""[..],
+        b"RW 1280 SPARSE \"q\"x.vmdk\"",
+        b"RW 1280 SPARSE",
+        b"RW 0 ZERO",
+        b"RW 1280 SESPARSE \"x\"",
+        b"",
+    ] {
+        let text = [descriptor("").as_bytes(), line, b"\n"].concat();
+        let shown = String::from_utf8_lossy(line);
+        let bytes = embedded(&text);
+        let mut disk = open(bytes.clone()).unwrap_or_else(|error| panic!("{shown}: {error}"));
+        assert_eq!(disk.read(GRAIN as u64, 1).unwrap(), [2], "{shown}");
+        // Nor does it in a parent, of which only the content id is read.
+        let storage = Storage::new();
+        storage.insert("/child", descriptor("parentFileNameHint=\"parent\"\nRW 8 ZERO\n").replace("ffffffff", "1"));
+        storage.insert("/parent", bytes);
+        storage.disk::<Vmdk>("/child").unwrap_or_else(|error| panic!("{shown}: {error}"));
+        // Where the lines are the disk it does.
+        assert!(open(text).is_err(), "{shown}");
+    }
+}
+
+/// A text has to say that it is a descriptor; a file with the magic and a capacity has said what it is.
+#[test]
+fn a_create_type_is_asked_for_where_the_text_is_the_disk() {
+    let typeless = |parts: &str| descriptor(parts).replace("createType=\"custom\"\n", "");
+    let mut disk = open(embedded(typeless("RW 1280 SPARSE \"self.vmdk\"\n").as_bytes())).unwrap();
+    assert_eq!(disk.read(GRAIN as u64, 1).unwrap(), [2]);
+    assert!(disk.info.facts.iter().all(|fact| fact.name != "create-type"));
+    let error = open(typeless("RW 8 FLAT \"flat\" 0\n")).map(|_| ()).unwrap_err();
+    assert!(matches!(&error, Error::Corrupt(text) if text.contains("this is no VMDK")), "{error:?}");
+    let mut bytes = embedded(typeless("RW 8 FLAT \"flat\" 0\n").as_bytes());
+    put(&mut bytes, 12, [0; 8]);
+    let error = open(bytes).map(|_| ()).unwrap_err();
+    assert!(matches!(&error, Error::Corrupt(text) if text.contains("no createType")), "{error:?}");
+}
+
 #[test]
 fn zero_and_forbidden_parts_keep_their_place() {
     let mut disk =
@@ -398,6 +447,12 @@ fn the_content_of_a_parent_is_checked() {
     assert_eq!(chain(child("00000002", "child"), &parent).unwrap().name, "child");
     let nameless = "CID=2\nparentCID=00000001\ncreateType=custom\nRW 8 ZERO\n";
     assert!(matches!(open(nameless), Err(Error::Corrupt(_))));
+    // An empty name is none.
+    assert!(matches!(open(child("00000001", "")), Err(Error::Corrupt(text)) if text.contains("without a name")));
+    assert!(open(child("ffffffff", "")).unwrap().info.backing.is_none());
+    // What is not read is not damaged.
+    let error = chain(child("00000001", "parent"), b"COWD\x01\0\0\0").unwrap_err();
+    assert!(matches!(&error, Error::Unsupported(text) if text.contains("\"parent\"") && text.contains("COWD")));
 }
 
 #[test]
