@@ -117,6 +117,11 @@ fn floods_of_files_and_texts_are_bounded() {
         // By then connect has shared the image once, if the stage comes after it.
         let worked = if ["open", "connect"].contains(&stage) { "worked 32 times" } else { "worked 31 times" };
         assert!(error.to_string().contains(worked), "{stage}: {error}");
+        // What ends `connect` has the host's own word about it.
+        let limit = "the host refused \"$ROOT/images/vm/hostile.img\": the limit of shared files is reached (shared-files = 32)";
+        let (kind, told) = (error.kind(), place.normalize(&error.to_string()).contains(limit));
+        let explained = (kind == ErrorKind::Limit, told);
+        assert_eq!(explained, (stage == "connect", stage == "connect"), "{stage}: {error}");
         tally::component_stopped();
 
         // 64 handles, of which the image and the directories take some.

@@ -1,9 +1,13 @@
 //! CVE-2022-47951 and around it: VMDK descriptors that name files of the host as parts of the disk.
 
 use std::path::PathBuf;
+use std::process::Command;
 
-use blockhouse_tests::noise;
+use blockhouse_sandbox::block::ErrorKind;
+use blockhouse_sandbox::{Grants, Limits, OpenRequest, Opener};
+use blockhouse_tests::{noise, program, run, skip};
 
+use crate::library::{Library, shared};
 use crate::place::Place;
 use crate::tally;
 
@@ -157,6 +161,93 @@ fn an_embedded_descriptor_is_judged_like_any_other() {
         place.canary.assert_untouched(&attempt.outcome);
         tally::image_refused();
     }
+}
+
+/// The bytes of one part of [`image_of_parts`].
+const PART: usize = 4096;
+
+/// A sparse file of one grain, which holds the bytes.
+fn sparse(bytes: &[u8]) -> Vec<u8> {
+    let mut file = vec![0; 3 * 512];
+    let mut put = |at: usize, value: &[u8]| file[at..at + value.len()].copy_from_slice(value);
+    let sectors = (bytes.len() as u64 / 512).to_le_bytes();
+    put(0, b"KDMV");
+    put(4, &1u32.to_le_bytes());
+    put(8, &1u32.to_le_bytes());
+    put(12, &sectors);
+    put(20, &sectors);
+    put(44, &1u32.to_le_bytes());
+    put(56, &1u64.to_le_bytes());
+    put(73, b"\n \r\n");
+    put(512, &2u32.to_le_bytes());
+    put(1024, &3u32.to_le_bytes());
+    file.extend(bytes);
+    file
+}
+
+/// A disk of so many sparse parts, each a file that stays open. The bytes of one are noise of its number.
+fn image_of_parts(place: &Place, count: usize) -> PathBuf {
+    let lines = (0..count).map(|number| {
+        place.write(&format!("images/vm/part-{number}"), sparse(&noise(number as u64, PART)));
+        format!("RW {} SPARSE \"part-{number}\"\n", PART / 512)
+    });
+    let lines = lines.collect::<String>();
+    image(place, "parts", &lines)
+}
+
+/// `read` of the image by the program, started with this limit of open files.
+fn read_within(place: &Place, image: &PathBuf, limit: &str) -> Command {
+    let mut command = Command::new("sh");
+    command.arg("-c").arg(format!("ulimit {limit} && exec \"$0\" \"$@\"")).arg(program());
+    command.args(["read", "--format", "vmdk", "--allow"]).arg(place.path("images")).arg(image);
+    command
+}
+
+/// Whatever it is that lacks a descriptor, the error says what to raise.
+#[test]
+fn a_disk_of_more_parts_than_the_process_may_open_is_refused() {
+    let place = Place::new();
+    let image = image_of_parts(&place, 100);
+    for limit in 100..106 {
+        let outcome = run(&mut read_within(&place, &image, &format!("-n {limit}")));
+        assert_eq!(outcome.status.code(), Some(6), "{limit}: {}", outcome.stderr);
+        let told = ["the host refused \"", "this process may have no more files open; raise its limit", "ulimit -n"];
+        assert!(told.iter().all(|text| outcome.stderr.contains(text)), "{limit}: {}", outcome.stderr);
+        tally::image_refused();
+    }
+}
+
+/// The host does not take each file that a component opened; then it says why, and which one.
+#[test]
+fn a_part_that_the_host_cannot_use_is_named_with_the_reason() {
+    let place = Place::new();
+    let image = image_of_parts(&place, 2);
+    let mut limits = Limits::default();
+    limits.shared_files = 1;
+    let error = Library::new(limits).open("vmdk", &image, &[&place.path("images")]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Limit, "{error}");
+    let why = "the host refused \"$ROOT/images/vm/part-1\": the limit of shared files is reached (shared-files = 1)";
+    assert!(place.normalize(&error.to_string()).contains(why), "{error}");
+    tally::image_refused();
+
+    // A regular file of a file system without direct I/O.
+    let other = "/sys/kernel/uevent_seqnum";
+    if !std::fs::metadata(other).is_ok_and(|file| file.is_file() && file.len() >= 512) {
+        return skip(format!("{other} is not what it was"));
+    }
+    let image = self::image(&place, "direct", &format!("RW 1 FLAT \"{other}\" 0\n"));
+    let grants = Grants::new().allow(other).unwrap();
+    let opener = Opener::new(&shared().sandbox, shared().formats.clone()).grants(grants);
+    opener.open(&OpenRequest::new(&image, "vmdk")).unwrap();
+    let error = opener.direct(true).open(&OpenRequest::new(&image, "vmdk")).unwrap_err();
+    let text = error.to_string();
+    if text.contains("direct.vmdk: cannot be used with direct I/O") {
+        return skip("the file system of the tests has no direct I/O");
+    }
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{text}");
+    let why = format!("the host refused {other:?}: it cannot be used with direct I/O, which was asked for: ");
+    assert!(text.contains(&why), "{text}");
+    tally::image_refused();
 }
 
 /// The parent of a VMDK is a reference like any other.

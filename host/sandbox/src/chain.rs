@@ -26,10 +26,10 @@ use crate::bindings::reader::exports::blockhouse::format::reader::ImageInfo;
 use crate::bindings::snapshots::SnapshotAbility;
 use crate::direct::{refuse_odd_end, refuse_shared_pages};
 use crate::grants::{GrantReport, Grants, Sha256Digest, absolute_name};
-use crate::host::{Identity, OpenFile, SharedFiles, State};
+use crate::host::{Identity, OpenFile, SharedFiles, State, Unshared};
 use crate::instance::Instance;
 use crate::layer::{ComponentLayer, Incarnation, Revival};
-use crate::limits::Limits;
+use crate::limits::{Limits, OUT_OF_FILES};
 use crate::locks::{self, LockMode};
 use crate::maintenance::{each_size, resize};
 use crate::pin::Pin;
@@ -545,7 +545,10 @@ impl Opener {
             }
             let backing = instance
                 .call("connect", |call| call.format.blockhouse_format_reader().call_connect(call.store))
-                .map_err(|error| explain_denial(error, &events.lock().unwrap_or_else(PoisonError::into_inner)))?;
+                .map_err(|error| {
+                    let unshared = instance.with_state(|state| state.unshared.take()).ok().flatten();
+                    explain_refusal(error, &events.lock().unwrap_or_else(PoisonError::into_inner), unshared)
+                })?;
             Ok((virtual_size, backing))
         })();
         report.opens = std::mem::take(&mut *events.lock().unwrap_or_else(PoisonError::into_inner));
@@ -908,18 +911,25 @@ fn check_length(info: &ImageInfo, limits: &Limits) -> Result<()> {
     Ok(())
 }
 
-/// Adds the host's own record of the refused open, and what to do about it.
-fn explain_denial(error: Error, events: &[OpenEvent]) -> Error {
+/// Adds the host's own record of what it refused, an open or a file for its own I/O, and what to do about it.
+fn explain_refusal(error: Error, events: &[OpenEvent], unshared: Option<Unshared>) -> Error {
     let refused = events.iter().rev().find(|event| event.outcome == Outcome::Denied);
-    let (ErrorKind::Denied, Some(event)) = (error.kind(), refused) else { return error };
-    let reason = event.reason.as_deref().unwrap_or("refused");
-    let writes = event.access == "read-write";
-    let remedy = (reason == NOT_GRANTED || writes && reason == GRANT_IS_READ_ONLY).then(|| Remedy::Grant {
-        path: event.path.clone(),
-        access: if writes { Access::ReadWrite } else { Access::ReadOnly },
-    });
-    let why = format!("{}; the host refused {:?}: {reason}", error.message(), event.path);
-    let explained = Error::new(ErrorKind::Denied, why).with_remedy(remedy);
+    let (kind, path, reason, remedy) = match (error.kind(), refused, &unshared) {
+        (ErrorKind::Denied, Some(event), _) => {
+            let reason = event.reason.as_deref().unwrap_or("refused");
+            let writes = event.access == "read-write";
+            let remedy = (reason == NOT_GRANTED || writes && reason == GRANT_IS_READ_ONLY).then(|| Remedy::Grant {
+                path: event.path.clone(),
+                access: if writes { Access::ReadWrite } else { Access::ReadOnly },
+            });
+            let kind = if reason == OUT_OF_FILES { ErrorKind::Limit } else { ErrorKind::Denied };
+            (kind, &event.path, reason, remedy)
+        }
+        (ErrorKind::Denied | ErrorKind::Invalid, _, Some(file)) => (file.kind, &file.path, file.reason.as_str(), None),
+        _ => return error,
+    };
+    let why = format!("{}; the host refused {path:?}: {reason}", error.message());
+    let explained = Error::new(kind, why).with_remedy(remedy);
     match error.image() {
         Some(image) => explained.on_image(image),
         None => explained,

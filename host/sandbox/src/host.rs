@@ -1,15 +1,17 @@
 //! The host's side of one component instance: its state, and the functions it is offered.
 
 use std::collections::HashMap;
+use std::error::Error as _;
 use std::fs::File;
 use std::future::Future;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use blockhouse_block::{Access, FileIdentity, ImageFile};
+use blockhouse_block::{Access, ErrorKind, FileIdentity, ImageFile};
 use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable, ResourceType};
 use wasmtime::{Engine, ResourceLimiter, StoreContextMut, bail};
 use wasmtime_wasi::filesystem::{
@@ -24,7 +26,7 @@ use crate::audit::{Audit, OpenEvent, Outcome, now_ms};
 use crate::authority::{PREOPENS, TYPES, WASI_VERSION};
 use crate::bindings::reader::blockhouse::format::{files, log, types};
 use crate::grants::Grants;
-use crate::limits::{Limits, TICK};
+use crate::limits::{Limits, OUT_OF_FILES, TICK, is_out_of_files};
 use crate::locks::LockMode;
 use crate::pin::Pin;
 use crate::policy;
@@ -50,6 +52,15 @@ pub(crate) struct OpenFile {
     pub(crate) path: String,
     /// What it is pinned by.
     pub(crate) pin: Option<Arc<Pin>>,
+}
+
+/// A file that the host did not register for its own I/O. A component is only told that it was not.
+pub(crate) struct Unshared {
+    pub(crate) kind: ErrorKind,
+    /// The absolute path under which it was opened.
+    pub(crate) path: String,
+    /// Why, and what to do about it.
+    pub(crate) reason: String,
 }
 
 /// Who an instance is, for audit events and messages.
@@ -115,6 +126,8 @@ pub(crate) struct State {
     /// Attempts to open, in order, until somebody takes them; of an instance that is the first of its layer.
     pub(crate) events: Arc<Mutex<Vec<OpenEvent>>>,
     pub(crate) shared: SharedFiles,
+    /// The last file that was not registered in the present call, or in the last one.
+    pub(crate) unshared: Option<Unshared>,
     /// What it opened, for the next instance if this one breaks down.
     pub(crate) held: Arc<Mutex<Held>>,
     /// What files that it opened are pinned by, each once.
@@ -148,6 +161,7 @@ impl State {
             log_messages: 0,
             events: Arc::default(),
             shared: SharedFiles::default(),
+            unshared: None,
             held: Arc::default(),
             pins: Vec::new(),
             last_words: None,
@@ -161,6 +175,7 @@ impl State {
     pub(crate) fn begin_call(&mut self, budget: Budget) {
         self.host_calls = 0;
         self.budget = budget;
+        self.unshared = None;
     }
 
     /// Counts a call of a host function.
@@ -396,15 +411,15 @@ impl State {
 /// policy ever fail to stop an operation on it, there is no directory behind it to operate on.
 fn nowhere() -> wasmtime::Result<Descriptor> {
     // Opened once: a component may be started again by a thread that can open nothing any more.
-    static NULL: OnceLock<File> = OnceLock::new();
+    static NULL: OnceLock<WasiFile> = OnceLock::new();
     let null = match NULL.get() {
         Some(null) => null,
         None => {
-            let null = File::open("/dev/null")?;
+            let null = WasiFile::new(File::open("/dev/null")?, FsPerms::ReadOnly, OpenMode::empty(), true);
             NULL.get_or_init(|| null)
         }
     };
-    Ok(Descriptor::File(WasiFile::new(null.try_clone()?, FsPerms::ReadOnly, OpenMode::empty(), true)))
+    Ok(Descriptor::File(null.clone()))
 }
 
 impl ResourceLimiter for State {
@@ -475,25 +490,26 @@ impl files::Host for State {
             }
         }
         let index = u32::try_from(shared.len()).unwrap_or(u32::MAX);
-        if index >= self.limits.shared_files {
-            return Ok(Err(files::ShareError::TooMany));
-        }
-        let file =
-            if self.direct { regular::direct(&open.file, access == Access::ReadWrite) } else { open.file.try_clone() };
-        let image_file = file
-            .map_err(|error| error.to_string())
-            .and_then(|file| ImageFile::new(file, access, path.clone()).map_err(|error| error.to_string()))
-            .map(|file| match pin {
-                Some(pin) => file.with_validity(pin.validity()),
-                None => file,
-            });
-        match image_file {
+        let most = self.limits.shared_files;
+        let registered = if index >= most {
+            Err((ErrorKind::Limit, format!("the limit of shared files is reached (shared-files = {most})")))
+        } else {
+            host_file(&open.file, access, path, self.direct)
+        };
+        match registered {
             Ok(file) => {
-                shared.push(Arc::new(file));
+                shared.push(Arc::new(match pin {
+                    Some(pin) => file.with_validity(pin.validity()),
+                    None => file,
+                }));
                 Ok(Ok(index))
             }
-            Err(error) => {
-                tracing::warn!(image = %self.identity.image, %path, %error, "cannot register a file");
+            Err((kind, reason)) => {
+                // Once in a call: a component can ask for ever.
+                if self.unshared.is_none() {
+                    tracing::info!(image = %self.identity.image, %path, %reason, "cannot register a file");
+                }
+                self.unshared = Some(Unshared { kind, path: path.clone(), reason });
                 Ok(Err(files::ShareError::TooMany))
             }
         }
@@ -509,6 +525,27 @@ impl files::Host for State {
         })?;
         Ok(size.ok())
     }
+}
+
+/// An open file of a component for the host's own I/O, past the page cache if that was asked for; or why that cannot be.
+fn host_file(open: &File, access: Access, path: &str, direct: bool) -> Result<ImageFile, (ErrorKind, String)> {
+    let file = if direct {
+        regular::direct(open, access.is_writable()).map_err(|error| {
+            let why = format!("it cannot be used with direct I/O, which was asked for: {error}");
+            unless_out_of_files(&error, ErrorKind::Unsupported, why)
+        })
+    } else {
+        open.try_clone().map_err(|error| unless_out_of_files(&error, ErrorKind::Storage, error.to_string()))
+    };
+    ImageFile::new(file?, access, path).map_err(|error| match error.source().and_then(|source| source.downcast_ref()) {
+        Some(source) => unless_out_of_files(source, error.kind(), error.message().to_owned()),
+        None => (error.kind(), error.message().to_owned()),
+    })
+}
+
+/// That, or that the process can have no more files, if that is the error.
+fn unless_out_of_files(error: &io::Error, kind: ErrorKind, why: String) -> (ErrorKind, String) {
+    if is_out_of_files(error) { (ErrorKind::Limit, OUT_OF_FILES.to_owned()) } else { (kind, why) }
 }
 
 impl log::Host for State {

@@ -1,6 +1,15 @@
 //! Every limit on a component, in one place.
 
+use std::io;
 use std::time::Duration;
+
+/// Why a file is not opened or registered once the process has as many as it may, and what to do about it.
+pub(crate) const OUT_OF_FILES: &str = "this process may have no more files open; raise its limit (RLIMIT_NOFILE: ulimit -n, or LimitNOFILE= of a service)";
+
+/// Whether an error says that the process has as many files open as it may.
+pub(crate) fn is_out_of_files(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error())
+}
 
 /// What one component instance, and the chain it belongs to, may use. Every instance gets the same
 /// limits; an instance that goes over one is thrown away and its disk answers errors.
@@ -21,7 +30,8 @@ pub struct Limits {
     ///
     /// Each is a file descriptor of the process, and each shared file is two more: a process that serves
     /// strangers' images needs an `RLIMIT_NOFILE` to match, or one image could use up the descriptors of
-    /// all. The `blockhouse` program raises its own to the hard limit.
+    /// all. The `blockhouse` program raises its own to the hard limit. An image that does not open for want
+    /// of descriptors is an error of the kind [`Limit`](blockhouse_block::ErrorKind::Limit).
     pub handles: usize,
     /// Bytes that may cross from the component to the host in one call in either direction of
     /// calling: strings, lists. Default 32 MiB, twice the largest packed unit.

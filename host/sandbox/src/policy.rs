@@ -17,7 +17,7 @@ use cap_primitives::fs::{OpenOptions, OpenOptionsExt};
 use wasmtime_wasi::p2::bindings::filesystem::types::{DescriptorFlags, ErrorCode, OpenFlags};
 
 use crate::grants::{FileGrant, GrantTree, join};
-use crate::limits::Limits;
+use crate::limits::{Limits, OUT_OF_FILES, is_out_of_files};
 use crate::locks::{self, LockMode};
 use crate::pin::Pin;
 use crate::regular;
@@ -260,6 +260,7 @@ fn open_regular(directory: &File, path: &Path) -> Result<File, (ErrorCode, Strin
             io::ErrorKind::NotFound => ErrorCode::NoEntry,
             io::ErrorKind::NotADirectory => ErrorCode::NotDirectory,
             io::ErrorKind::IsADirectory => ErrorCode::IsDirectory,
+            _ if is_out_of_files(&error) => ErrorCode::Quota,
             _ if error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error()) => ErrorCode::Loop,
             _ => ErrorCode::NotPermitted,
         };
@@ -299,7 +300,7 @@ fn reopen(granted: &File, access: Access, locks: LockMode) -> Result<File, (Erro
         Err(error) => {
             // Without /proc, or without the right to open it again: the descriptor itself is the grant.
             tracing::warn!("a granted file is used without a lock, since it cannot be opened again: {error}");
-            granted.try_clone().map_err(|error| (ErrorCode::Io, error.to_string()))
+            granted.try_clone().map_err(|error| (ErrorCode::Io, describe(&error)))
         }
     }
 }
@@ -323,6 +324,7 @@ fn describe(error: &io::Error) -> String {
         io::ErrorKind::PermissionDenied if error.raw_os_error().is_none() => {
             "a symbolic link on the way leads outside of the granted directory".to_owned()
         }
+        _ if is_out_of_files(error) => OUT_OF_FILES.to_owned(),
         _ => error.to_string(),
     }
 }

@@ -12,6 +12,14 @@ use crate::testing::OpenFile;
 #[cfg(target_family = "wasm")]
 use crate::wasm::OpenFile;
 
+/// Why a file was not registered.
+pub(crate) enum NotShared {
+    /// It has fewer rights than asked for.
+    Rights,
+    /// The host takes no more, or cannot use this one.
+    Host,
+}
+
 /// An open regular file that can be read at any offset.
 #[derive(Debug)]
 pub struct File(pub(crate) OpenFile);
@@ -110,8 +118,13 @@ impl File {
     /// Registers the file for the host's own I/O: data extents name it by the returned index.
     ///
     /// # Errors
-    /// [`Denied`](Error::Denied) if the file was opened with fewer rights, or too many files are shared.
+    /// [`Denied`](Error::Denied) if the file was opened with fewer rights; [`Other`](Error::Other) if the host takes
+    /// no more files or cannot use this one, which it says itself if that ends `connect`.
     pub fn share(&self, access: Access) -> Result<FileIndex> {
-        self.0.share(access).map_err(|why| Error::Denied(format!("cannot share the file with the host: {why}")))
+        let text = |why: &str| format!("cannot share the file with the host: {why}");
+        self.0.share(access).map_err(|why| match why {
+            NotShared::Rights => Error::Denied(text("it is not a regular file, or was opened with fewer rights")),
+            NotShared::Host => Error::Other(text("it takes no more files, or not this one")),
+        })
     }
 }

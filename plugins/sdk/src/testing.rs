@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::file::NotShared;
 use crate::{
     Access, Allocation, BackingReference, Context, Error, File, FileIndex, Format, ImageInfo, Level, Placement, Result,
     Writer,
@@ -324,12 +325,12 @@ impl OpenFile {
         if self.access == Access::ReadWrite { Ok(()) } else { Err("it was opened read-only".to_string()) }
     }
 
-    pub(crate) fn share(&self, access: Access) -> Result<FileIndex, String> {
+    pub(crate) fn share(&self, access: Access) -> Result<FileIndex, NotShared> {
         if access == Access::ReadWrite && self.access == Access::ReadOnly {
-            return Err("it was opened read-only".to_string());
+            return Err(NotShared::Rights);
         }
         let mut storage = self.storage.0.borrow_mut();
-        let index = u32::try_from(storage.shared.len()).map_err(|_| "too many files")?;
+        let index = u32::try_from(storage.shared.len()).map_err(|_| NotShared::Host)?;
         storage.shared.push(self.content.clone());
         Ok(FileIndex(index))
     }

@@ -10,6 +10,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::cell::RefCell;
 
+use crate::file::NotShared;
 use crate::{Access, Context, Error, File, FileIndex, Format, Level, Placement, Snapshots, Writer};
 
 /// Bindings of the world `read-only-format`.
@@ -112,14 +113,14 @@ impl OpenFile {
         self.0.sync_data().map_err(error_name)
     }
 
-    pub(crate) fn share(&self, access: Access) -> Result<FileIndex, &'static str> {
+    pub(crate) fn share(&self, access: Access) -> Result<FileIndex, NotShared> {
         let access = match access {
             Access::ReadOnly => types::Access::ReadOnly,
             Access::ReadWrite => types::Access::ReadWrite,
         };
         files::share(&self.0, access).map(FileIndex).map_err(|error| match error {
-            files::ShareError::NotPermitted => "it is not a regular file, or was opened with fewer rights",
-            files::ShareError::TooMany => "the limit of shared files is reached",
+            files::ShareError::NotPermitted => NotShared::Rights,
+            files::ShareError::TooMany => NotShared::Host,
         })
     }
 }
