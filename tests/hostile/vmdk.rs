@@ -6,6 +6,7 @@ use std::process::Command;
 use blockhouse_sandbox::block::ErrorKind;
 use blockhouse_sandbox::{Grants, Limits, OpenRequest, Opener};
 use blockhouse_tests::{noise, program, run, skip};
+use rustix::process::{Resource, getrlimit};
 
 use crate::library::{Library, shared};
 use crate::place::Place;
@@ -201,6 +202,27 @@ fn read_within(place: &Place, image: &PathBuf, limit: &str) -> Command {
     command.arg("-c").arg(format!("ulimit {limit} && exec \"$0\" \"$@\"")).arg(program());
     command.args(["read", "--format", "vmdk", "--allow"]).arg(place.path("images")).arg(image);
     command
+}
+
+/// The largest disk of split files that is read, 4 TiB in parts of 2 GiB: each part is three descriptors, and behind
+/// the walls the program has as many as the system allows.
+#[test]
+fn a_disk_of_2048_parts_is_served() {
+    const PARTS: usize = 2048;
+    let most = getrlimit(Resource::Nofile).maximum;
+    if most.is_some_and(|most| most < 7000) {
+        return skip(format!("a process may have no more than {most:?} files open here"));
+    }
+    let place = Place::new();
+    let image = image_of_parts(&place, PARTS);
+    let outcome = run(&mut read_within(&place, &image, "-Sn 1024")).succeeded();
+    let expected: Vec<u8> = (0..PARTS).flat_map(|number| noise(number as u64, PART)).collect();
+    assert!(outcome.stdout == expected);
+    tally::image_served();
+    let lines = std::fs::read_to_string(&image).unwrap();
+    std::fs::write(&image, lines + "RW 8 ZERO\n").unwrap();
+    place.open("info", "vmdk", &image).assert_error(5, &["a disk of more than 2048 parts"]);
+    tally::image_refused();
 }
 
 /// Whatever it is that lacks a descriptor, the error says what to raise.

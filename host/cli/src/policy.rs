@@ -458,7 +458,7 @@ mod tests {
             ),
             ("version = 1\n[limits]\nhandles = \"x\"", "p.toml:3:11: limits.handles: a whole number"),
             ("version = 1\n[limits]\nhandles = -1", "p.toml:3:11: limits.handles: a whole number"),
-            ("version = 1\n[limits]\nhandles = 1025", "p.toml:3:11: limits.handles: 1025 is more than the 1024"),
+            ("version = 1\n[limits]\nhandles = 2113", "p.toml:3:11: limits.handles: 2113 is more than the 2112"),
             ("version = 1\n[limits]\nhandles = 0", "p.toml:3:11: limits.handles: 0 is"),
             ("version = 1\n[components]\nraw = [\"12\"]", "p.toml:3:8: components.raw: \"12\" is no SHA-256"),
             ("version = 1\n[[grants]]\nlayer = 1", "p.toml:2:1: grants.path: is missing"),

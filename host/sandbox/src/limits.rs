@@ -26,7 +26,8 @@ pub struct Limits {
     pub core_instances: usize,
     /// Bytes of stack for WebAssembly frames. Default 512 KiB.
     pub stack_bytes: usize,
-    /// Handles (open files and directories) that one instance may hold at a time. Default 1,024.
+    /// Handles (open files and directories) that one instance may hold at a time. Default 2,112: the 2,048 parts of a
+    /// split VMDK of 4 TiB, and some for the image, its parent and directories.
     ///
     /// Each is a file descriptor of the process, and each shared file is two more: a process that serves
     /// strangers' images needs an `RLIMIT_NOFILE` to match, or one image could use up the descriptors of
@@ -38,9 +39,9 @@ pub struct Limits {
     pub transfer_bytes: usize,
     /// Calls of host functions within one call of the component. Default 1,000,000.
     pub host_calls: u64,
-    /// Attempts to open a file in the life of one instance, allowed or denied. Default 2,048.
+    /// Attempts to open a file in the life of one instance, allowed or denied. Default 4,224, twice the handles.
     pub opens: u32,
-    /// Files that one instance may register for the host's I/O. Default 1,024.
+    /// Files that one instance may register for the host's I/O. Default 2,112, one for each handle.
     pub shared_files: u32,
     /// Length of a path that may be opened, in bytes. Default 4,096.
     pub path_bytes: usize,
@@ -94,11 +95,11 @@ impl Default for Limits {
             table_elements: 20_000,
             core_instances: 16,
             stack_bytes: 512 << 10,
-            handles: 1024,
+            handles: 2112,
             transfer_bytes: 32 << 20,
             host_calls: 1_000_000,
-            opens: 2048,
-            shared_files: 1024,
+            opens: 4224,
+            shared_files: 2112,
             path_bytes: 4096,
             log_messages: 1000,
             text_bytes: 4096,
