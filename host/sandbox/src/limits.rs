@@ -4,7 +4,8 @@ use std::io;
 use std::time::Duration;
 
 /// Why a file is not opened or registered once the process has as many as it may, and what to do about it.
-pub(crate) const OUT_OF_FILES: &str = "this process may have no more files open; raise its limit (RLIMIT_NOFILE: ulimit -n, or LimitNOFILE= of a service)";
+pub(crate) const OUT_OF_FILES: &str = "this process may have no more files open; raise its limit (RLIMIT_NOFILE: \
+                                       ulimit -n, or LimitNOFILE= of a service)";
 
 /// Whether an error says that the process has as many files open as it may.
 pub(crate) fn is_out_of_files(error: &io::Error) -> bool {
@@ -12,15 +13,17 @@ pub(crate) fn is_out_of_files(error: &io::Error) -> bool {
 }
 
 /// What one component instance, and the chain it belongs to, may use. Every instance gets the same
-/// limits; an instance that goes over one is thrown away and its disk answers errors.
+/// limits. Where a field says nothing else, an instance that goes over one is thrown away, and its disk answers errors
+/// for what it does not know until another one takes its place, if one may ([`Restart`](crate::Restart)).
 ///
 /// The defaults fit every built-in format with a wide margin on any image that QEMU can make.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Bytes of linear memory of one instance, all its memories together. Default 64 MiB.
+    /// Bytes of linear memory of one instance, all its memories together. Default 64 MiB. More is refused, which ends
+    /// most components.
     pub memory_bytes: usize,
-    /// Elements of all tables of one instance. Default 20,000.
+    /// Elements of all tables of one instance. Default 20,000. More is refused, as more memory is.
     pub table_elements: usize,
     /// Core module instances inside one component instance. Default 16.
     pub core_instances: usize,
@@ -34,22 +37,24 @@ pub struct Limits {
     /// all. The `blockhouse` program raises its own to the hard limit. An image that does not open for want
     /// of descriptors is an error of the kind [`Limit`](blockhouse_block::ErrorKind::Limit).
     pub handles: usize,
-    /// Bytes that may cross from the component to the host in one call in either direction of
-    /// calling: strings, lists. Default 32 MiB, twice the largest packed unit.
+    /// Bytes that may cross from the component to the host in one call, whichever of them calls: strings, lists.
+    /// Default 32 MiB, twice the largest packed unit.
     pub transfer_bytes: usize,
     /// Calls of host functions within one call of the component. Default 1,000,000.
     pub host_calls: u64,
     /// Attempts to open a file in the life of one instance, allowed or denied. Default 4,224, twice the handles.
     pub opens: u32,
-    /// Files that one instance may register for the host's I/O. Default 2,112, one for each handle.
+    /// Files that one instance may register for the host's I/O. Default 2,112, one for each handle. More are refused.
     pub shared_files: u32,
-    /// Length of a path that may be opened, in bytes. Default 4,096.
+    /// Length of a path that may be opened, in bytes. Default 4,096. Longer ones are refused.
     pub path_bytes: usize,
     /// Log messages of one instance; further ones are dropped and counted. Default 1,000.
     pub log_messages: u32,
-    /// Length of one log message and of one error text, in bytes; longer ones are cut. Default 4,096.
+    /// Length of one log message and of one error text, in bytes; longer ones are cut. Default 4,096. An image that
+    /// names a file with more is refused.
     pub text_bytes: usize,
-    /// Entries in the lists that describe an image (facts, further files, snapshots). Default 65,536.
+    /// Entries in the lists that describe an image (facts, further files, snapshots). Default 65,536. An image with
+    /// more is refused.
     pub description_entries: usize,
     /// Layers of one disk, the top included. Default 200.
     pub chain_depth: usize,
