@@ -133,6 +133,11 @@ impl CodeCache {
     /// Writes under another name first: nobody sees a part of it.
     fn write(&self, name: &str, code: &[u8]) -> io::Result<()> {
         let draft = format!("{name}.{}", std::process::id());
+        // What a process of that number left when it was killed is nobody's, and would be in the way for good.
+        match rustix::fs::unlinkat(&self.directory, &draft, AtFlags::empty()) {
+            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut file: File = rustix::fs::openat(&self.directory, &draft, flags, Mode::RUSR | Mode::WUSR)?.into();
         let written = code::write(&mut file, MAGIC, &[code])
@@ -231,6 +236,17 @@ mod tests {
         assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
         let names: Vec<_> = std::fs::read_dir(file.parent().unwrap()).unwrap().collect();
         assert_eq!(names.len(), 1, "a draft stayed: {names:?}");
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_in_nobodys_way() {
+        let (_parent, cache, engine, file) = filled();
+        std::fs::remove_file(&file).unwrap();
+        let draft = format!("{}.{}", file.display(), std::process::id());
+        std::fs::write(&draft, "half of it").unwrap();
+        cache.store(&engine, KEY, &Component::from_binary(&engine, EMPTY).unwrap());
+        assert!(cache.load(&engine, KEY).is_some());
+        assert!(!Path::new(&draft).exists());
     }
 
     #[test]
