@@ -5,10 +5,13 @@ use std::net::Shutdown;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use blockhouse_tests::serve::Serve;
-use blockhouse_tests::{Outcome, blockhouse, noise, qemu_img, run, scratch, skip};
+use blockhouse_tests::{COMMAND_LIMIT, Outcome, blockhouse, noise, qemu_img, run, scratch, skip};
 use serde_json::{Value, json};
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -100,7 +103,7 @@ fn gets_larger(directory: &Path, more: &str) {
 
         let said = control(&control_socket, &["resize", "disk0", "20M"]).succeeded();
         assert_eq!(said.text(), "disk0: 20 MiB (20971520 bytes), before 4 MiB (4194304 bytes)\n");
-        assert_eq!(said.stderr, "");
+        assert!(!said.stderr.contains("could not be told"), "{}", said.stderr);
         let mut message = [0; 12];
         news.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
         news.read_exact(&mut message).unwrap();
@@ -196,6 +199,10 @@ fn an_image_with_an_external_data_file_keeps_its_size() {
         assert_eq!(request(&mut guest, WRITE, MIB, &before).0, 0);
         let refused = control(&control_socket, &["resize", "disk0", "20M"]).refused();
         assert!(refused.stderr.contains("an image with an external data file"), "{}", refused.stderr);
+        assert_eq!(refused.status.code(), Some(5), "as for `resize`");
+        let refused = control(&control_socket, &["--json", "resize", "disk0", "20M"]).refused();
+        let said: Value = serde_json::from_str(&refused.text()).unwrap();
+        assert_eq!((&said["error"]["kind"], &said["error"]["image"]), (&json!("unsupported"), &json!(image)));
         assert_eq!(capacity(&mut frontend), 4 * MIB);
         assert_eq!(request(&mut guest, WRITE, 2 * MIB + (round as u64) * MIB, &after).0, 0);
         assert_eq!(request(&mut guest, READ, MIB, &[0; 65536]).1, before);
@@ -350,4 +357,61 @@ fn connections_are_served_one_after_the_other() {
     answer(&mut second);
     drop(second);
     serve.terminate();
+}
+
+/// It is said what a command waits for.
+#[test]
+fn who_comes_second_is_told_so() {
+    let directory = scratch();
+    let raw = directory.path().join("disk.raw");
+    std::fs::write(&raw, noise(1, 4096)).unwrap();
+    let (serve, _, socket) = serve(directory.path(), &format!("file={},format=raw", raw.display()));
+    let mut first = BufReader::new(UnixStream::connect(&socket).unwrap());
+    let mut command = blockhouse();
+    command.args(["control", "--socket"]).arg(&socket).arg("status");
+    let mut second = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let (sender, said) = std::sync::mpsc::channel();
+    let stderr = BufReader::new(second.stderr.take().unwrap());
+    std::thread::spawn(move || stderr.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+    let started = Instant::now();
+    // The first one is silent for less than ten seconds.
+    let line = loop {
+        assert!(started.elapsed() < COMMAND_LIMIT, "nobody is told");
+        first.get_mut().write_all(b"{\"command\":\"status\"}\n").unwrap();
+        assert!(first.read_line(&mut String::new()).unwrap() > 0, "the first one is not served any more");
+        match said.recv_timeout(Duration::from_millis(100)) {
+            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {}
+            line => break line.expect("it ended without a word"),
+        }
+    };
+    assert!(line.contains("still waiting"), "{line}");
+    drop(first);
+    let outcome = second.wait_with_output().unwrap();
+    assert!(outcome.status.success() && outcome.stdout.starts_with(b"disk0: "), "{outcome:?}");
+    serve.terminate();
+}
+
+/// The server ends when it is to, whoever is connected and has something to say.
+#[test]
+fn who_talks_on_does_not_keep_the_server() {
+    let directory = scratch();
+    let raw = directory.path().join("disk.raw");
+    std::fs::write(&raw, noise(1, 4096)).unwrap();
+    let (serve, _, socket) = serve(directory.path(), &format!("file={},format=raw", raw.display()));
+    let stream = UnixStream::connect(&socket).unwrap();
+    let mut answers = BufReader::new(stream.try_clone().unwrap()).lines();
+    (&stream).write_all(b"{\"command\":\"status\"}\n").unwrap();
+    answers.next().unwrap().unwrap();
+    let ended = Arc::new(AtomicBool::new(false));
+    let talker = std::thread::spawn({
+        let ended = Arc::clone(&ended);
+        move || {
+            let ask = || (&stream).write_all(b"{\"command\":\"status\"}\n");
+            while !ended.load(Ordering::Relaxed) && ask().is_ok() && answers.next().is_some_and(|line| line.is_ok()) {}
+        }
+    });
+    serve.terminate();
+    ended.store(true, Ordering::Relaxed);
+    talker.join().unwrap();
+    assert!(!socket.exists());
 }

@@ -10,9 +10,11 @@
 //!
 //! Who may connect is the user of the process (mode 0600). What comes is read up to a bound in size and time; a
 //! command can do no more to a disk than the table above says: none opens a file, none takes a name of one, none
-//! makes a disk smaller. One connection is served at a time, and a command at a time.
+//! makes a disk smaller. One connection is served at a time, and a command at a time; when the process is to end, the
+//! command that is being done is the last one.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,17 +39,21 @@ const PATIENCE: Patience = Patience { silence: Duration::from_secs(10), answer: 
 
 /// Serves the interface.
 pub(crate) fn start(listener: Listener, walls: &Walls, disks: Arc<[ControlledDisk]>) -> anyhow::Result<Running> {
-    Running::socket("control", listener, walls, move |stream| serve(stream, &disks, PATIENCE))
+    Running::socket("control", listener, walls, move |stream, end| serve(stream, end, &disks, PATIENCE))
 }
 
-/// Answers the commands of one connection.
-fn serve(mut stream: UnixStream, disks: &[ControlledDisk], patience: Patience) -> io::Result<()> {
+/// Answers the commands of one connection, until `end` can be read: whoever talks on does not keep the process.
+fn serve(mut stream: UnixStream, end: &OwnedFd, disks: &[ControlledDisk], patience: Patience) -> io::Result<()> {
     let mut received = Vec::new();
     loop {
-        outlet::read_until(&mut stream, &mut received, patience.silence, MAX_LINE, |bytes| bytes.contains(&b'\n'))?;
+        let is_line = |bytes: &[u8]| bytes.contains(&b'\n');
+        outlet::read_until(&mut stream, end, &mut received, patience.silence, MAX_LINE, is_line)?;
+        if outlet::is_over(end) {
+            return Ok(());
+        }
         match next(&mut received, disks)? {
-            Next::Answer(line) => outlet::write_all(&mut stream, &line, patience.answer)?,
-            Next::Last(line) => return outlet::write_all(&mut stream, &line, patience.answer),
+            Next::Answer(line) => outlet::write_all(&mut stream, end, &line, patience.answer)?,
+            Next::Last(line) => return outlet::write_all(&mut stream, end, &line, patience.answer),
             // It ended, or was silent.
             Next::Incomplete => return Ok(()),
         }
@@ -61,6 +67,7 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
+    use crate::outlet::wake_event;
 
     /// The answers to what somebody sends who then sends no more.
     fn answers(sent: &[u8]) -> Vec<serde_json::Value> {
@@ -68,7 +75,7 @@ mod tests {
         ours.set_nonblocking(true).unwrap();
         theirs.write_all(sent).unwrap();
         theirs.shutdown(std::net::Shutdown::Write).unwrap();
-        serve(ours, &[], PATIENCE).unwrap();
+        serve(ours, &wake_event().unwrap(), &[], PATIENCE).unwrap();
         let mut text = String::new();
         // What was not read of it is an error at the end.
         let _ = theirs.read_to_string(&mut text);
@@ -118,7 +125,7 @@ mod tests {
         ours.set_nonblocking(true).unwrap();
         theirs.write_all(sent).unwrap();
         let (sender, receiver) = mpsc::channel();
-        std::thread::spawn(move || sender.send(serve(ours, &[], patience)));
+        std::thread::spawn(move || sender.send(serve(ours, &wake_event().unwrap(), &[], patience)));
         // Far longer than it takes.
         (receiver.recv_timeout(Duration::from_secs(60)).unwrap(), theirs)
     }
@@ -131,6 +138,20 @@ mod tests {
         let mut text = String::new();
         theirs.read_to_string(&mut text).unwrap();
         assert_eq!(text, "{\"result\":[]}\n");
+    }
+
+    #[test]
+    fn at_the_end_who_talks_on_is_left() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        theirs.write_all(&b"{\"command\":\"status\"}\n".repeat(1000)).unwrap();
+        let end = wake_event().unwrap();
+        rustix::io::write(&end, &1_u64.to_ne_bytes()).unwrap();
+        serve(ours, &end, &[], PATIENCE).unwrap();
+        let mut answers = String::new();
+        // What was not read of it is an error at the end.
+        let _ = theirs.read_to_string(&mut answers);
+        assert_eq!(answers, "");
     }
 
     #[test]

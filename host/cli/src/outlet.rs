@@ -86,7 +86,7 @@ impl Outlet {
     pub(crate) fn start(self, walls: &Walls, figures: Figures) -> anyhow::Result<Running> {
         match self {
             Self::Socket(listener) => {
-                let answer = move |stream: UnixStream| answer(stream, &figures);
+                let answer = move |stream: UnixStream, end: &OwnedFd| answer(stream, end, &figures);
                 Running::socket("metrics", listener, walls, answer)
             }
             Self::File(path) => {
@@ -96,7 +96,7 @@ impl Outlet {
                 let stop = Arc::clone(&wake);
                 let write = move || {
                     loop {
-                        let stopped = ready(&*stop, PollFlags::IN, FILE_PERIOD);
+                        let stopped = is_over_within(&stop, FILE_PERIOD);
                         if let Err(error) = attendant::write(&path, &figures()) {
                             tracing::warn!(file = %path.display(), %error, "cannot write the metrics");
                         }
@@ -122,12 +122,13 @@ pub(crate) struct Running {
 }
 
 impl Running {
-    /// Calls `serve` for each who connects, one after the other. The stream does not block.
+    /// Calls `serve` for each who connects, one after the other. The stream does not block; the descriptor can be read
+    /// once this is the end, and nobody is served any more.
     pub(crate) fn socket(
         name: &str,
         listener: Listener,
         walls: &Walls,
-        mut serve: impl FnMut(UnixStream) -> io::Result<()> + Send + 'static,
+        mut serve: impl FnMut(UnixStream, &OwnedFd) -> io::Result<()> + Send + 'static,
     ) -> anyhow::Result<Self> {
         let (listener, wake) = (Arc::new(listener), wake_event()?);
         let (listens, stop) = (Arc::clone(&listener), Arc::clone(&wake));
@@ -137,7 +138,7 @@ impl Running {
             while !waits_for(&listens, &stop) {
                 match listens.accept() {
                     Ok(Some(stream)) => {
-                        if let Err(error) = stream.set_nonblocking(true).and_then(|()| serve(stream)) {
+                        if let Err(error) = stream.set_nonblocking(true).and_then(|()| serve(stream, &stop)) {
                             tracing::debug!(%error, "somebody went away without an answer");
                         }
                     }
@@ -166,7 +167,7 @@ impl Drop for Running {
 }
 
 /// Something that stays readable once it was written.
-fn wake_event() -> anyhow::Result<Arc<OwnedFd>> {
+pub(crate) fn wake_event() -> anyhow::Result<Arc<OwnedFd>> {
     let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context("cannot create an eventfd")?;
     Ok(Arc::new(event))
 }
@@ -179,17 +180,33 @@ fn waits_for(listener: &Listener, stop: &OwnedFd) -> bool {
     polled.is_ok() && stop.revents().contains(PollFlags::IN)
 }
 
-/// Waits until something can be done with `fd`, or the time is over. Whether it can.
-fn ready(fd: &impl AsFd, flags: PollFlags, time: Duration) -> bool {
-    let time = Timespec::try_from(time).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
+/// Waits until something can be done with `fd`, the time is over, or this is the end. Whether it can, and it is not.
+fn ready(fd: &impl AsFd, flags: PollFlags, end: &OwnedFd, time: Duration) -> bool {
+    let mut fds = [PollFd::new(fd, flags), PollFd::new(end, PollFlags::IN)];
     // An interruption is the end of the time: who asks asks again.
-    poll(&mut [PollFd::new(fd, flags)], Some(&time)).is_ok_and(|count| count > 0)
+    let polled = poll(&mut fds, Some(&timespec(time)));
+    let [fd, end] = fds;
+    polled.is_ok() && end.revents().is_empty() && !fd.revents().is_empty()
+}
+
+/// Whether this is the end.
+pub(crate) fn is_over(end: &OwnedFd) -> bool {
+    is_over_within(end, Duration::ZERO)
+}
+
+/// Waits for the end, or until the time is over. Whether it is the end.
+fn is_over_within(end: &OwnedFd, time: Duration) -> bool {
+    poll(&mut [PollFd::new(end, PollFlags::IN)], Some(&timespec(time))).is_ok_and(|count| count > 0)
+}
+
+fn timespec(time: Duration) -> Timespec {
+    Timespec::try_from(time).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 })
 }
 
 /// Answers one who connected with metrics: as HTTP if that is what was asked, else the text alone.
-fn answer(mut stream: UnixStream, figures: &Figures) -> io::Result<()> {
+fn answer(mut stream: UnixStream, end: &OwnedFd, figures: &Figures) -> io::Result<()> {
     let mut question = Vec::new();
-    read_until(&mut stream, &mut question, ASK_TIME, MAX_QUESTION, |question| {
+    read_until(&mut stream, end, &mut question, ASK_TIME, MAX_QUESTION, |question| {
         let line = question.iter().position(|byte| *byte == b'\n').and_then(|end| question.get(..end));
         // HTTP ends with an empty line. What is no HTTP is of no interest.
         line.is_some_and(|line| !is_http(line)) || question.ends_with(b"\r\n\r\n") || question.ends_with(b"\n\n")
@@ -210,7 +227,7 @@ fn answer(mut stream: UnixStream, figures: &Figures) -> io::Result<()> {
     } else {
         text
     };
-    write_all(&mut stream, answer.as_bytes(), ANSWER_TIME)
+    write_all(&mut stream, end, answer.as_bytes(), ANSWER_TIME)
 }
 
 /// Whether this is the first line of an HTTP request.
@@ -219,10 +236,11 @@ fn is_http(line: &[u8]) -> bool {
     line.len() >= 8 && line.get(line.len() - 8..).is_some_and(|end| end.starts_with(b"HTTP/1."))
 }
 
-/// Reads until `complete` says so, the other side has no more, or has used up its time or its room: `most` bytes,
-/// or a little more.
+/// Reads until `complete` says so, the other side has no more, or has used up its time or its room (`most` bytes,
+/// or a little more), or `end` can be read.
 pub(crate) fn read_until(
     stream: &mut UnixStream,
+    end: &OwnedFd,
     question: &mut Vec<u8>,
     time: Duration,
     most: usize,
@@ -232,7 +250,7 @@ pub(crate) fn read_until(
     let mut part = [0; 1024];
     while question.len() < most && !complete(question) {
         let left = time.saturating_sub(started.elapsed());
-        if left.is_zero() || !ready(stream, PollFlags::IN, left) {
+        if left.is_zero() || !ready(stream, PollFlags::IN, end, left) {
             return Ok(());
         }
         match stream.read(&mut part) {
@@ -245,15 +263,15 @@ pub(crate) fn read_until(
     Ok(())
 }
 
-/// Writes all of it, or what the other side takes in its time.
-pub(crate) fn write_all(stream: &mut UnixStream, mut bytes: &[u8], time: Duration) -> io::Result<()> {
+/// Writes all of it, or what the other side takes in its time, and at once when `end` can be read.
+pub(crate) fn write_all(stream: &mut UnixStream, end: &OwnedFd, mut bytes: &[u8], time: Duration) -> io::Result<()> {
     let started = Instant::now();
     while !bytes.is_empty() {
         match stream.write(bytes) {
             Ok(count) => bytes = bytes.get(count..).unwrap_or_default(),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 let left = time.saturating_sub(started.elapsed());
-                if left.is_zero() || !ready(stream, PollFlags::OUT, left) {
+                if left.is_zero() || !ready(stream, PollFlags::OUT, end, left) {
                     return Err(io::ErrorKind::TimedOut.into());
                 }
             }
@@ -276,7 +294,7 @@ mod tests {
         theirs.shutdown(std::net::Shutdown::Write).unwrap();
         ours.set_nonblocking(true).unwrap();
         let text = text.to_owned();
-        answer(ours, &(Arc::new(move || text.clone()) as Figures)).unwrap();
+        answer(ours, &wake_event().unwrap(), &(Arc::new(move || text.clone()) as Figures)).unwrap();
         let mut answer = Vec::new();
         // The rest of a question that was not read to its end is an error after the answer.
         let _ = theirs.read_to_end(&mut answer);
@@ -304,8 +322,25 @@ mod tests {
     fn who_does_not_read_is_left() {
         let (mut ours, _theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        let error = write_all(&mut ours, &[0; 16 << 20], Duration::from_millis(1)).unwrap_err();
+        let end = wake_event().unwrap();
+        let error = write_all(&mut ours, &end, &[0; 16 << 20], Duration::from_millis(1)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn at_the_end_nobody_is_waited_for() {
+        let (mut ours, _theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let end = wake_event().unwrap();
+        rustix::io::write(&end, &1_u64.to_ne_bytes()).unwrap();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            // Whoever waits does so for an hour each.
+            let time = Duration::from_secs(3600);
+            read_until(&mut ours, &end, &mut Vec::new(), time, MAX_QUESTION, |_| false).unwrap();
+            sender.send(write_all(&mut ours, &end, &[0; 16 << 20], time))
+        });
+        receiver.recv_timeout(Duration::from_secs(60)).unwrap().unwrap_err();
     }
 
     #[test]
