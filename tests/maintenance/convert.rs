@@ -1,5 +1,8 @@
 //! `blockhouse convert`.
 
+use std::process::Stdio;
+
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::place::Place;
@@ -169,4 +172,28 @@ fn what_cannot_be() {
     }
     assert!([place.bytes("disk.raw"), place.bytes("top.qcow2"), place.bytes("there.raw")] == before, "written to");
     assert_eq!(place.names(), names);
+}
+
+/// Nobody begins to use what is replaced in the end: all that they wrote would be gone.
+#[test]
+fn what_is_replaced_is_locked_until_it_is() {
+    let Some(place) = Place::new() else { return };
+    // To compress what cannot be compressed takes a second or more.
+    place.raw("new.raw", 64 << 20, &[(0, 64 << 20)]);
+    place.qemu_img("create -q -f qcow2 old.qcow2 1M");
+    let mut command = place.command("convert --force --format raw --to-format qcow2 --compress new.raw old.qcow2");
+    let mut child = command.stdout(Stdio::null()).spawn().unwrap();
+    let is_partial = |name: &String| name.ends_with(".partial") && place.bytes(name).len() > 1 << 20;
+    while !place.names().iter().any(is_partial) {
+        assert!(child.try_wait().unwrap().is_none(), "it is complete already");
+    }
+    kill_process(Pid::from_child(&child), Signal::STOP).unwrap();
+    assert!(child.try_wait().unwrap().is_none(), "it is complete already");
+    place.ends("resize --format qcow2 old.qcow2 2M", 1, &["in use"]);
+    let refused = place.qemu("qemu-io", "-f qcow2 -c quit old.qcow2");
+    kill_process(Pid::from_child(&child), Signal::CONT).unwrap();
+    assert!(!refused.status.success() && refused.stderr.contains("lock"), "{refused:?}");
+    assert!(child.wait().unwrap().success());
+    place.same(("qcow2", "old.qcow2"), ("raw", "new.raw"));
+    place.ok("resize --format qcow2 old.qcow2 65M");
 }

@@ -116,6 +116,18 @@ fn external_data_files() {
     place.ends("create --format qcow2 --size 4M --data-file new.raw -o data-file=twice other.qcow2", 1, &["twice"]);
     assert_eq!(place.names(), ["content.raw", "top.qcow2"]);
 
+    // It would be gone when the image gets its name.
+    std::os::unix::fs::symlink(".", place.path("here")).unwrap();
+    for command in ["create --format qcow2 --size 4M", "convert --format raw --to-format qcow2 top.qcow2"] {
+        for data_file in ["new", "./new", "here/new"] {
+            for force in ["", "--force"] {
+                place.ends(&format!("{command} {force} --data-file {data_file} new"), 1, &["are one file"]);
+            }
+        }
+    }
+    std::fs::remove_file(place.path("here")).unwrap();
+    assert_eq!(place.names(), ["content.raw", "top.qcow2"]);
+
     place.ok("create --format qcow2 --size 4M --data-file raw.raw -o data-file-raw=on raw.qcow2");
     place.qemu_io("qcow2", "raw.qcow2", &["write -P 6 1M 64k"]);
     place.flawless("raw.qcow2");

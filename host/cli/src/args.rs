@@ -7,8 +7,8 @@ use anyhow::{Context, bail};
 use blockhouse_block::{Access, Error, ErrorKind};
 use blockhouse_formats::FORMATS;
 use blockhouse_sandbox::{
-    Audit, AuditFile, Formats, Grant, Grants, Limits, LockMode, OpenRequest, Opener, Plugin, Restart, Sandbox,
-    Sha256Digest,
+    Audit, AuditFile, Formats, Grant, Grants, Limits, LockMode, OpenRequest, OpenedDisk, Opener, Plugin, Restart,
+    Sandbox, Sha256Digest,
 };
 use blockhouse_walls::{Plan, Use};
 use clap::Args;
@@ -227,7 +227,25 @@ impl HostArgs {
         // A command that ends with its first error waits for nobody.
         Ok(Opener::new(sandbox, formats.clone()).audit(self.audit()?).restart(Restart::never()))
     }
+
+    /// Locks a file that is to be overwritten or replaced, as long as what this gives is there. Whoever uses it as an
+    /// image, in whichever way, is an error.
+    ///
+    /// For its lock alone it is opened as what every file is, by a component of our own, whatever may open images here:
+    /// it is to be none any more.
+    pub(crate) fn lock(&self, path: &Path) -> anyhow::Result<OpenedDisk> {
+        let (sandbox, _) = self.components()?;
+        let mut formats = Formats::new();
+        for builtin in FORMATS.iter().filter(|builtin| builtin.format == RAW) {
+            formats.add_bytes(builtin.format, format!("built-in {}", builtin.format), builtin.bytes);
+        }
+        let request = OpenRequest { access: Access::ReadWrite, ..OpenRequest::new(path, RAW) };
+        Ok(Opener::new(sandbox, formats).restart(Restart::never()).open(&request)?)
+    }
 }
+
+/// The format that every file is an image of.
+const RAW: &str = "raw";
 
 /// Has formats be served as a policy wants it.
 fn restrict(formats: &mut Formats, policy: &Policy) {

@@ -10,9 +10,9 @@ use blockhouse_walls::Plan;
 use clap::ValueEnum;
 use serde::Serialize;
 
-use crate::args::beside;
+use crate::args::{HostArgs, beside};
 use crate::progress::Progress;
-use crate::target::{NewFile, Target};
+use crate::target::{NewFile, Target, identity};
 
 /// What a new image is to be like.
 #[derive(Clone, Debug, clap::Args)]
@@ -134,7 +134,7 @@ impl NewArgs {
         image: &Path,
         format: &str,
         virtual_size: u64,
-        opener: &Opener,
+        host: &HostArgs,
         grants: &Grants,
         in_use: &[PathBuf],
     ) -> anyhow::Result<Made> {
@@ -144,8 +144,12 @@ impl NewArgs {
         let options = self.parsed_options()?;
         let mut in_use = in_use.to_vec();
         in_use.extend(self.backing.iter().map(|name| beside(image, name.as_ref())));
-        let target = Target::take(&self.new_file(image))?;
-        target.refuse_used(opener, &in_use)?;
+        let mut target = Target::take(&self.new_file(image))?;
+        if let Some(name) = &self.data_file {
+            refuse_same(image, &beside(image, name.as_ref()))?;
+        }
+        target.refuse_used(host, &in_use)?;
+        let opener = host.opener()?;
         let new = NewImage { virtual_size, backing: self.backing(), options };
         opener.create_in(target.open()?, image, format, &new)?;
 
@@ -164,7 +168,7 @@ impl NewArgs {
                 .with_context(|| format!("cannot write the data file {}", path.display()))?;
             grants = grants.allow_writing(path)?;
         }
-        let made = Made { target, format: format.to_owned(), opener: opener.clone().grants(grants) };
+        let made = Made { target, format: format.to_owned(), opener: opener.grants(grants) };
         match self.preallocate(&made) {
             Ok(()) => Ok(made),
             Err(error) => Err(made.target.about(error)),
@@ -208,6 +212,17 @@ impl Made {
         let request =
             OpenRequest { access: Access::ReadWrite, ..OpenRequest::new(self.target.partial(), &self.format) };
         Ok(self.opener.open(&request)?)
+    }
+}
+
+/// Fails if an image would take the place of its own data file, which was just made.
+fn refuse_same(image: &Path, data_file: &Path) -> anyhow::Result<()> {
+    match (fs::symlink_metadata(image), fs::symlink_metadata(data_file)) {
+        (Ok(one), Ok(other)) if identity(&one) == identity(&other) => {
+            let (image, data_file) = (image.display(), data_file.display());
+            bail!("{image} and its data file {data_file} are one file; give the data file another name")
+        }
+        _ => Ok(()),
     }
 }
 

@@ -14,11 +14,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, bail};
-use blockhouse_block::{Access, Error};
-use blockhouse_sandbox::{Below, ChainReport, LockMode, OpenRequest, Opener, Outcome, absolute_name};
+use blockhouse_block::Error;
+use blockhouse_sandbox::{ChainReport, OpenedDisk, Outcome, absolute_name};
 use blockhouse_walls::Plan;
 
-use crate::args::directory_of;
+use crate::args::{HostArgs, directory_of};
 use crate::namer::{Named, Namer, NotBegun};
 
 /// Names may have 255 bytes on Linux; this leaves room for what is put around one.
@@ -92,7 +92,7 @@ impl<'a> NewFile<'a> {
                 return Err(error).context("no process can be started (this program, /proc/self/exe) to give names");
             }
         };
-        Ok(Target { partial, path: path.to_owned(), replace: self.replace, namer })
+        Ok(Target { partial, path: path.to_owned(), replace: self.replace, namer, replaced: None })
     }
 }
 
@@ -111,6 +111,8 @@ pub(crate) struct Target {
     path: PathBuf,
     replace: bool,
     namer: Namer,
+    /// What it takes the place of, locked: nobody begins to use that, only to lose what they write.
+    replaced: Option<OpenedDisk>,
 }
 
 impl Target {
@@ -123,13 +125,16 @@ impl Target {
         }
     }
 
-    /// Sees that what is to be replaced is a file that nobody uses, and none of `in_use`.
-    pub(crate) fn refuse_used(&self, opener: &Opener, in_use: &[PathBuf]) -> anyhow::Result<()> {
+    /// Sees that what is to be replaced is a file that nobody uses, and none of `in_use`; nobody else can use it from here
+    /// on.
+    pub(crate) fn refuse_used(&mut self, host: &HostArgs, in_use: &[PathBuf]) -> anyhow::Result<()> {
         let path = &self.path;
         if self.replace
             && let Ok(metadata) = fs::symlink_metadata(path)
         {
-            refuse_used(path, &metadata, opener, in_use)?;
+            refuse_read_from(path, &metadata, in_use)?;
+            let locked = host.lock(path).with_context(|| format!("cannot replace {}", path.display()))?;
+            self.replaced = Some(locked);
         }
         Ok(())
     }
@@ -156,7 +161,8 @@ impl Target {
         }
     }
 
-    /// Gives the file its name. It is complete and durable; afterwards its name is as well.
+    /// Gives the file its name. It is complete and durable; afterwards its name is as well. What had the name is locked
+    /// until it has it no more.
     pub(crate) fn finish(self) -> anyhow::Result<()> {
         let path = self.path.display();
         match self.namer.name() {
@@ -172,16 +178,14 @@ fn exists(path: &Path) -> anyhow::Error {
     anyhow::anyhow!("{} exists; --force replaces it", path.display())
 }
 
-fn refuse_used(path: &Path, metadata: &Metadata, opener: &Opener, in_use: &[PathBuf]) -> anyhow::Result<()> {
+/// Fails if a file is one of `in_use`.
+pub(crate) fn refuse_read_from(path: &Path, metadata: &Metadata, in_use: &[PathBuf]) -> anyhow::Result<()> {
     for file in in_use {
         if fs::metadata(file).is_ok_and(|other| identity(&other) == identity(metadata)) {
             bail!("{} is {}, which is read from; it was not touched", path.display(), file.display());
         }
     }
-    // Opened as what every file is, for its lock alone.
-    let request = OpenRequest { access: Access::ReadWrite, below: Below::Leave, ..OpenRequest::new(path, "raw") };
-    let opened = opener.clone().locks(LockMode::Enforce).open(&request);
-    opened.map(drop).with_context(|| format!("cannot replace {}", path.display()))
+    Ok(())
 }
 
 /// Device and inode.

@@ -97,7 +97,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let backing = args.new.open_backing(&args.target, &opener, &grants)?;
 
     let in_use = files_in_use(&source.report);
-    let made = args.new.make(&args.target, &args.to_format, virtual_size, &opener, &grants, &in_use)?;
+    let made = args.new.make(&args.target, &args.to_format, virtual_size, &args.source.host, &grants, &in_use)?;
     let copied = args.copy(&source.disk, backing.as_ref().map(|backing| &backing.disk), &made);
     let copied = copied.map_err(|error| made.target.about(error))?;
     made.target.finish()?;

@@ -137,7 +137,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             backing.context("there is no backing file")?.disk.capacity()
         }
     };
-    let made = args.new.make(image, &args.format, virtual_size, &opener, &grants, &[])?;
+    let made = args.new.make(image, &args.format, virtual_size, &args.host, &grants, &[])?;
     made.target.finish()?;
     if args.json {
         output::json(&args.new.report(image, &args.format, virtual_size))?;
