@@ -3,7 +3,9 @@
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use blockhouse_tests::{LANDLOCK, Outcome, blockhouse, component, landlock_is_here, run, sha256, without_calls};
+use blockhouse_tests::{
+    LANDLOCK, Outcome, blockhouse, component, landlock_is_here, on_path, program, run, sha256, skip, without_calls,
+};
 use serde_json::Value;
 
 use crate::case::{Subject, convert, have_qemu};
@@ -121,6 +123,50 @@ fn existing_files_are_not_overwritten_by_accident() {
     assert_eq!(std::fs::read(lab.path("precious")).unwrap(), [1; 1024]);
     // A directory that is not there.
     ended(&read(&["--output", "nowhere/out"]), 1, &["nowhere/out"]);
+    // A link that leads nowhere is neither a file to overwrite nor one to replace.
+    std::os::unix::fs::symlink("gone", lab.path("link")).unwrap();
+    for force in [&[][..], &["--force"]] {
+        ended(
+            &read(&[&["--output", "link"], force].concat()),
+            1,
+            &["link is a symbolic link to a file that is not there"],
+        );
+    }
+    assert!(!lab.path("gone").exists());
+}
+
+/// What has no size and keeps nothing takes all of it in order, zeroes too.
+#[test]
+fn pipes_and_devices_are_written_as_they_are() {
+    let lab = Lab::new();
+    lab.raw("a.raw", 8 << 20, &[(1 << 20, 5000), (7 << 20, 512)]);
+    let read = |output: &str| {
+        let mut command = Subject::new("a.raw", "raw").command(&lab, "read");
+        run(command.args(["--force", "--output", output]))
+    };
+    read("/dev/null").succeeded();
+    ended(&read("/dev/full"), 1, &["cannot write /dev/full"]);
+    let pipe = lab.path("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let reader = std::thread::spawn(move || std::fs::read(pipe).unwrap());
+    read("pipe").succeeded();
+    assert!(reader.join().unwrap() == std::fs::read(lab.path("a.raw")).unwrap());
+}
+
+/// What a command that succeeded has written is there after a power cut.
+#[test]
+fn what_is_overwritten_is_durable() {
+    if !on_path("strace") {
+        return skip("no strace: install strace");
+    }
+    let lab = Lab::new();
+    lab.write("a.raw", &[1; 1024]);
+    lab.write("old", b"old");
+    let mut command = Command::new("strace");
+    command.current_dir(lab.root()).args(["-f", "-y", "-e", "trace=fsync", "-o", "trace"]).arg(program());
+    run(command.args(["read", "--format", "raw", "--force", "--output", "old", "a.raw"])).succeeded();
+    let trace = std::fs::read_to_string(lab.path("trace")).unwrap();
+    assert!(trace.lines().any(|line| line.contains("/old>") && line.ends_with("= 0")), "{trace}");
 }
 
 /// Not even with --force, and under no other name either.

@@ -85,3 +85,19 @@ fn the_example_is_a_policy() {
     let other = policy.replace(&sha256(&content), of_base);
     ended(&read(&other, &["vm1.qcow2"]), 3, &["its content has the sha256 "]);
 }
+
+/// A file is locked before it is overwritten or replaced, whichever formats images may have.
+#[test]
+fn a_policy_without_raw_images_lets_files_be_overwritten() {
+    let lab = Lab::new();
+    lab.write("policy.toml", b"version = 1\nformats = [\"qcow2\"]");
+    let command = |arguments: &str| {
+        run(blockhouse().current_dir(lab.root()).args(arguments.split(' ')).args(["--policy", "policy.toml"]))
+    };
+    command("create --format qcow2 a.qcow2 1M").succeeded();
+    for _ in 0..2 {
+        command("read --format qcow2 --force --output content a.qcow2").succeeded();
+        command("convert --format qcow2 --to-format qcow2 --force a.qcow2 b.qcow2").succeeded();
+    }
+    assert_eq!(std::fs::read(lab.path("content")).unwrap(), vec![0; 1 << 20]);
+}

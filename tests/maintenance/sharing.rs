@@ -34,6 +34,24 @@ fn what_is_in_use_is_read_only_if_asked_for() {
     assert!([place.bytes("base.qcow2"), place.bytes("top.qcow2")] == before, "reading wrote");
 }
 
+/// Whoever uses an image, `read` does not empty it.
+#[test]
+fn an_image_that_is_in_use_is_no_output() {
+    let Some(place) = Place::new() else { return };
+    place.raw("disk.raw", 1 << 20, &[(0, 1 << 20)]);
+    place.qemu_img("create -q -f qcow2 used.qcow2 1M");
+    let before = place.bytes("used.qcow2");
+    let read = "read --format raw --force --output used.qcow2";
+    for read_only in [false, true] {
+        let _user = place.in_use("qcow2", "used.qcow2", read_only);
+        place.ends(&format!("{read} disk.raw"), 1, &["cannot overwrite used.qcow2", "in use"]);
+        place.ends(&format!("{read} --force-share disk.raw"), 1, &["cannot overwrite used.qcow2", "in use"]);
+        assert!(place.bytes("used.qcow2") == before, "an image that is in use was emptied");
+    }
+    place.ok(&format!("{read} disk.raw"));
+    assert!(place.bytes("used.qcow2") == place.bytes("disk.raw"));
+}
+
 /// An external data file is written if that was allowed, and otherwise not even the image is.
 #[test]
 fn data_files_are_written_if_allowed() {

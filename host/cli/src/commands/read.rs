@@ -1,6 +1,6 @@
 //! `blockhouse read`: the bytes that a guest would see.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -8,12 +8,14 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use blockhouse_block::{BlockBackend, VolatileSlice};
+use blockhouse_sandbox::OpenedDisk;
 use blockhouse_walls::Plan;
+use rustix::io::Errno;
 
-use crate::args::{ImageArgs, RangeArgs};
+use crate::args::{HostArgs, ImageArgs, RangeArgs};
 use crate::output;
 use crate::progress::Progress;
-use crate::target::{NewFile, Target, files_in_use, identity};
+use crate::target::{NewFile, Target, files_in_use, refuse_read_from};
 
 /// Bytes that are read at a time.
 const CHUNK: usize = 2 << 20;
@@ -21,7 +23,7 @@ const CHUNK: usize = 2 << 20;
 /// Write the bytes that a guest would see
 ///
 /// Long stretches of zeroes become holes in the output file. An existing file is not touched without
-/// --force, and a file that the disk is read from never is.
+/// --force, and one that the disk is read from, or that somebody uses as an image, never is.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -34,7 +36,7 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
 
-    /// Overwrite the output file if it exists
+    /// Overwrite the output file if it exists: where it is, a pipe or a device too
     #[arg(long, requires = "output")]
     force: bool,
 }
@@ -56,7 +58,18 @@ impl Args {
     /// Whether the output file is there, and is to be overwritten. What will not be is refused, before any image is
     /// looked at.
     fn overwrites(&self, output: &Path) -> anyhow::Result<bool> {
-        let Ok(metadata) = std::fs::metadata(output) else { return Ok(false) };
+        let metadata = match fs::metadata(output) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                if fs::symlink_metadata(output).is_ok() {
+                    let output = output.display();
+                    bail!(
+                        "{output} is a symbolic link to a file that is not there; name that file, or remove the link"
+                    );
+                }
+                return Ok(false);
+            }
+            found => found.with_context(|| format!("cannot look at {}", output.display()))?,
+        };
         if metadata.is_dir() {
             bail!("{} is a directory; name a file in it", output.display());
         }
@@ -84,30 +97,25 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
     match &args.output {
         Some(path) => {
-            // An existing one, which may be no regular file, is overwritten where it is.
-            let (file, target) = if overwrites {
-                (overwrite(path, &files_in_use(&opened.report))?, None)
+            // An existing one is overwritten where it is.
+            let (output, target) = if overwrites {
+                (Output::existing(path, &files_in_use(&opened.report), &args.image.host)?, None)
             } else {
                 let target = Target::take(&NewFile::new(path, false))?;
-                (target.open()?, Some(target))
+                (Output { file: target.open()?, regular: true, _locked: None }, Some(target))
             };
             let mut progress = Progress::new(length, false);
             let mut at = 0;
-            let written = copy(&opened.disk, args.range.offset, length, |bytes| {
-                // The file is new, so what is not written reads as zero.
-                if bytes.iter().any(|byte| *byte != 0) {
-                    file.write_all_at(bytes, at).with_context(|| format!("cannot write {}", path.display()))?;
-                }
+            copy(&opened.disk, args.range.offset, length, |bytes| {
+                output.write(bytes, at).with_context(|| format!("cannot write {}", path.display()))?;
                 at += bytes.len() as u64;
                 progress.at(at);
                 Ok(())
-            });
-            written?;
-            file.set_len(length).with_context(|| format!("cannot set the size of {}", path.display()))?;
+            })?;
+            output.complete(length).with_context(|| format!("cannot write {}", path.display()))?;
             progress.finish();
             // Half a disk must not be taken for a whole one, so it is called so once it is whole.
             if let Some(target) = target {
-                file.sync_all().with_context(|| format!("cannot write {}", path.display()))?;
                 target.finish()?;
             }
         }
@@ -141,16 +149,48 @@ fn copy(
     Ok(())
 }
 
-/// Opens an output file that exists and is none of the files in use, and empties it.
-fn overwrite(path: &Path, in_use: &[PathBuf]) -> anyhow::Result<File> {
-    let file = File::options().write(true).open(path);
-    let file = file.with_context(|| format!("cannot open {} for writing", path.display()))?;
-    let target = identity(&file.metadata()?);
-    for file in in_use {
-        if std::fs::metadata(file).is_ok_and(|metadata| identity(&metadata) == target) {
-            bail!("{} is {}, which the disk is read from; it was not touched", path.display(), file.display());
+/// Where the bytes go.
+struct Output {
+    file: File,
+    /// It has a size, and what is not written of it reads as zero. What is no regular file is written as it comes.
+    regular: bool,
+    /// Until all is written nobody uses what is overwritten.
+    _locked: Option<OpenedDisk>,
+}
+
+impl Output {
+    /// A file that exists, as it is. One that the disk is read from, or that somebody uses as an image, is refused.
+    fn existing(path: &Path, in_use: &[PathBuf], host: &HostArgs) -> anyhow::Result<Self> {
+        let file = File::options().write(true).open(path);
+        let file = file.with_context(|| format!("cannot open {} for writing", path.display()))?;
+        let metadata = file.metadata().with_context(|| format!("cannot look at {}", path.display()))?;
+        refuse_read_from(path, &metadata, in_use)?;
+        let regular = metadata.is_file();
+        let locked = regular.then(|| host.lock(path)).transpose();
+        let locked = locked.with_context(|| format!("cannot overwrite {}", path.display()))?;
+        if regular {
+            file.set_len(0).with_context(|| format!("cannot empty {}", path.display()))?;
+        }
+        Ok(Self { file, regular, _locked: locked })
+    }
+
+    /// Writes what is at `at`, after all that is before it.
+    fn write(&self, bytes: &[u8], at: u64) -> io::Result<()> {
+        if !self.regular {
+            return (&self.file).write_all(bytes);
+        }
+        if bytes.iter().any(|byte| *byte != 0) { self.file.write_all_at(bytes, at) } else { Ok(()) }
+    }
+
+    /// All is written: makes it `length` bytes, and durable.
+    fn complete(&self, length: u64) -> io::Result<()> {
+        if self.regular {
+            self.file.set_len(length)?;
+        }
+        match self.file.sync_all() {
+            // A pipe, a terminal: nothing of it stays.
+            Err(error) if !self.regular && error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => Ok(()),
+            synced => synced,
         }
     }
-    file.set_len(0).with_context(|| format!("cannot empty {}", path.display()))?;
-    Ok(file)
 }
