@@ -243,3 +243,30 @@ fn the_end_is_clean_in_the_middle_of_work() {
         }
     }
 }
+
+/// A limit of the size of files is a file system that is full.
+#[test]
+fn a_file_that_may_not_grow_is_an_error_of_the_disk() {
+    let directory = scratch();
+    let socket = directory.path().join("socket");
+    let mut command = blockhouse();
+    command.args(["-v", "serve", "--disk", &raw(directory.path(), "disk.raw", 11), "--socket"]).arg(&socket);
+    let half = SIZE as u64 / 2;
+    // SAFETY: the calls are async-signal-safe, and the limit is the child's own.
+    unsafe {
+        command.pre_exec(move || {
+            libc::signal(libc::SIGXFSZ, libc::SIG_DFL);
+            let limit = libc::rlimit { rlim_cur: half, rlim_max: half };
+            libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit);
+            Ok(())
+        });
+    }
+    let serve = Serve::start(&mut command, &directory.path().join("log"));
+    let mut client = Client::connect(&socket, 1);
+    client.write(half, &[1; 512]).unwrap_err();
+    client.write(0, &[1; 512]).unwrap();
+    client.flush().unwrap();
+    assert_eq!(client.read(half, 512).unwrap(), noise(11, SIZE)[SIZE / 2..][..512]);
+    drop(client);
+    serve.terminate();
+}

@@ -32,15 +32,18 @@ pub fn close_inherited(keep: impl IntoIterator<Item = libc::c_uint>) {
 }
 
 /// Has signals arrive, and the end of a process that this one starts: what whoever started this one had blocked, and
-/// that it ignored `SIGCHLD`, is inherited. To be called before there is a second thread.
+/// that it ignored `SIGCHLD`, is inherited. A file that may not get larger (`RLIMIT_FSIZE`, `ulimit -f`) is an error of
+/// the storage, as a full file system is, and no signal that ends the process with all its disks. To be called before
+/// there is a second thread.
 pub fn heed_signals() {
-    // SAFETY: the set is initialised by `sigemptyset` before it is used, and lives on this stack; no handler is set,
-    // and none of the calls fails with a signal that exists.
+    // SAFETY: the set is initialised by `sigemptyset` before it is used, and lives on this stack; no handler of ours is
+    // set, and none of the calls fails with a signal that exists.
     unsafe {
         let mut none = std::mem::zeroed::<libc::sigset_t>();
         libc::sigemptyset(&raw mut none);
         libc::pthread_sigmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
         libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
     }
 }
 
