@@ -5,11 +5,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, Output, Stdio};
 
 use blockhouse_tests::serve::Serve;
-use blockhouse_tests::{blockhouse, noise, program, run, scratch};
-use rustix::process::Signal;
+use blockhouse_tests::{COMMAND_LIMIT, blockhouse, noise, program, run, scratch, skip};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::frontend::{Guest, SLOTS, WRITE};
 use blockhouse_tests::client::Client;
@@ -216,7 +216,7 @@ fn sockets_of_the_attendant(serve: &Serve) -> Option<usize> {
 /// Whatever was taken is answered before the end, and made durable; the image is closed.
 #[test]
 fn the_end_is_clean_in_the_middle_of_work() {
-    for signal in [Signal::TERM, Signal::INT] {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
         let directory = scratch();
         let socket = directory.path().join("socket");
         let image = directory.path().join("disk.qcow2");
@@ -230,6 +230,10 @@ fn the_end_is_clean_in_the_middle_of_work() {
         }
         guest.kick.write(1).unwrap();
         serve.signal(signal);
+        if signal == Signal::HUP {
+            // The shell in the terminal says it as well, and is in no hurry.
+            serve.signal(signal);
+        }
         assert_eq!(serve.wait().code(), Some(0), "{}", serve.log());
         let answered = guest.answered();
         assert!(answered.iter().all(|(_, status)| *status == 0));
@@ -241,6 +245,121 @@ fn the_end_is_clean_in_the_middle_of_work() {
             let content = run(read.args(["--length", "64K"]).arg(&image)).succeeded().stdout;
             assert!(content == noise(slot.into(), 65536), "slot {slot}");
         }
+    }
+}
+
+/// Who has it go on when the terminal is closed has it ignore the signal.
+#[test]
+fn under_nohup_a_closed_terminal_ends_nothing() {
+    let directory = scratch();
+    let socket = directory.path().join("socket");
+    let heeds = |ignored: bool| {
+        let mut command = blockhouse();
+        command.args(["-v", "serve", "--disk", &raw(directory.path(), "disk.raw", 10), "--socket"]).arg(&socket);
+        // SAFETY: the call is async-signal-safe.
+        unsafe {
+            command.pre_exec(move || {
+                libc::signal(libc::SIGHUP, if ignored { libc::SIG_IGN } else { libc::SIG_DFL });
+                Ok(())
+            });
+        }
+        let serve = Serve::start(&mut command, &directory.path().join("log"));
+        let status = std::fs::read_to_string(format!("/proc/{}/status", serve.id())).unwrap();
+        serve.signal(Signal::HUP);
+        if ignored {
+            assert_eq!(Client::connect(&socket, 1).read_all(), noise(10, SIZE));
+            serve.terminate();
+        }
+        let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap().trim();
+        u64::from_str_radix(caught, 16).unwrap() & (1 << (libc::SIGHUP - 1)) != 0
+    };
+    assert!(!heeds(true) && heeds(false));
+}
+
+/// Sends a signal to a program, and waits for its end.
+#[track_caller]
+fn ended_by(signal: Signal, mut child: Child) -> Output {
+    kill_process(Pid::from_child(&child), signal).unwrap();
+    let started = std::time::Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if started.elapsed() > COMMAND_LIMIT {
+            child.kill().unwrap();
+            panic!("{signal:?}: it does not end");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    child.wait_with_output().unwrap()
+}
+
+/// To see what is in a pinned file takes as long as that is.
+fn pinned(directory: &Path) -> String {
+    let (base, overlay) = (directory.join("base.raw"), directory.join("overlay.qcow2"));
+    std::fs::File::create(&base).unwrap().set_len(1 << 40).unwrap();
+    let mut create = blockhouse();
+    create.args(["create", "--format", "qcow2", "--size", "1M", "--backing-format", "raw", "--backing"]);
+    run(create.args([&base, &overlay])).succeeded();
+    let digest = "0".repeat(64);
+    format!("file={},format=qcow2,allow={}@sha256:{digest}", overlay.display(), base.display())
+}
+
+/// Minutes may pass before a disk is served.
+#[test]
+fn a_signal_ends_what_is_not_served_yet() {
+    for (signal, command) in [(Signal::TERM, "serve"), (Signal::INT, "serve"), (Signal::HUP, "run")] {
+        let directory = scratch();
+        let path = |name: &str| directory.path().join(name);
+        let mut program = blockhouse();
+        program.args([command, "--json", "--disk", &pinned(directory.path()), "--control"]).arg(path("control"));
+        if command == "serve" {
+            program.arg("--socket").arg(path("socket"));
+        }
+        let mut child = program.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let started = std::time::Instant::now();
+        while !path("control").exists() {
+            assert!(child.try_wait().unwrap().is_none() && started.elapsed() < COMMAND_LIMIT, "it does not start");
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
+        let output = ended_by(signal, child);
+        let (said, printed) = (String::from_utf8_lossy(&output.stderr), String::from_utf8_lossy(&output.stdout));
+        assert!(said.contains("ended by a signal before any disk was served"), "{command}: {said}");
+        if command == "serve" {
+            assert!(output.status.code() == Some(0) && printed == "[]\n", "{output:?}");
+        } else {
+            assert!(output.status.code() == Some(1) && printed.starts_with("{\"error\":"), "{output:?}");
+        }
+        assert!(!path("control").exists() && !path("socket").exists(), "{command}: sockets stay");
+    }
+}
+
+/// A machine ends as a server does: what it was stopped in is told from what it came to the end of.
+#[test]
+fn a_signal_switches_a_machine_off() {
+    if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
+        return skip("/dev/kvm cannot be opened");
+    }
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let directory = scratch();
+        let path = |name: &str| directory.path().join(name);
+        // The built-in guest reads all of it.
+        std::fs::File::create(path("disk.raw")).unwrap().set_len(1 << 40).unwrap();
+        let disk = format!("file={},format=raw", path("disk.raw").display());
+        let mut program = blockhouse();
+        program.args(["run", "--memory", "64M", "--disk", &disk, "--control"]).arg(path("control"));
+        let mut child = program.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let started = std::time::Instant::now();
+        let asked = |child: &mut Child| {
+            let mut ask = blockhouse();
+            let ask = ask.args(["control", "--socket"]).arg(path("control")).arg("metrics");
+            let outcome = path("control").exists().then(|| run(ask));
+            assert!(child.try_wait().unwrap().is_none() && started.elapsed() < COMMAND_LIMIT, "it does not run");
+            outcome.is_some_and(|outcome| outcome.status.success())
+        };
+        while !asked(&mut child) {}
+        let output = ended_by(signal, child);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1), "{output:?}");
+        assert!(said.contains("ended by a signal before the guest had read every disk"), "{said}");
+        assert!(!path("control").exists(), "the socket stays");
     }
 }
 

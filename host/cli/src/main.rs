@@ -9,6 +9,7 @@
 //! | `metrics.rs`, `outlet.rs` | what disks did, as JSON and for Prometheus; the socket or file where that goes |
 //! | `attendant.rs` | a process that removes sockets and writes the metrics file |
 //! | `inherited.rs` | what the program was started with: open files, signals |
+//! | `ending.rs` | how `serve` and `run` end when a signal asks for it |
 //! | `helper.rs` | what that process and the one of `namer.rs` have in common |
 //! | `requested.rs` | what was asked for against what was granted |
 //! | `compiler.rs` | compilers for components of strangers, as processes |
@@ -31,6 +32,7 @@ mod control;
 mod control_line;
 mod copy;
 mod disk_arg;
+mod ending;
 mod error_report;
 mod grant_arg;
 mod helper;

@@ -49,16 +49,19 @@ impl OpenDisk {
         Ok(())
     }
 
-    /// Opens each disk with its own grants.
+    /// Opens each disk with its own grants, which may take minutes. `begun` is called when threads may be started, before
+    /// any image is opened.
     pub(crate) fn open_all(
         host: &HostArgs,
         disks: &[DiskArg],
         locks: LockMode,
         walls: &Walls,
+        begun: impl FnOnce() -> anyhow::Result<()>,
     ) -> anyhow::Result<Vec<Self>> {
         // Before anything of a stranger is looked at: later no ring is made.
         let rings: Vec<Rings> = disks.iter().map(rings).collect();
         let (sandbox, formats) = host.components()?;
+        begun()?;
         let audit = host.audit()?;
         let open = |(number, (disk, rings)): (usize, (&DiskArg, Rings))| {
             let access = access_of(disk);

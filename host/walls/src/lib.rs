@@ -48,7 +48,7 @@ use std::sync::Arc;
 
 pub use calls::Role;
 pub use files::{Landlock, Plan, Use};
-pub use process::{close_inherited, heed_signals};
+pub use process::{close_inherited, hangs_up, heed_signals};
 
 /// What is called at the start of a thread.
 pub type ThreadStart = Arc<dyn Fn() + Send + Sync>;

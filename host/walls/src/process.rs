@@ -47,6 +47,18 @@ pub fn heed_signals() {
     }
 }
 
+/// Whether this process is to end when its terminal is closed: not if whoever started it had it ignore `SIGHUP`, as
+/// nohup(1) does. To be asked before a handler is set.
+pub fn hangs_up() -> bool {
+    // SAFETY: with no new action the call changes nothing; it writes the old one to where it is told, on this stack,
+    // of which all zeroes are a value.
+    unsafe {
+        let mut old = std::mem::zeroed::<libc::sigaction>();
+        let asked = libc::sigaction(libc::SIGHUP, std::ptr::null(), &raw mut old);
+        asked == 0 && old.sa_sigaction != libc::SIG_IGN
+    }
+}
+
 /// Closes descriptors that nobody in this process owns.
 fn close_range(numbers: Range<libc::c_uint>) {
     if numbers.is_empty() {

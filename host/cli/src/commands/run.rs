@@ -15,6 +15,7 @@ use crate::args::HostArgs;
 use crate::attendant;
 use crate::control;
 use crate::disk_arg::{self, DiskArg, User};
+use crate::ending::{self, Early, Ending};
 use crate::log;
 use crate::open_disk::{ControlledDisk, DiskRow, OpenDisk, prometheus_of};
 use crate::outlet::{MetricsArg, Outlet, listen};
@@ -27,6 +28,12 @@ use crate::walls::beginning;
 /// Without --kernel the built-in guest runs: it reads every disk from its first byte to its last and
 /// prints the SHA-256 of each.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+SIGTERM, SIGINT or SIGHUP switches the machine off: what is in flight is
+answered, everything that the guest wrote is made durable, the images are
+closed. A second SIGTERM or SIGINT waits for nothing. Under nohup, SIGHUP is
+ignored. The exit code is 0 with --kernel, and 1 if it is the built-in guest
+that did not come to its end, or after a second signal.")]
 pub(crate) struct Args {
     /// A disk, as key=value fields (repeat the option for more disks)
     #[arg(long = "disk", value_name = "FIELDS", required = true, value_parser = DiskArg::for_run,
@@ -95,17 +102,20 @@ impl Args {
         self.kernel.iter().chain(&self.initrd).for_each(|path| plan.read(path));
         plan.add("/dev/kvm", Use::Device);
         self.host.plan(plan)?;
-        if self.control.is_some() || self.metrics.is_some() {
-            plan.sockets();
-        }
+        // For the operator; and signals are told to a thread through a pair.
+        plan.sockets();
         attendant::plan(plan, self.control.iter(), self.metrics.as_ref())
     }
 }
 
 pub(crate) fn run(args: Args, walls: &Walls) -> anyhow::Result<ExitCode> {
+    let signals = ending::signals()?;
     let outlet = args.metrics.as_ref().map(Outlet::open).transpose()?;
     let control = args.control.as_ref().map(|socket| listen(socket)).transpose()?;
-    let opened = OpenDisk::open_all(&args.host, &args.disks, LockMode::Enforce, walls)?;
+    let linux = args.kernel.is_some();
+    let ending = Ending::new((outlet, control));
+    let begun = || ending.heed(signals, Early { fails: !linux, json: args.json });
+    let opened = OpenDisk::open_all(&args.host, &args.disks, LockMode::Enforce, walls, begun)?;
     let disks = opened.iter().zip(&args.disks).map(|(opened, disk)| {
         Ok(DiskConfig {
             read_only: disk.readonly,
@@ -123,9 +133,10 @@ pub(crate) fn run(args: Args, walls: &Walls) -> anyhow::Result<ExitCode> {
         Some(kernel) => Payload::Linux { kernel, initramfs: args.initrd, cmdline: args.cmdline },
         None => Payload::BuiltinGuest,
     };
-    let linux = matches!(payload, Payload::Linux { .. });
     let console: Box<dyn Write + Send> = if args.json { Box::new(io::stderr()) } else { Box::new(io::stdout()) };
     let machine = Machine::new(MachineConfig { memory_bytes: args.memory, vcpus: args.cpus, payload, disks, console })?;
+    let stop = machine.stop_handle();
+    let (outlet, control) = ending.serve(|sockets| Ok((sockets, Box::new(move || stop.stop()))))?;
     if linux {
         forward_input(machine.console_input());
     }
@@ -162,6 +173,7 @@ pub(crate) fn run(args: Args, walls: &Walls) -> anyhow::Result<ExitCode> {
         output::json(&rows.collect::<Vec<_>>())?;
     }
     match exit.reason {
+        ExitReason::Stopped if !linux => bail!("ended by a signal before the guest had read every disk"),
         ExitReason::Guest(0) | ExitReason::Shutdown | ExitReason::Stopped => Ok(ExitCode::SUCCESS),
         ExitReason::Guest(1) => bail!("the guest could not read every disk"),
         ExitReason::Guest(code) => bail!("the built-in guest failed with code {code}"),

@@ -8,13 +8,12 @@ use anyhow::{Context, anyhow, bail};
 use blockhouse_sandbox::LockMode;
 use blockhouse_vhost::{BlockDeviceOptions, Handle, Server};
 use blockhouse_walls::{Plan, Role, Walls};
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 
 use crate::args::HostArgs;
 use crate::attendant;
 use crate::control;
 use crate::disk_arg::{self, DiskArg, User};
+use crate::ending::{self, Early, Ending};
 use crate::log;
 use crate::open_disk::{ControlledDisk, OpenDisk, prometheus_of};
 use crate::outlet::{MetricsArg, Outlet, listen};
@@ -37,9 +36,12 @@ Examples:
   blockhouse serve --socket fd:3 --disk file=vm1.raw,format=raw
       With a socket that was passed by systemd or another parent.
 
-One front end is served at a time; another one waits until it is gone. SIGTERM
-or SIGINT ends the program: what is in flight is answered, everything is made
-durable, the image is closed.
+One front end is served at a time; another one waits until it is gone. SIGTERM,
+SIGINT or SIGHUP ends the program: what is in flight is answered, everything is
+made durable, the image is closed. While images are still being opened, which
+takes a while if they are pinned, it ends at once. The exit code is 0; after a
+second SIGTERM or SIGINT, which waits for nothing, it is 1. Under nohup, SIGHUP
+is ignored.
 
 Give each machine a process of its own. A front end is a process that its guest
 may have taken over; it can crash the one that serves it, and then only its own
@@ -91,31 +93,37 @@ impl Args {
 }
 
 pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
-    // From here on nobody is killed in the middle of something.
-    let signals = Signals::new([SIGTERM, SIGINT]).context("cannot handle signals")?;
+    let signals = ending::signals()?;
     // Sockets first: those that were passed must be taken before other files get their numbers, and a socket
     // that is in use says so before an image is touched.
     let sockets = sockets(args)?;
     let listeners = sockets.iter().map(|socket| listen(socket)).collect::<anyhow::Result<Vec<_>>>()?;
     let outlet = args.metrics.as_ref().map(Outlet::open).transpose()?;
     let control = args.control.as_ref().map(|socket| listen(socket)).transpose()?;
+    let ending = Ending::new((listeners, outlet, control));
+    let begun = || ending.heed(signals, Early { fails: false, json: args.json });
     // A server that was killed may have left something in flight.
-    let disks = OpenDisk::open_all(&args.host, &args.disks, LockMode::Patient, walls)?;
+    let disks = OpenDisk::open_all(&args.host, &args.disks, LockMode::Patient, walls, begun)?;
 
-    let mut servers = Vec::new();
-    for (number, ((listener, opened), disk)) in listeners.into_iter().zip(&disks).zip(&args.disks).enumerate() {
-        let options = BlockDeviceOptions {
-            serial: opened.serial.clone(),
-            queues: disk.queues,
-            read_only: disk.readonly,
-            cache: disk.cache,
-            discard: disk.discard,
-            poll: disk.poll,
-            limits: disk.limits(),
-            beginning: beginning(walls, Role::DataPath),
-        };
-        servers.push(Server::new(listener, opened.backend()?, &options, format!("disk{number}"))?);
-    }
+    let (servers, outlet, control) = ending.serve(|(listeners, outlet, control)| {
+        let mut servers = Vec::new();
+        for (number, ((listener, opened), disk)) in listeners.into_iter().zip(&disks).zip(&args.disks).enumerate() {
+            let options = BlockDeviceOptions {
+                serial: opened.serial.clone(),
+                queues: disk.queues,
+                read_only: disk.readonly,
+                cache: disk.cache,
+                discard: disk.discard,
+                poll: disk.poll,
+                limits: disk.limits(),
+                beginning: beginning(walls, Role::DataPath),
+            };
+            servers.push(Server::new(listener, opened.backend()?, &options, format!("disk{number}"))?);
+        }
+        let handles: Vec<Handle> = servers.iter().map(Server::handle).collect();
+        let stop = move || handles.iter().for_each(Handle::stop);
+        Ok(((servers, outlet, control), Box::new(stop)))
+    })?;
     let handles: Vec<Handle> = servers.iter().map(Server::handle).collect();
     let disks: Arc<[ControlledDisk]> = disks
         .into_iter()
@@ -130,7 +138,6 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
     log::never_wait();
     let metrics = outlet.map(|outlet| outlet.start(walls, prometheus_of(&disks))).transpose()?;
     let control = control.map(|listener| control::start(listener, walls, Arc::clone(&disks))).transpose()?;
-    stop_on(signals, handles.clone())?;
     for (disk, socket) in args.disks.iter().zip(&sockets) {
         log::line(format_args!(
             "blockhouse: {} is served at {}",
@@ -190,20 +197,4 @@ fn own_socket(disk: &DiskArg) -> anyhow::Result<&str> {
         let file = disk.file.display();
         format!("where is {file} to be served? Add --socket SOCKET, or socket=SOCKET to the disk")
     })
-}
-
-/// Stops the servers at the first signal, and the process at the second.
-fn stop_on(mut signals: Signals, handles: Vec<Handle>) -> anyhow::Result<()> {
-    let wait = move || {
-        let mut signals = signals.forever();
-        if signals.next().is_some() {
-            handles.iter().for_each(Handle::stop);
-        }
-        if signals.next().is_some() {
-            log::line(format_args!("blockhouse: stopped by a second signal; what was not flushed may be lost"));
-            std::process::exit(1);
-        }
-    };
-    thread::Builder::new().name("signals".into()).spawn(wait).context("cannot start a thread")?;
-    Ok(())
 }
