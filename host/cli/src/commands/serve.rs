@@ -30,7 +30,9 @@ Examples:
     -device vhost-user-blk-pci,chardev=vm1,num-queues=2 ...
       A disk for QEMU. The guest's memory has to be shared (share=on). With
       reconnect-ms the guest waits while `serve` is restarted, even after
-      kill -9: requests in flight are taken up again.
+      kill -9: requests in flight are taken up again. If new clusters were
+      written and not flushed by then, they are gone, and the guest gets I/O
+      errors until it is reset. With cache=writethrough, nothing is gone.
   cloud-hypervisor --memory size=1G,shared=on \\
     --disk vhost_user=true,socket=/run/vm1.sock,num_queues=2 ...
   blockhouse serve --socket fd:3 --disk file=vm1.raw,format=raw
