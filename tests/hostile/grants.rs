@@ -1,13 +1,15 @@
 //! Grants that say more than a path: pinned files, grants for one image of a chain, and policies.
 
+use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::Instant;
 
 use blockhouse_sandbox::block::{BlockBackend, Error, ErrorKind};
 use blockhouse_sandbox::{Grant, Grants, OpenRequest, OpenedDisk, Opener, Referrer, Sha256Digest, Tally};
-use blockhouse_tests::{component, noise, qemu_img, run, sha256, skip};
+use blockhouse_tests::{COMMAND_LIMIT, component, noise, qemu_img, run, sha256, skip};
 use serde_json::Value;
 
 use crate::library::{read, shared};
@@ -50,7 +52,9 @@ fn a_pinned_base_that_changes_is_not_served() {
         }
     });
     let mut changed = false;
+    let started = Instant::now();
     let error = loop {
+        assert!(started.elapsed() < COMMAND_LIMIT, "the writer was not noticed");
         match read(&opened.disk, 0, 4096) {
             Ok(bytes) if bytes == noise(1, SIZE)[..4096] => {}
             Ok(_) => changed = true,
@@ -95,9 +99,11 @@ fn what_was_unpacked_of_a_pinned_base_that_changed_is_not_served() {
     let opened = opener.open(&OpenRequest::new(&top, "hostile")).unwrap();
     std::thread::scope(|scope| {
         let reader = scope.spawn(|| read(&opened.disk, 0, 4096).map(|_| "it was read"));
-        while unpacks() == 0 {
+        let started = Instant::now();
+        while unpacks() == 0 && started.elapsed() < COMMAND_LIMIT {
             std::thread::yield_now();
         }
+        // Also if it was not asked: the reader waits for this.
         let file = std::fs::File::options().write(true).open(&base).unwrap();
         file.write_all_at(b"!", SIZE as u64 - 1).unwrap();
         let error = reader.join().unwrap().unwrap_err();
@@ -115,14 +121,26 @@ fn qemu_respects_a_pin() {
     let place = Place::new();
     let (base, top) = overlay(&place);
     let pinned = Grant { sha256: Some(Sha256Digest::of(&noise(1, SIZE))), ..Grant::read(&base) };
+    // QEMU has it open until its standard input ends; its prompt comes when the image is open.
+    let mut holder = Command::new("qemu-io");
+    holder.args(["-f", "raw"]).arg(&base).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut holder = holder.spawn().unwrap();
+    holder.stdout.as_mut().unwrap().read_exact(&mut [0; 8]).unwrap();
+    let error = open(&top, &pinned).map(|opened| opened.report).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Denied);
+    assert!(error.to_string().contains("somebody writes to it, perhaps QEMU"), "{error}");
+    tally::image_refused();
+    drop(holder.stdin.take());
+    holder.wait().unwrap();
+
+    // Granted, and not used yet. Where there are leases, QEMU waits until the pin is revoked, and then finds the lock.
     let grants = Grants::new().add(&pinned, &mut |_, _| {}).unwrap();
-    // Granted and not used yet. A lease would have QEMU wait until it is broken, and so not get to its own lock.
-    let mut write = Command::new("qemu-io");
-    write.args(["-f", "raw", "-c", "write 0 512"]).arg(&base);
-    let outcome = run(&mut write);
-    let refused = !outcome.status.success() && outcome.stderr.contains("lock");
-    let waited = grants.list().len() == 1 && open(&top, &pinned).is_err();
-    assert!(refused || waited, "{outcome:?}");
+    let outcome = run(Command::new("qemu-io").args(["-f", "raw", "-c", "write 0 512"]).arg(&base)).refused();
+    assert!(outcome.stderr.contains("Failed to get \"write\" lock"), "{}", outcome.stderr);
+    assert!(std::fs::read(&base).unwrap() == noise(1, SIZE), "QEMU wrote to a base that is pinned");
+    drop(grants);
+    assert!(read(&open(&top, &pinned).unwrap().disk, 0, 4096).unwrap() == noise(1, SIZE)[..4096]);
+    tally::image_served();
 }
 
 /// The directory of a pinned base is granted as well, or the base under another name: it is pinned all the same, on the

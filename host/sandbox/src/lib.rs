@@ -92,6 +92,8 @@ mod restart;
 mod sandbox;
 mod surface;
 mod tally;
+#[cfg(test)]
+mod testing;
 mod text;
 mod whole;
 
