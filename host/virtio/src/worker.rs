@@ -314,7 +314,8 @@ mod tests {
     fn worker(driver: &Driver) -> (Worker, EventFd, mpsc::Receiver<Said>) {
         let device = BlockDevice::new(Arc::new(MemoryDisk::new(4096)), &BlockDeviceOptions::default());
         let queue = BlockQueue::new(Arc::new(device), 0, driver.queue(), 0);
-        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        // Whoever reads it when there is nothing in it waits until there is.
+        let kick = EventFd::new(0).unwrap();
         let (sender, receiver) = mpsc::sync_channel(64);
         let worker = Worker::start(
             "queue".into(),
@@ -334,6 +335,13 @@ mod tests {
     /// Far longer than anything here takes.
     const LIMIT: Duration = Duration::from_secs(60);
 
+    /// Where it stopped. Fails, rather than wait for ever, if it is held.
+    fn stop(worker: Worker) -> Option<Position> {
+        let (sender, stopped) = mpsc::channel();
+        thread::spawn(move || sender.send(worker.stop()));
+        stopped.recv_timeout(LIMIT).expect("the worker does not stop")
+    }
+
     #[test]
     fn requests_are_served_at_the_start_and_at_each_kick() {
         let mut driver = Driver::new();
@@ -349,20 +357,44 @@ mod tests {
         assert_eq!(said.try_iter().count(), 0);
     }
 
-    /// Others hold the kick: they may read it before the worker does, or leave it signalled for ever. A
+    /// Others hold the kick: they may read it as soon as it is signalled, or leave it signalled for ever. A
     /// kick that is read away may be lost; the worker is not.
     #[test]
     fn a_kick_that_others_read_or_fill_cannot_hold_a_worker() {
+        const SERVED: u16 = 20;
+        const KICKS: u64 = 1000;
         let mut driver = Driver::new();
-        let (worker, kick, said) = worker(&driver);
-        for _ in 0..100 {
+        let (first, kick, said) = worker(&driver);
+        for _ in 0..SERVED {
+            submit(&mut driver);
             kick.write(1).unwrap();
-            let _ = kick.read();
+            assert_eq!(said.recv_timeout(LIMIT), Ok(Said::Used));
         }
+        // All of them are still there for who reads.
+        let all = u64::from(SERVED) + KICKS;
+        let (sender, all_read) = mpsc::channel();
+        let other = kick.try_clone().unwrap();
+        thread::spawn(move || {
+            let mut read = 0;
+            while read < all {
+                read += other.read().unwrap();
+            }
+            sender.send(read)
+        });
+        for _ in 0..KICKS {
+            kick.write(1).unwrap();
+        }
+        assert_eq!(stop(first), Some(Position { next_avail: SERVED, next_used: SERVED }));
+        // What the worker had read would be missing, and waited for.
+        assert_eq!(all_read.recv_timeout(LIMIT), Ok(all));
+        assert_eq!(said.try_iter().count(), 0);
+
+        let mut driver = Driver::new();
+        let (second, kick, said) = worker(&driver);
         submit(&mut driver);
         kick.write(u64::MAX - 1).unwrap();
         assert_eq!(said.recv_timeout(LIMIT), Ok(Said::Used));
-        assert_eq!(worker.stop(), Some(Position { next_avail: 1, next_used: 1 }));
+        assert_eq!(stop(second), Some(Position { next_avail: 1, next_used: 1 }));
     }
 
     #[test]
