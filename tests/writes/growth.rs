@@ -19,7 +19,8 @@ use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::sync::{PoisonError, mpsc};
 
-use blockhouse_sandbox::block::{BlockBackend, Disk, Error, ErrorKind, VolatileSlice};
+use blockhouse_sandbox::OpenRequest;
+use blockhouse_sandbox::block::{Access, BlockBackend, Disk, Error, ErrorKind, VolatileSlice};
 use blockhouse_tests::{noise, on_path, skip};
 
 use crate::full::{damage, virtual_size};
@@ -181,14 +182,54 @@ fn case(place: &Place, options: &str, fault: Fault) -> Option<Option<Able>> {
     Some(Some(able))
 }
 
+/// Lets whoever is started from here trace this process.
+fn let_trace() {
+    // SAFETY: it touches no memory.
+    unsafe { libc::prctl(libc::PR_SET_PTRACER, libc::PR_SET_PTRACER_ANY) };
+}
+
+/// The same for a raw image: the size of the file, the sync of the host before that, and that of the component after it.
+#[test]
+fn growth_of_a_raw_image_with_calls_that_fail() {
+    if !on_path("strace") {
+        return skip("strace is not installed");
+    }
+    let_trace();
+    let place = Place::new();
+    let open = || {
+        let request = OpenRequest { access: Access::ReadWrite, ..OpenRequest::new(place.path(IMAGE), "raw") };
+        place.opener.open(&request).unwrap().disk
+    };
+    // What fails, which size the image has then, and whether the disk is used any more.
+    for (call, number, size, serves) in
+        [("ftruncate", 1, BEFORE, true), ("fdatasync", 1, BEFORE, true), ("fdatasync", 2, AFTER, false)]
+    {
+        let fault = Fault { call, number };
+        std::fs::write(place.path(IMAGE), noise(0, BEFORE)).unwrap();
+        let disk = open();
+        // Else the host would have nothing to sync.
+        disk.write(&[VolatileSlice::from(&mut noise(0, 4096)[..])], 0).unwrap();
+        let Some((grown, failed)) = grow(&place, &disk, fault) else { return };
+        assert!(failed.is_some(), "{fault:?}: no such call: {grown:?}");
+        let error = grown.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Storage, "{fault:?}: {error}");
+        assert_eq!(disk.capacity(), BEFORE as u64, "{fault:?}: a size was seen that may not be durable");
+        assert_eq!(std::fs::metadata(place.path(IMAGE)).unwrap().len(), size as u64, "{fault:?}");
+        let again = disk.grow(AFTER as u64);
+        assert!(serves || again.as_ref().is_err_and(|error| error.to_string().contains(NOT_STARTED)), "{again:?}");
+        drop(disk);
+        let next = open();
+        assert!(read(&next, 0, BEFORE) == noise(0, BEFORE), "{fault:?}");
+        next.close().unwrap();
+    }
+}
+
 #[test]
 fn growth_with_calls_that_fail() {
     if !on_path("strace") || !on_path("qemu-img") {
         return skip("strace and qemu-img are not installed");
     }
-    // Whoever strace starts from here may trace this process.
-    // SAFETY: it touches no memory.
-    unsafe { libc::prctl(libc::PR_SET_PTRACER, libc::PR_SET_PTRACER_ANY) };
+    let_trace();
     let place = Place::new();
     std::fs::write(place.path("base.raw"), noise(0, BELOW)).unwrap();
     for options in ["-o cluster_size=512", "-o cluster_size=4k -b base.raw -F raw"] {

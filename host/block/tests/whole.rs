@@ -10,8 +10,8 @@
 mod support;
 
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 
 use blockhouse_block::{
     Access, BlockBackend, Disk, DiskOptions, Error, ErrorKind, FileIndex, ImageFile, Layer, LayerInfo, LayerPacker,
@@ -54,6 +54,8 @@ struct Growable {
     image: Script,
     size: AtomicU64,
     most: u64,
+    /// The disk that it is the image of.
+    disk: OnceLock<Weak<Disk>>,
 }
 
 impl Layer for Growable {
@@ -67,6 +69,9 @@ impl Layer for Growable {
         self.image.unpack(token, length)
     }
     fn grow(&self, size: u64, _below: u64) -> Result<()> {
+        // Nobody sees a size that the image may not have after a power cut.
+        let disk = self.disk.get().unwrap().upgrade().unwrap();
+        assert_eq!(disk.capacity(), self.size(), "a new size is seen before the image has it");
         self.size.store(size.min(self.most), Ordering::SeqCst);
         if size > self.most { Err(Error::new(ErrorKind::Storage, "no space left")) } else { Ok(()) }
     }
@@ -89,9 +94,10 @@ impl Layer for Growable {
 fn a_disk_has_the_size_that_its_image_reached() {
     let (bytes, _outside) = file(&pattern(4096, 1), Access::ReadWrite);
     let image = Script::honest(vec![writable(4096, 0)], 1).file(bytes).overwritable();
-    let layer = Growable { image, size: AtomicU64::new(4096), most: 10240 };
+    let layer = Arc::new(Growable { image, size: AtomicU64::new(4096), most: 10240, disk: OnceLock::new() });
     let options = DiskOptions { writable: true, ..DiskOptions::default() };
-    let disk = Disk::new(vec![Arc::new(layer)], options).unwrap();
+    let disk = Arc::new(Disk::new(vec![layer.clone()], options).unwrap());
+    layer.disk.set(Arc::downgrade(&disk)).unwrap();
     read(&disk, 0, 4096).unwrap();
     for (asked, succeeds, size) in
         [(8192, true, 8192), (65536, false, 10240), (65536, false, 10240), (10240, true, 10240)]

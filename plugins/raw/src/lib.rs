@@ -85,7 +85,7 @@ blockhouse_plugin::export!(Raw: creator, resizer);
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use blockhouse_plugin::testing::Storage;
+    use blockhouse_plugin::testing::{Change, Storage};
 
     #[test]
     fn the_file_is_the_disk_and_its_last_sector_is_filled_up() {
@@ -124,13 +124,17 @@ mod tests {
         let storage = Storage::new();
         storage.insert("/a.raw", Vec::new());
         let file = || storage.file("/a.raw", Access::ReadWrite);
+        // Whoever hears of a size has it durably.
+        let is_synced = || matches!(storage.take_changes("/a.raw").last(), Some(Change::Sync));
         Raw::create(file(), NewImage { virtual_size: 4096, ..NewImage::default() }).unwrap();
         assert_eq!(storage.bytes("/a.raw"), vec![0; 4096]);
+        assert!(is_synced());
         let options = vec![("cluster-size".to_owned(), "4096".to_owned())];
         assert!(Raw::create(file(), NewImage { options, ..NewImage::default() }).is_err());
         for size in [8192, 512] {
             storage.opened_image::<Raw>("/a.raw", Access::ReadWrite).unwrap().resize(size, false).unwrap();
             assert_eq!(storage.bytes("/a.raw").len() as u64, size);
+            assert!(is_synced(), "{size}");
         }
     }
 
