@@ -191,7 +191,7 @@ fn deserialize(engine: &Engine, code: &Whole) -> wasmtime::Result<Component> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::indexing_slicing)]
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::{PermissionsExt, chown, symlink};
 
     use super::*;
 
@@ -276,6 +276,27 @@ mod tests {
         let link = parent.path().join("link");
         symlink(directory, &link).unwrap();
         assert!(CodeCache::open(&link).is_err(), "the directory is a symbolic link");
+    }
+
+    /// Whose mode is as it must be.
+    #[test]
+    fn what_belongs_to_somebody_else_is_not_used() {
+        const SOMEBODY: Option<u32> = Some(65534);
+        let (_parent, cache, engine, file) = filled();
+        let owner = Some(rustix::process::geteuid().as_raw());
+        let directory = file.parent().unwrap();
+        if let Err(error) = chown(&file, SOMEBODY, None) {
+            return crate::testing::skip(format_args!("a file cannot be given to somebody else: {error}"));
+        }
+        assert!(cache.load(&engine, KEY).is_none(), "the file is somebody else's");
+        chown(&file, owner, None).unwrap();
+        assert!(cache.load(&engine, KEY).is_some());
+        chown(directory, SOMEBODY, None).unwrap();
+        let error = CodeCache::open(directory).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Denied);
+        assert!(error.to_string().contains("belongs to user 65534 with mode 700"), "{error}");
+        chown(directory, owner, None).unwrap();
+        CodeCache::open(directory).unwrap();
     }
 
     #[test]
