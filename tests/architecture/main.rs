@@ -227,12 +227,29 @@ fn the_fuzz_targets_are_those_of_the_page() {
     assert_eq!(named, targets);
 }
 
-/// Whether the text has a function of that name that is a test.
+/// Whether the text has a function of that name that is a test, and is run.
 fn has_test(text: &str, name: &str) -> bool {
-    text.split("#[test]").skip(1).any(|rest| {
-        let signature = rest.lines().map(str::trim).find(|line| line.starts_with("fn "));
-        signature.is_some_and(|line| line.starts_with(&format!("fn {name}(")))
+    let mut lines = text.lines().map(str::trim);
+    // What stands before a function, down to what is not an attribute or a comment.
+    let (mut is_test, mut is_ignored) = (false, false);
+    lines.any(|line| {
+        is_test |= line == "#[test]";
+        is_ignored |= line.starts_with("#[ignore");
+        if line.starts_with("#[") || line.starts_with("//") {
+            return false;
+        }
+        let found = is_test && !is_ignored && line.starts_with(&format!("fn {name}("));
+        (is_test, is_ignored) = (false, false);
+        found
     })
+}
+
+#[test]
+fn a_test_that_is_not_run_holds_nothing() {
+    let text = "#[test]\nfn a() {}\n/// Why.\n#[test]\n#[allow(unused)]\n/// It.\nfn b() {}\nfn c() {}\n\
+                #[ignore = \"slow\"]\n#[test]\nfn d() {}\n#[test]\n#[ignore]\nfn e() {}\n#[test]\nfn ab() {}\n";
+    let found: Vec<&str> = ["a", "b", "c", "d", "e", "ab"].into_iter().filter(|name| has_test(text, name)).collect();
+    assert_eq!(found, ["a", "b", "ab"]);
 }
 
 /// Two programs read the database of advisories, each with a list of exceptions of its own.

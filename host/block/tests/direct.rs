@@ -20,14 +20,14 @@ use std::time::Duration;
 use blockhouse_block::{
     Access, BlockBackend, Disk, DiskOptions, Engine, HeaderGuard, ImageFile, LaneRequest, Operation, Validity,
 };
-use support::{Script, does_not_wait, pattern, read, writable};
+use support::{Script, does_not_wait, pattern, read, skip, writable};
 use tempfile::TempDir;
 use vm_memory::VolatileSlice;
 
 /// Next to the test program, and where the kernel says nothing about alignment: in memory.
 const PLACES: [&str; 2] = [env!("CARGO_TARGET_TMPDIR"), "/dev/shm"];
 
-/// A file for direct I/O, or `None`, and a word about it, where that cannot be.
+/// A file for direct I/O, or `None` where that cannot be: the calling test is skipped there.
 fn direct(place: &str, bytes: &[u8]) -> Option<(ImageFile, TempDir)> {
     let directory = tempfile::tempdir_in(place).unwrap();
     let path = directory.path().join("image");
@@ -35,7 +35,7 @@ fn direct(place: &str, bytes: &[u8]) -> Option<(ImageFile, TempDir)> {
     match File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(&path) {
         Ok(file) => Some((ImageFile::new(file, Access::ReadWrite, "direct").unwrap(), directory)),
         Err(error) => {
-            eprintln!("skipped: the file system of {place} has no direct I/O: {error}");
+            skip(format_args!("the file system of {place} has no direct I/O: {error}"));
             None
         }
     }
@@ -140,6 +140,12 @@ unsafe impl Sync for HeldPage {}
 impl HeldPage {
     const SIZE: usize = 4096;
 
+    /// `None` where there is no such thing: the calling test is skipped.
+    fn here() -> Option<Self> {
+        let said = |error: &io::Error| skip(format_args!("memory that others wait for cannot be had here: {error}"));
+        Self::new().inspect_err(said).ok()
+    }
+
     fn new() -> io::Result<Self> {
         // Flags: UFFD_USER_MODE_ONLY of linux/userfaultfd.h, for which no privilege is needed.
         // SAFETY: it makes a descriptor and touches no memory.
@@ -228,13 +234,7 @@ fn beside_a_part_in(
 ) {
     let size = 1 << 20;
     let Some((image, _directory)) = direct(place, &pattern(size, 1)) else { return };
-    let page = match HeldPage::new() {
-        Ok(page) => page,
-        Err(error) => {
-            eprintln!("skipped: memory that others wait for cannot be had here: {error}");
-            return;
-        }
-    };
+    let Some(page) = HeldPage::here() else { return };
     let block = block_of(&image);
     let disk = disk_over(image, size as u64);
     // Everything is known from here on, so that lanes need nobody.
@@ -305,7 +305,7 @@ fn zeroes_are_not_lost_beside_a_part_of_a_block() {
 #[test]
 fn a_hole_is_not_lost_beside_a_part_of_a_block() {
     let Some((image, _directory)) = direct(PLACES[0], &pattern(1 << 20, 1)) else { return };
-    let Ok(page) = HeldPage::new() else { return };
+    let Some(page) = HeldPage::here() else { return };
     let block = block_of(&image);
     let (sender, ended) = mpsc::channel();
     let holes = thread::scope(|scope| {
@@ -335,13 +335,7 @@ fn what_was_read_before_a_file_was_revoked_is_refused_afterwards() {
 
 fn revoked_in_a_read(place: &str) {
     let Some((image, _directory)) = direct(place, &pattern(8192, 1)) else { return };
-    let page = match HeldPage::new() {
-        Ok(page) => page,
-        Err(error) => {
-            eprintln!("skipped: memory that others wait for cannot be had here: {error}");
-            return;
-        }
-    };
+    let Some(page) = HeldPage::here() else { return };
     let validity = Arc::new(Validity::new());
     let image = image.with_validity(Arc::clone(&validity));
     let result = thread::scope(|scope| {

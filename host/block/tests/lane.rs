@@ -24,7 +24,7 @@ use blockhouse_block::{
 };
 use ready::wait_for;
 use support::growing::{CLUSTER, Growing};
-use support::{Script, data, does_not_wait, file, pattern, read, writable, zero};
+use support::{Script, data, does_not_wait, file, pattern, read, skip, writable, zero};
 use vm_memory::VolatileSlice;
 
 const ENGINES: [Engine; 2] = [Engine::Auto, Engine::Threads];
@@ -104,10 +104,19 @@ fn uses_ring(client: &Client) -> bool {
     format!("{:?}", client.lane).contains("io_uring: true")
 }
 
+/// Whether this kernel has rings, for this user. If not, says so.
+fn rings_are_here() -> bool {
+    let made = io_uring::IoUring::new(1);
+    if let Err(error) = &made {
+        skip(format_args!("there is no io_uring here: {error}"));
+    }
+    made.is_ok()
+}
+
 /// Rings that were made beforehand are used one after the other, by any thread, and are empty in between.
 #[test]
 fn lanes_take_rings_that_are_there_and_give_them_back() {
-    if io_uring::IoUring::new(1).is_err() {
+    if !rings_are_here() {
         return;
     }
     let rings = Rings::make(2);
@@ -264,6 +273,9 @@ fn refusals_are_those_of_the_disk() {
 /// A file that is revoked while the kernel reads it: what was read is not used, and the reason is given.
 #[test]
 fn what_the_kernel_read_of_a_revoked_file_is_refused() {
+    if !rings_are_here() {
+        return;
+    }
     let bytes = pattern(16_384, 1);
     let watched = |validity: &Arc<Validity>| file(&bytes, Access::ReadOnly).0.with_validity(Arc::clone(validity));
     // In one part, and in two, of which the file of the second stays valid.
@@ -280,10 +292,7 @@ fn what_the_kernel_read_of_a_revoked_file_is_refused() {
         let disk = Arc::new(Disk::new(vec![Arc::new(layer)], DiskOptions::default()).unwrap());
         let mut client = Client::new(&disk);
         assert_eq!(client.once(Operation::Read, 0, vec![0; 16_384]).unwrap(), bytes);
-        if !format!("{:?}", client.lane).contains("io_uring: true") {
-            eprintln!("skipped: there is no io_uring here");
-            return;
-        }
+        assert!(uses_ring(&client));
         let token = client.start(Operation::Read, 0, vec![0; 16_384], 5000);
         client.lane.submit();
         // The kernel has read, and nobody has looked yet.
@@ -307,8 +316,7 @@ fn direct_io_takes_what_is_aligned_and_what_is_not() {
     std::fs::write(&path, &model).unwrap();
     let direct = std::fs::File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(&path);
     let Ok(direct) = direct else {
-        eprintln!("skipped: the file system of the target directory has no direct I/O");
-        return;
+        return skip("the file system of the target directory has no direct I/O");
     };
     let image = ImageFile::new(direct, Access::ReadWrite, "direct").unwrap();
     let layer = Script::honest(vec![writable(1 << 20, 0)], 1).file(image).overwritable();
@@ -524,13 +532,14 @@ fn a_lane_without_further_threads_is_slow_and_waits_for_nothing() {
 /// The kernel takes nothing for a while, and nothing else happens: the lane asks again, by itself.
 #[test]
 fn what_the_kernel_did_not_take_is_given_to_it_again() {
+    if !rings_are_here() {
+        return;
+    }
     let bytes = pattern(1 << 20, 1);
     let (disk, _outside) = raw(&bytes, Engine::Auto);
     read(&disk, 0, 1 << 20).unwrap();
     let mut client = Client::new(&disk);
-    if !uses_ring(&client) {
-        return;
-    }
+    assert!(uses_ring(&client));
     let mut tokens = Vec::new();
     thread::scope(|scope| {
         scope.spawn(|| {
@@ -561,6 +570,9 @@ fn what_the_kernel_did_not_take_is_given_to_it_again() {
 /// what it did take ends as ever.
 #[test]
 fn what_the_kernel_never_takes_is_done_by_threads() {
+    if !rings_are_here() {
+        return;
+    }
     for error in [libc::EPERM, libc::EAGAIN] {
         for ends in [true, false] {
             let bytes = pattern(1 << 20, 1);
@@ -571,9 +583,7 @@ fn what_the_kernel_never_takes_is_done_by_threads() {
             let disk = Arc::new(Disk::new(vec![Arc::new(layer)], options).unwrap().with_rings(rings.clone()));
             read(&disk, 0, 1 << 20).unwrap();
             let mut client = Client::new(&disk);
-            if !uses_ring(&client) {
-                return;
-            }
+            assert!(uses_ring(&client));
             let written = pattern(128 << 10, 2);
             let late = written.clone();
             let client = does_not_wait("the kernel takes nothing", move || {

@@ -1,5 +1,6 @@
 //! Every check there is, in one command, with one line of totals at its end.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::Stdio;
@@ -58,7 +59,7 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<()> {
         "{} passed, {} failed, {} skipped",
         totals.passed,
         totals.failed.max(u64::from(!steps.all_passed())),
-        totals.skipped.len()
+        totals.skipped()
     );
     ensure!(steps.all_passed(), "failed: {}", steps.failed().join(", "));
     Ok(())
@@ -133,6 +134,8 @@ impl Steps {
 struct Totals {
     passed: u64,
     failed: u64,
+    /// Tests that are marked so that nobody runs them.
+    ignored: u64,
     /// One line for each test that could not run here: name and reason.
     skipped: Vec<String>,
 }
@@ -154,22 +157,34 @@ impl Totals {
             match what {
                 "passed" => self.passed += number,
                 "failed" => self.failed += number,
+                "ignored" => self.ignored += number,
                 _ => {}
             }
         }
     }
 
-    /// Reads what the tests said about being skipped; libtest counted them as passed.
+    /// Reads what the tests said about being skipped; libtest counted them as passed. One that cannot do several things
+    /// says so of each, and counts once.
     fn add_skips(&mut self, file: &Path) -> Result<()> {
         let text = std::fs::read_to_string(file)?;
-        self.skipped.extend(text.lines().map(str::to_owned));
-        self.passed = self.passed.saturating_sub(self.skipped.len() as u64);
+        let mut names = BTreeSet::new();
+        // `skipped: NAME: REASON`, where colons in pairs are a part of the name.
+        let name = |line: &str| line.split(": ").nth(1).unwrap_or_default().to_owned();
+        self.skipped.extend(text.lines().filter(|line| names.insert(name(line))).map(str::to_owned));
+        self.passed = self.passed.saturating_sub(names.len() as u64);
         Ok(())
+    }
+
+    fn skipped(&self) -> u64 {
+        self.ignored + self.skipped.len() as u64
     }
 
     fn print(&self) {
         for line in &self.skipped {
             println!("{} {line}", style("33", "-"));
+        }
+        if self.ignored > 0 {
+            println!("{} skipped: {} tests are marked #[ignore]", style("33", "-"), self.ignored);
         }
     }
 }
@@ -301,8 +316,8 @@ mod unit {
         totals.add("running 3 tests");
         totals.add("test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 1 filtered out; finished in 0.01s");
         totals
-            .add("test result: FAILED. 10 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.50s");
-        assert_eq!((totals.passed, totals.failed), (13, 2));
+            .add("test result: FAILED. 10 passed; 2 failed; 1 ignored; 0 measured; 0 filtered out; finished in 1.50s");
+        assert_eq!((totals.passed, totals.failed, totals.skipped()), (13, 2, 1));
     }
 
     #[test]
@@ -318,9 +333,10 @@ mod unit {
     #[test]
     fn skipped_tests_are_not_passed() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), "skipped: a: no reason\n").unwrap();
-        let mut totals = Totals { passed: 5, ..Totals::default() };
+        let lines = "skipped: a::b: no reason\nskipped: a::b: nor another: none\nskipped: a::c: no reason\n";
+        std::fs::write(file.path(), lines).unwrap();
+        let mut totals = Totals { passed: 5, ignored: 1, ..Totals::default() };
         totals.add_skips(file.path()).unwrap();
-        assert_eq!((totals.passed, totals.skipped.len()), (4, 1));
+        assert_eq!((totals.passed, totals.skipped()), (3, 3));
     }
 }

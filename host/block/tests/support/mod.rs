@@ -11,7 +11,9 @@
 pub mod growing;
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::fs::File;
+use std::io::Write as _;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
@@ -180,6 +182,17 @@ pub fn read(disk: &Disk, offset: u64, length: usize) -> Result<Vec<u8>> {
 pub fn write(disk: &Disk, offset: u64, bytes: &[u8]) -> Result<()> {
     let mut bytes = bytes.to_vec();
     disk.write(&[VolatileSlice::from(&mut bytes[..])], offset)
+}
+
+/// Says that the calling test, or a part of it, cannot run here: to people, and to `cargo xtask test`, which counts the
+/// lines of the file that it names.
+pub fn skip(reason: impl Display) {
+    let line = format!("skipped: {}: {reason}\n", thread::current().name().unwrap_or("a disk"));
+    eprint!("{line}");
+    if let Some(file) = std::env::var_os("BLOCKHOUSE_SKIPS") {
+        let mut file = File::options().append(true).create(true).open(file).unwrap();
+        file.write_all(line.as_bytes()).unwrap();
+    }
 }
 
 /// What the thread of a lane does must end, whatever others hold or wait for: it is given up after a while, and goes
