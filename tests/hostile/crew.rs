@@ -112,6 +112,11 @@ fn there_are_no_more_than_the_limit_says() {
         scope.spawn(|| subject.reads(0));
         subject.until(|subject| subject.calls("unpack") == 1);
         let beside = scope.spawn(|| subject.reads(PART));
+        // Where there may be another one, it is there at once.
+        for _ in 0..200 {
+            assert_eq!((subject.calls("open"), beside.is_finished()), (1, false));
+            std::thread::sleep(Duration::from_millis(1));
+        }
         subject.release();
         beside.join().unwrap();
     });
