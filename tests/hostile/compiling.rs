@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use blockhouse_sandbox::block::{ErrorKind, Result};
 use blockhouse_sandbox::{Compiler, Limits, Sandbox, compile_here};
-use blockhouse_tests::{Outcome, blockhouse, component, noise, run_within};
+use blockhouse_tests::{Outcome, blockhouse, component, finish, noise, run_within};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::loading::{importing, leb, section};
@@ -204,9 +204,8 @@ fn a_compiler_that_is_killed_is_an_error() {
     for arguments in [&[][..], &["--no-walls"]] {
         let program = start(&place, arguments);
         kill_process(compiler_of(&program), Signal::KILL).unwrap();
-        let output = program.wait_with_output().unwrap();
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(6), "{stderr}");
+        let Outcome { status, stderr, .. } = finish(program);
+        assert_eq!(status.code(), Some(6), "{stderr}");
         let why = "stranger.wasm: the compiler broke down over it (signal: 9 (SIGKILL)), and it is not loaded";
         assert!(stderr.contains(why), "{stderr}");
         tally::component_not_loaded();

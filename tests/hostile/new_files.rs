@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::Instant;
 
-use blockhouse_tests::{COMMAND_LIMIT, blockhouse, component, noise, run, skip};
+use blockhouse_tests::{COMMAND_LIMIT, Outcome, blockhouse, component, finish, noise, run, skip};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::place::Place;
@@ -192,15 +192,15 @@ fn held_up(place: &Place) -> Child {
     command.arg("convert").arg("--plugin").arg(format!("hostile={}", component("hostile").display()));
     command.args(["--format", "hostile", "--to-format", "qcow2", "--data-file", "content.raw"]);
     let child = command.arg(image).arg(place.path("images/new/target")).stderr(Stdio::null()).spawn().unwrap();
-    wait(&child, "it has begun", || names(&place.path("images/new")).len() == 2);
+    wait("begun", || names(&place.path("images/new")).len() == 2);
     child
 }
 
 #[track_caller]
-fn wait(child: &Child, what: &str, mut happened: impl FnMut() -> bool) {
+fn wait(what: &str, mut happened: impl FnMut() -> bool) {
     let started = Instant::now();
     while !happened() {
-        assert!(started.elapsed() < COMMAND_LIMIT, "{}: not {what}", child.id());
+        assert!(started.elapsed() < COMMAND_LIMIT, "not {what}");
         std::thread::sleep(std::time::Duration::from_millis(2));
     }
 }
@@ -224,20 +224,19 @@ fn whatever_ends_the_program_nothing_unfinished_stays() {
         let place = Place::new();
         let directory = place.path("images/new");
         std::fs::create_dir(&directory).unwrap();
-        let mut child = held_up(&place);
+        let child = held_up(&place);
         // A terminal tells all of them, in any order.
         let told = to_all.then(|| namer(child.id())).into_iter().chain([child.id()]);
         for process in told {
             kill_process(Pid::from_raw(i32::try_from(process).unwrap()).unwrap(), signal).unwrap();
         }
-        assert!(!child.wait().unwrap().success());
-        wait(&child, "gone", || names(&directory).is_empty());
+        assert!(!finish(child).status.success());
+        wait("gone", || names(&directory).is_empty());
     }
     // The twin: it is the component's ten seconds that it waits for, and then says so.
     let place = Place::new();
     std::fs::create_dir(place.path("images/new")).unwrap();
-    let mut child = held_up(&place);
-    assert_eq!(child.wait().unwrap().code(), Some(6));
+    assert_eq!(finish(held_up(&place)).status.code(), Some(6));
     assert!(names(&place.path("images/new")).is_empty());
     tally::component_stopped();
 }
@@ -254,12 +253,11 @@ fn a_name_that_somebody_took_meanwhile_stays_theirs() {
     let mut command = blockhouse();
     command.args(["convert", "--format", "raw", "--to-format", "qcow2", "--compress"]).args([&source, &target]);
     let child = command.stderr(Stdio::piped()).spawn().unwrap();
-    wait(&child, "begun", || !names(&directory).is_empty());
+    wait("begun", || !names(&directory).is_empty());
     let taken = std::fs::File::create_new(&target).is_ok();
-    let output = child.wait_with_output().unwrap();
+    let Outcome { status, stderr, .. } = finish(child);
     assert!(taken, "it was complete already");
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.code() == Some(1) && stderr.contains("target exists; --force"), "{stderr}");
+    assert!(status.code() == Some(1) && stderr.contains("target exists; --force"), "{stderr}");
     assert_eq!(names(&directory), ["target"]);
     assert!(std::fs::read(target).unwrap().is_empty());
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use blockhouse_tests::serve::Serve;
-use blockhouse_tests::{blockhouse, program, run};
+use blockhouse_tests::{COMMAND_LIMIT, blockhouse, program, run};
 use serde_json::Value;
 
 use crate::place::{Place, limited};
@@ -129,6 +129,7 @@ fn no_name_reaches_a_terminal_raw_from_a_server() {
         ("\u{9b}\u{202e}", false),
     ] {
         let mut stream = UnixStream::connect(&control).unwrap();
+        stream.set_read_timeout(Some(COMMAND_LIMIT)).unwrap();
         stream.write_all(format!("{line}\n").as_bytes()).unwrap();
         let mut answer = String::new();
         BufReader::new(stream).read_line(&mut answer).unwrap();

@@ -14,7 +14,7 @@ use std::io::Write as _;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -177,16 +177,28 @@ pub fn run(command: &mut Command) -> Outcome {
 /// Runs a command to its end; when the limit passes, kills it with its children and fails the test.
 #[track_caller]
 pub fn run_within(limit: Duration, command: &mut Command) -> Outcome {
-    let started = Instant::now();
-    let mut child = command
+    let child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0)
         .spawn()
         .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
-    let stdout = drain(child.stdout.take().unwrap());
-    let stderr = drain(child.stderr.take().unwrap());
+    finish_within(limit, child, &format!("{command:?}"))
+}
+
+/// Waits for the end of a program that was started, as [`run`] does, and takes what it prints into pipes.
+#[track_caller]
+pub fn finish(child: Child) -> Outcome {
+    let name = format!("process {}", child.id());
+    finish_within(COMMAND_LIMIT, child, &name)
+}
+
+#[track_caller]
+fn finish_within(limit: Duration, mut child: Child, name: &str) -> Outcome {
+    let started = Instant::now();
+    let stdout = child.stdout.take().map(drain);
+    let stderr = child.stderr.take().map(drain);
     let mut in_time = true;
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
@@ -194,19 +206,20 @@ pub fn run_within(limit: Duration, command: &mut Command) -> Outcome {
         }
         if in_time && started.elapsed() > limit {
             in_time = false;
-            // The group, so that no child keeps the pipes open.
+            // The group, if it has one of its own, so that no child keeps the pipes open.
             let group = format!("-{}", child.id());
             let _ = Command::new("kill").args(["-KILL", "--", &group]).status();
+            let _ = child.kill();
         }
         std::thread::sleep(Duration::from_millis(5));
     };
     let outcome = Outcome {
         status,
         elapsed: started.elapsed(),
-        stdout: stdout.join().unwrap(),
-        stderr: String::from_utf8_lossy(&stderr.join().unwrap()).into_owned(),
+        stdout: stdout.map_or_else(Vec::new, |thread| thread.join().unwrap()),
+        stderr: stderr.map_or_else(String::new, |thread| String::from_utf8_lossy(&thread.join().unwrap()).into_owned()),
     };
-    assert!(in_time, "killed after {limit:?}: {command:?}\nstdout: {}\nstderr: {}", outcome.text(), outcome.stderr);
+    assert!(in_time, "killed after {limit:?}: {name}\nstdout: {}\nstderr: {}", outcome.text(), outcome.stderr);
     outcome
 }
 

@@ -31,6 +31,13 @@ fn control(socket: &Path, arguments: &[&str]) -> Outcome {
     run(blockhouse().args(["control", "--socket"]).arg(socket).args(arguments))
 }
 
+/// A connection to read answers from, which are not waited for for ever.
+fn connect(socket: &Path) -> BufReader<UnixStream> {
+    let stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(COMMAND_LIMIT)).unwrap();
+    BufReader::new(stream)
+}
+
 fn capacity(frontend: &mut Frontend) -> u64 {
     let (_, config) = frontend.get_config(0, 8, VhostUserConfigFlags::WRITABLE, &[0; 8]).unwrap();
     u64::from_le_bytes(config.try_into().unwrap()) * 512
@@ -105,7 +112,7 @@ fn gets_larger(directory: &Path, more: &str) {
         assert_eq!(said.text(), "disk0: 20 MiB (20971520 bytes), before 4 MiB (4194304 bytes)\n");
         assert!(!said.stderr.contains("could not be told"), "{}", said.stderr);
         let mut message = [0; 12];
-        news.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
+        news.set_read_timeout(Some(COMMAND_LIMIT)).unwrap();
         news.read_exact(&mut message).unwrap();
         assert_eq!(message[..4], 2_u32.to_ne_bytes(), "VHOST_USER_BACKEND_CONFIG_CHANGE_MSG");
         assert_eq!(capacity(&mut frontend), 20 * MIB);
@@ -299,20 +306,26 @@ fn a_hostile_client_of_the_control_interface_gets_errors() {
     std::fs::write(&raw, noise(1, 4096)).unwrap();
     let (serve, _, socket) = serve(directory.path(), &format!("file={},format=raw", raw.display()));
     let files = serve.open_files();
-    for sent in [
-        noise(1, 100_000),
-        vec![b'['; 100_000],
-        b"\n\n\n".to_vec(),
-        b"{\"command\":\"resize\",\"disk\":\"../../etc\",\"size\":\"1T\"}\n".to_vec(),
-        b"{\"command\":\"open\",\"file\":\"/etc/shadow\"}\n".to_vec(),
-        b"{\"command\":\"resize\",\"disk\":\"disk0\",\"size\":\"8K\",\"file\":\"/etc/shadow\"}\n".to_vec(),
-        json!({"command": "resize", "disk": "disk0", "size": "1G"}).to_string().into_bytes(),
+    let garbage = noise(1, 100_000);
+    let lines = garbage.iter().filter(|byte| **byte == b'\n').count();
+    // With how many answers each gets: one for a line, and none for what ends before its line does.
+    for (sent, expected) in [
+        (garbage, lines),
+        (vec![b'['; 100_000], 1),
+        (b"\n\n\n".to_vec(), 3),
+        (b"{\"command\":\"resize\",\"disk\":\"../../etc\",\"size\":\"1T\"}\n".to_vec(), 1),
+        (b"{\"command\":\"open\",\"file\":\"/etc/shadow\"}\n".to_vec(), 1),
+        (b"{\"command\":\"resize\",\"disk\":\"disk0\",\"size\":\"8K\",\"file\":\"/etc/shadow\"}\n".to_vec(), 1),
+        (json!({"command": "resize", "disk": "disk0", "size": "1G"}).to_string().into_bytes(), 0),
     ] {
-        let mut stream = UnixStream::connect(&socket).unwrap();
+        let mut stream = connect(&socket);
         // It may be cut off in the middle.
-        let _ = stream.write_all(&sent);
-        let _ = stream.shutdown(Shutdown::Write);
-        for line in BufReader::new(stream).lines().map_while(Result::ok) {
+        let _ = stream.get_mut().write_all(&sent);
+        let _ = stream.get_mut().shutdown(Shutdown::Write);
+        let answers: Vec<String> = stream.lines().map_while(Result::ok).collect();
+        let start = String::from_utf8_lossy(&sent[..sent.len().min(80)]);
+        assert_eq!(answers.len(), expected, "answers to {start:?}");
+        for line in answers {
             let answer: Value = serde_json::from_str(&line).unwrap();
             assert!(answer["error"]["message"].is_string() && answer.get("result").is_none(), "{line}");
         }
@@ -334,14 +347,13 @@ fn connections_are_served_one_after_the_other() {
     let raw = directory.path().join("disk.raw");
     std::fs::write(&raw, noise(1, 4096)).unwrap();
     let (serve, _, socket) = serve(directory.path(), &format!("file={},format=raw", raw.display()));
-    let connect = || BufReader::new(UnixStream::connect(&socket).unwrap());
     let ask = |stream: &mut BufReader<UnixStream>| stream.get_mut().write_all(b"{\"command\":\"status\"}\n").unwrap();
     let answer = |stream: &mut BufReader<UnixStream>| {
         let mut line = String::new();
         stream.read_line(&mut line).unwrap();
         assert!(line.contains("\"virtual_size_bytes\":4096"), "{line}");
     };
-    let (mut first, mut second) = (connect(), connect());
+    let (mut first, mut second) = (connect(&socket), connect(&socket));
     ask(&mut first);
     answer(&mut first);
     ask(&mut second);

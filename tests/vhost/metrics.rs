@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use blockhouse_tests::serve::Serve;
-use blockhouse_tests::{blockhouse, noise, qemu_img, scratch};
+use blockhouse_tests::{COMMAND_LIMIT, blockhouse, noise, qemu_img, scratch};
 
 use blockhouse_tests::client::{Client, Request};
 
@@ -26,6 +26,7 @@ fn serve(directory: &Path, disks: &[String]) -> Serve {
 
 pub(crate) fn ask(socket: &Path, question: &[u8]) -> String {
     let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(COMMAND_LIMIT)).unwrap();
     stream.write_all(question).unwrap();
     stream.shutdown(Shutdown::Write).unwrap();
     let mut text = String::new();

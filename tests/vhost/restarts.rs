@@ -3,9 +3,10 @@
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::Instant;
 
 use blockhouse_tests::serve::Serve;
-use blockhouse_tests::{noise, qemu_img, run, scratch};
+use blockhouse_tests::{COMMAND_LIMIT, noise, qemu_img, run, scratch};
 
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
@@ -61,7 +62,9 @@ fn survives_kills(directory: &Path, disk: &str) {
         }
         guest.kick.write(1).unwrap();
         // Somewhere in the middle.
+        let started = Instant::now();
         while u64::from(guest.waiting()) < 1 + round % u64::from(SLOTS - 2) {
+            assert!(started.elapsed() < COMMAND_LIMIT, "{} requests were answered", guest.waiting());
             std::hint::spin_loop();
         }
         serve.kill();
