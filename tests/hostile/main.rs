@@ -10,6 +10,7 @@
 //! | `aliases.rs` | entries that name metadata as data, and a guest's header, when the image is written |
 //! | `wasi.rs` | components that use the file functions against their meaning |
 //! | `components.rs` | components that loop, grow, trap and lie |
+//! | `maintenance.rs` | components that do so where an image is made, checked, changed as a whole |
 //! | `restart.rs` | components that break down, and are started again or not |
 //! | `loading.rs` | components that want more than there is, and files that are no components |
 //! | `surfaces.rs` | components that attack whoever looks at what they import and export |
@@ -39,6 +40,7 @@ mod guard;
 mod library;
 mod loading;
 mod machine;
+mod maintenance;
 mod neighbours;
 mod new_files;
 mod parsers;

@@ -54,7 +54,7 @@ impl Hostile {
         match action {
             "trap" => trap(),
             "panic" => told_to_panic(stage),
-            "fail" => return Err(Error::Other(format!("{} failed on command", name(stage)))),
+            "fail" => return Err(Error::Other(format!("{} failed on command", stage.name()))),
             "loop" => {
                 let mut turns = 0u64;
                 loop {
@@ -104,8 +104,9 @@ impl Hostile {
             "open-many" => {
                 let times = amount(100_000)?;
                 for number in 0..times {
-                    let location = self.context.location();
-                    let file = self.context.open(location, Access::ReadOnly).map_err(|why| worked(number, &why))?;
+                    let context = self.context()?;
+                    let file =
+                        context.open(context.location(), Access::ReadOnly).map_err(|why| worked(number, &why))?;
                     self.hoard.files.push(file);
                 }
             }
@@ -127,21 +128,6 @@ impl Hostile {
     fn hoard_directories(&mut self, _times: u64) {}
 }
 
-/// The word for a stage, as in the first line of an image.
-fn name(stage: Stage) -> &'static str {
-    match stage {
-        Stage::Open => "open",
-        Stage::Connect => "connect",
-        Stage::Locate => "locate",
-        Stage::Unpack => "unpack",
-        Stage::Begin => "begin",
-        Stage::Prepare => "prepare",
-        Stage::Commit => "commit",
-        Stage::Flush => "flush",
-        Stage::Finish => "finish",
-    }
-}
-
 fn worked(times: u64, why: &Error) -> Error {
     Error::Other(format!("worked {times} times, then: {why}"))
 }
@@ -158,7 +144,7 @@ pub(crate) fn trap() -> ! {
 
 #[allow(clippy::panic)]
 fn told_to_panic(stage: Stage) -> ! {
-    panic!("{} panicked on command", name(stage))
+    panic!("{} panicked on command", stage.name())
 }
 
 /// Uses a little stack, for ever. The result depends on every frame, so that none can be left out.

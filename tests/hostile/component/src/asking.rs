@@ -22,7 +22,9 @@ impl Hostile {
             "read" => Err(self.read()?),
             "change-far" => Err(self.change_far()?),
             "change-image" => Err(self.try_to_change(self.image()?)),
-            "change-backing" => Err(self.try_to_change(&self.context.open(self.behaviour.text(1)?, Access::ReadOnly)?)),
+            "change-backing" => {
+                Err(self.try_to_change(&self.context()?.open(self.behaviour.text(1)?, Access::ReadOnly)?))
+            }
             _ => Ok(()),
         }
     }
@@ -30,7 +32,8 @@ impl Hostile {
     /// Opens the arguments from index `from` on as references.
     pub(crate) fn open_as_a_format_does(&self, from: usize) -> Error {
         let paths = self.behaviour.arguments.iter().skip(from);
-        report(paths.map(|path| match self.context.open(path, Access::ReadOnly).and_then(|file| file.size()) {
+        let open = |path: &str| self.context()?.open(path, Access::ReadOnly)?.size();
+        report(paths.map(|path| match open(path) {
             Ok(size) => format!("opened {path:?}: {size} bytes"),
             Err(why) => format!("refused {path:?}: {why}"),
         }))

@@ -12,7 +12,9 @@
 //! # What a call can do
 //! `ACTION-at-STAGE [N] [AMOUNT]`: from the Nth call of a stage on (default 1). The stages are `open`,
 //! `connect`, `locate` and `unpack`; for `unpack` the whole disk is packed extents. Opened for writing there are
-//! also `begin`, `prepare`, `commit`, `flush` and `finish`.
+//! also `begin`, `prepare`, `commit`, `flush`, `finish` and `pack`. Of an image as a whole there are `create`, whose
+//! option `line` is the first line, `check`, `resize`, `set-backing`, `list-snapshots`, `select-snapshot`,
+//! `create-snapshot`, `apply-snapshot` and `delete-snapshot`.
 //!
 //! | action | what happens | AMOUNT (default) |
 //! |---|---|---|
@@ -70,6 +72,10 @@
 //! | `write-lie-too-many [COUNT]` | this many allocations (100,000) |
 //! | `write-lie-runs START:LENGTH:OFFSET:TICKET...` | these allocations, whatever was asked for; tickets that are numbers from 0 on, in this order, can be committed |
 //! | `write-lie-freed FILE OFFSET LENGTH` | a flush sets this range of a registered file free |
+//! | `lie-resize` | `resize` succeeds, and the image is as large as it was |
+//! | `lie-check` | `check` repaired what it did not find |
+//! | `lie-selected [SIZE]` | this size of a snapshot (513) |
+//! | `lie-snapshots [COUNT]` | this many snapshots (70,000) |
 //!
 //! # Well-behaved, and attacks that only ask
 //! | behaviour | what happens |
@@ -103,6 +109,7 @@ extern crate alloc;
 mod actions;
 mod asking;
 mod lies;
+mod maintenance;
 mod writing;
 
 use alloc::format;
@@ -131,22 +138,48 @@ enum Stage {
     Commit,
     Flush,
     Finish,
+    Pack,
+    Create,
+    Check,
+    Resize,
+    SetBacking,
+    ListSnapshots,
+    SelectSnapshot,
+    CreateSnapshot,
+    ApplySnapshot,
+    DeleteSnapshot,
 }
+
+/// All of them, with the words for them in the first line of an image.
+const STAGES: [(Stage, &str); 19] = [
+    (Stage::Open, "open"),
+    (Stage::Connect, "connect"),
+    (Stage::Locate, "locate"),
+    (Stage::Unpack, "unpack"),
+    (Stage::Begin, "begin"),
+    (Stage::Prepare, "prepare"),
+    (Stage::Commit, "commit"),
+    (Stage::Flush, "flush"),
+    (Stage::Finish, "finish"),
+    (Stage::Pack, "pack"),
+    (Stage::Create, "create"),
+    (Stage::Check, "check"),
+    (Stage::Resize, "resize"),
+    (Stage::SetBacking, "set-backing"),
+    (Stage::ListSnapshots, "list-snapshots"),
+    (Stage::SelectSnapshot, "select-snapshot"),
+    (Stage::CreateSnapshot, "create-snapshot"),
+    (Stage::ApplySnapshot, "apply-snapshot"),
+    (Stage::DeleteSnapshot, "delete-snapshot"),
+];
 
 impl Stage {
     fn parse(name: &str) -> Option<Self> {
-        Some(match name {
-            "open" => Self::Open,
-            "connect" => Self::Connect,
-            "locate" => Self::Locate,
-            "unpack" => Self::Unpack,
-            "begin" => Self::Begin,
-            "prepare" => Self::Prepare,
-            "commit" => Self::Commit,
-            "flush" => Self::Flush,
-            "finish" => Self::Finish,
-            _ => return None,
-        })
+        STAGES.iter().find(|(_, known)| *known == name).map(|(stage, _)| *stage)
+    }
+
+    fn name(self) -> &'static str {
+        STAGES.iter().find(|(stage, _)| *stage == self).map_or("", |(_, name)| name)
     }
 }
 
@@ -166,6 +199,13 @@ impl Behaviour {
         let arguments = words.map(unescape).collect::<Option<_>>();
         let arguments = arguments.ok_or_else(|| Error::corrupt("a bad %XX in the first line"))?;
         Ok(Self { name, arguments })
+    }
+
+    /// The first line of an image.
+    fn of(image: &File) -> Result<Self> {
+        let mut line = vec![0; usize::try_from(image.size()?).unwrap_or(usize::MAX).min(LINE_BYTES)];
+        image.read_at(0, &mut line)?;
+        Self::parse(&line)
     }
 
     fn text(&self, index: usize) -> Result<&str> {
@@ -211,11 +251,12 @@ fn unescape(text: &str) -> Option<String> {
 pub struct Hostile {
     /// `None` after it was handed over as a backing file.
     image: Option<File>,
-    context: Context,
+    /// `None` for calls that take an image and nothing else.
+    context: Option<Context>,
     behaviour: Behaviour,
     virtual_size: u64,
     file: Option<FileIndex>,
-    calls: [u64; 9],
+    calls: [u64; STAGES.len()],
     access: Access,
     moved: writing::Moved,
     /// What actions keep, so that nothing is given back before the instance ends.
@@ -224,25 +265,8 @@ pub struct Hostile {
 
 impl Format for Hostile {
     fn open(image: File, context: Context, access: Access) -> Result<(Self, ImageInfo)> {
-        let size = image.size()?;
-        let mut line = vec![0; usize::try_from(size).unwrap_or(usize::MAX).min(LINE_BYTES)];
-        image.read_at(0, &mut line)?;
-        let behaviour = Behaviour::parse(&line)?;
-        if !is_known(&behaviour) {
-            return Err(Error::unsupported(format!("there is no behaviour {:?}", behaviour.name)));
-        }
-        let virtual_size = size.next_multiple_of(512);
-        let mut hostile = Self {
-            image: Some(image),
-            context,
-            behaviour,
-            virtual_size,
-            file: None,
-            calls: [0; 9],
-            access,
-            moved: writing::Moved::default(),
-            hoard: actions::Hoard::default(),
-        };
+        let behaviour = Behaviour::of(&image)?;
+        let mut hostile = Self::new(image, Some(context), access, behaviour)?;
         hostile.act(Stage::Open)?;
         let info = hostile.describe()?;
         hostile.virtual_size = info.virtual_size;
@@ -254,8 +278,8 @@ impl Format for Hostile {
         self.ask()?;
         self.share_image()?;
         match self.behaviour.name.as_str() {
-            "backing" => Ok(Some(self.context.open(self.behaviour.text(1)?, Access::ReadOnly)?)),
-            "backing-undeclared" => Ok(Some(self.context.open(self.behaviour.text(0)?, Access::ReadOnly)?)),
+            "backing" => Ok(Some(self.context()?.open(self.behaviour.text(1)?, Access::ReadOnly)?)),
+            "backing-undeclared" => Ok(Some(self.context()?.open(self.behaviour.text(0)?, Access::ReadOnly)?)),
             "backing-self" | "lie-backing-returned" => Ok(self.image.take()),
             _ => Ok(None),
         }
@@ -285,8 +309,29 @@ impl Format for Hostile {
 }
 
 impl Hostile {
+    fn new(image: File, context: Option<Context>, access: Access, behaviour: Behaviour) -> Result<Self> {
+        if !is_known(&behaviour) {
+            return Err(Error::unsupported(format!("there is no behaviour {:?}", behaviour.name)));
+        }
+        Ok(Self {
+            virtual_size: image.size()?.next_multiple_of(512),
+            image: Some(image),
+            context,
+            behaviour,
+            file: None,
+            calls: [0; STAGES.len()],
+            access,
+            moved: writing::Moved::default(),
+            hoard: actions::Hoard::default(),
+        })
+    }
+
     fn image(&self) -> Result<&File> {
         self.image.as_ref().ok_or_else(|| Error::Other("the image was handed over".into()))
+    }
+
+    fn context(&self) -> Result<&Context> {
+        self.context.as_ref().ok_or_else(|| Error::Other("there is nowhere to open files from".into()))
     }
 
     /// The disk in packed extents, up to its end.
@@ -386,11 +431,14 @@ fn is_known(behaviour: &Behaviour) -> bool {
     let name = behaviour.name.as_str();
     PLAIN.contains(&name)
         || lies::NAMES.contains(&name)
+        || maintenance::NAMES.contains(&name)
         || writing::NAMES.contains(&name)
         || behaviour.action().is_some_and(|(action, _)| actions::NAMES.contains(&action))
 }
 
-blockhouse_plugin::export!(Hostile: writer);
+blockhouse_plugin::export!(
+    Hostile: writer, packer, creator, checker, resizer, rebaser, snapshots, snapshot_editor
+);
 
 #[cfg(test)]
 mod tests {
@@ -412,8 +460,8 @@ mod tests {
         let source = include_str!("lib.rs");
         let documented: Vec<&str> =
             source.lines().filter_map(|line| line.strip_prefix("//! | `")?.split(['`', ' ']).next()).collect();
-        let mut known: Vec<&str> =
-            actions::NAMES.iter().chain(lies::NAMES).chain(writing::NAMES).chain(PLAIN).copied().collect();
+        let lists = [actions::NAMES, lies::NAMES, maintenance::NAMES, writing::NAMES, PLAIN];
+        let mut known: Vec<&str> = lists.concat();
         known.sort_unstable();
         let mut rows = documented.clone();
         rows.sort_unstable();
