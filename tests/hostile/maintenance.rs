@@ -147,19 +147,17 @@ fn an_error_of_a_call_on_a_whole_image_changes_nothing() {
 #[test]
 fn lies_about_a_whole_image_are_found() {
     let place = Place::new();
-    for (line, whats, why) in [
-        ("lie-check", &["check", "repair"][..], "`check` repaired more than it found"),
-        ("lie-selected", &["select"], "`select-snapshot` returned a virtual size of 513 bytes"),
-        (
-            "lie-selected 9223372036854775808",
-            &["select"],
-            "`select-snapshot` returned a virtual size of 9223372036854775",
-        ),
-        ("lie-snapshots", &["list"], "`list-snapshots` returned more than 65536 snapshots"),
+    let lied = ErrorKind::Component;
+    for (line, whats, kind, why) in [
+        ("lie-check", &["check", "repair"][..], lied, "`check` repaired more than it found"),
+        ("lie-selected", &["select"], lied, "`select-snapshot` returned a virtual size of 513 bytes"),
+        ("lie-selected 9223372036854775808", &["select"], lied, "returned a virtual size of 9223372036854775808"),
+        ("lie-snapshots", &["list"], ErrorKind::Limit, "the image has more than 65536 snapshots"),
+        ("lie-resize", &["resize"], lied, "should have made a disk of 524288 bytes, and it has 262144"),
     ] {
         for what in whats {
             let error = refused(shared(), &place, line, what);
-            assert_eq!(error.kind(), ErrorKind::Component, "{line}: {error}");
+            assert_eq!(error.kind(), kind, "{line}: {error}");
             assert!(error.to_string().contains(why), "{line}: {error}");
             tally::component_stopped();
         }

@@ -254,8 +254,18 @@ impl Opener {
         each_size(now, size, below, |next, hide_backing| self.resize_image(path, format, next, hide_backing))
     }
 
+    /// One step of it, and a look at what has become of that, by another instance.
     fn resize_image(&self, path: &Path, format: &str, size: u64, hide_backing: bool) -> Result<()> {
-        self.edit(path, format, "resizer", RESIZER, |instance| resize(instance, size, hide_backing))
+        self.edit(path, format, "resizer", RESIZER, |instance| resize(instance, size, hide_backing))?;
+        let name = absolute_name(path)?;
+        let plugin = self.able(format, "resizer", RESIZER)?;
+        let file = open_image(path, Access::ReadOnly, self.lock_mode()).map_err(|error| error.on_image(&*name))?;
+        let Started { instance, handle, .. } = self.start(&plugin, file, &name, format, Access::ReadOnly)?;
+        let now = self.open_format(&instance, handle, &name, Access::ReadOnly)?.virtual_size_bytes;
+        if now == size {
+            return Ok(());
+        }
+        Err(instance.condemn(&format!("`resize` should have made a disk of {size} bytes, and it has {now}")))
     }
 
     /// Makes an image name another backing file, or none. Opens neither, and changes no data: the disk reads
