@@ -83,7 +83,7 @@ pub(crate) struct Generation(u64);
 #[derive(Debug, Default)]
 struct Stripe {
     table: ArcSwapOption<Table>,
-    /// The generation that its last invalidation began.
+    /// The generation when it was last changed: answers that are as old as that and older are not remembered.
     invalidated: AtomicU64,
     changing: Mutex<()>,
 }
@@ -305,7 +305,7 @@ impl ExtentMap {
     /// Forgets a range, and makes sure that answers which are on their way are not remembered.
     pub(crate) fn invalidate(&self, start: u64, length: u64) {
         let end = start.saturating_add(length);
-        let generation = self.generation.fetch_add(1, Ordering::SeqCst).saturating_add(1);
+        self.generation.fetch_add(1, Ordering::SeqCst);
         let mut index = self.stripe_of(start);
         let mut position = start;
         while position < end
@@ -314,7 +314,7 @@ impl ExtentMap {
             let cut = self.stripe_start(index.saturating_add(1)).min(end);
             {
                 let _changing = stripe.changing.lock().unwrap_or_else(PoisonError::into_inner);
-                stripe.invalidated.store(generation, Ordering::SeqCst);
+                self.mark(stripe);
                 let table = stripe.table.load_full();
                 if let Some(table) = table {
                     let rest = table.replaced(self.stripe_start(index), position, cut, &[]);
@@ -345,6 +345,12 @@ impl ExtentMap {
         self.evict();
     }
 
+    /// Refuses answers to questions that were asked before now. The caller has the stripe locked, so that the number
+    /// in it never gets less: that of a change which waited for the lock would be older than what others left there.
+    fn mark(&self, stripe: &Stripe) {
+        stripe.invalidated.store(self.generation().0, Ordering::SeqCst);
+    }
+
     /// Puts a run of extents into a stripe; without `since`, as the newest truth.
     fn change(&self, stripe: &Stripe, index: usize, since: Option<Generation>, run: &[Flat]) {
         let (Some(first), Some(last)) = (run.first(), run.last()) else { return };
@@ -354,7 +360,7 @@ impl ExtentMap {
         match since {
             Some(since) if stripe.invalidated.load(Ordering::SeqCst) > since.0 => return,
             Some(_) => {}
-            None => stripe.invalidated.store(self.generation().0, Ordering::SeqCst),
+            None => self.mark(stripe),
         }
         let old = stripe.table.load_full();
         let most = MAX_TABLE_EXTENTS.min(self.max_extents);
@@ -576,6 +582,7 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
     #![allow(clippy::cast_possible_truncation)]
 
+    use std::thread;
     use std::time::Instant;
 
     use proptest::prelude::*;
@@ -647,6 +654,31 @@ mod tests {
         assert_eq!(map.lookup(0), None);
         map.insert(&[flat(0, 8192, 1)], map.generation());
         assert_eq!(map.lookup(0), Some(flat(0, 8192, 1)));
+    }
+
+    /// One that began before another, and comes to a stripe after it, does not let answers in from between the two.
+    #[test]
+    fn an_invalidation_that_had_to_wait_hides_no_later_one() {
+        const STRIPE: u64 = 64 << 20;
+        let map = map(2 * STRIPE, 100);
+        let answer = flat(STRIPE + 4096, 512, 1);
+        let before = map.generation();
+        let since = thread::scope(|scope| {
+            let first = map.stripes[0].changing.lock().unwrap();
+            scope.spawn(|| map.invalidate(STRIPE - 512, 1024));
+            let started = Instant::now();
+            while map.generation() == before {
+                assert!(started.elapsed().as_secs() < 20, "the invalidation never began");
+                thread::yield_now();
+            }
+            // It is under way, and waits for the first stripe. Somebody asks where something else is now.
+            let since = map.generation();
+            map.invalidate(answer.start, answer.length);
+            drop(first);
+            since
+        });
+        map.insert(&[answer], since);
+        assert_eq!(map.lookup(answer.start), None, "where it was before it was forgotten");
     }
 
     #[test]
