@@ -35,7 +35,8 @@ const ALONE: u32 = 1 << 31;
 const WAITED_FOR: u32 = 1 << 30;
 
 /// A readers-writer lock whose holds are not tied to a thread or a borrow, so that a request which goes on
-/// in the kernel can keep one. Who waits to be alone goes before those who come later to share.
+/// in the kernel can keep one. Who waits to be alone goes before those who come later to share; who waits to share
+/// goes when the next one who was alone lets go. So neither waits for ever, however many come.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 struct Slot {
@@ -48,6 +49,10 @@ struct Slot {
 struct Waiting {
     /// Who wants to be alone.
     alone: u32,
+    /// Who wants to share. Whoever was alone before them counts them into the state when it lets go.
+    sharing: u32,
+    /// How often that happened.
+    handed_over: u64,
     all: u32,
 }
 
@@ -63,10 +68,16 @@ impl Slot {
             return;
         }
         let mut waiting = self.wait_for();
-        while waiting.alone > 0 || self.state.load(Ordering::Acquire) & ALONE != 0 {
-            waiting = self.sleep(waiting);
+        if waiting.alone > 0 || self.state.load(Ordering::Acquire) & ALONE != 0 {
+            // Somebody is alone, or will be, and hands the slot over.
+            waiting.sharing += 1;
+            let handed_over = waiting.handed_over;
+            while waiting.handed_over == handed_over {
+                waiting = self.sleep(waiting);
+            }
+        } else {
+            self.state.fetch_add(1, Ordering::Acquire);
         }
-        self.state.fetch_add(1, Ordering::Acquire);
         self.waited(waiting);
     }
 
@@ -87,11 +98,23 @@ impl Slot {
     fn let_go(&self) {
         let before = self.state.fetch_sub(1, Ordering::Release);
         debug_assert!(before & !(ALONE | WAITED_FOR) > 0, "a hold ended twice");
-        self.wake(before);
+        if before & WAITED_FOR != 0 {
+            // Under the lock: who has looked at the state and is about to sleep does sleep by now.
+            let _waiting = self.lock();
+            self.released.notify_all();
+        }
     }
 
     fn let_go_alone(&self) {
-        self.wake(self.state.fetch_and(!ALONE, Ordering::Release));
+        if self.state.compare_exchange(ALONE, 0, Ordering::Release, Ordering::Relaxed).is_ok() {
+            return;
+        }
+        // In one step, under the lock: nobody who wants to be alone comes in between.
+        let mut waiting = self.lock();
+        let next = std::mem::take(&mut waiting.sharing);
+        waiting.handed_over = waiting.handed_over.wrapping_add(1);
+        self.state.fetch_sub(ALONE.wrapping_sub(next), Ordering::Release);
+        self.released.notify_all();
     }
 
     fn lock(&self) -> MutexGuard<'_, Waiting> {
@@ -113,17 +136,6 @@ impl Slot {
         waiting.all -= 1;
         if waiting.all == 0 {
             self.state.fetch_and(!WAITED_FOR, Ordering::AcqRel);
-        } else {
-            // Others may share what was just shared.
-            self.released.notify_all();
-        }
-    }
-
-    fn wake(&self, before: u32) {
-        if before & WAITED_FOR != 0 {
-            // Under the lock: who has looked at the state and is about to sleep does sleep by now.
-            let _waiting = self.lock();
-            self.released.notify_all();
         }
     }
 }
@@ -262,7 +274,7 @@ mod tests {
 
     use std::sync::mpsc;
     use std::thread;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use super::*;
 
@@ -358,5 +370,55 @@ mod tests {
             drop(shared);
             receiver.recv_timeout(Duration::from_secs(10)).unwrap();
         });
+    }
+
+    /// Waits until a slot is as a test needs it.
+    fn until(slot: &Slot, is: impl Fn(&Waiting) -> bool) {
+        let started = Instant::now();
+        while !is(&slot.lock()) {
+            assert!(started.elapsed() < Duration::from_secs(20), "never: {slot:?}");
+            thread::yield_now();
+        }
+    }
+
+    /// Sharers and those who want to be alone take turns: a hold of everything, as long discards and zeroes have one
+    /// after the other, keeps out nobody who came before it ended, and is kept out by nobody who came after.
+    #[test]
+    fn who_waits_to_share_goes_before_the_next_one_who_is_alone() {
+        let table = InFlight::new(1 << 16);
+        let slot = &table.slots[0];
+        let order = Mutex::new(Vec::new());
+        let entered = |who: &'static str| order.lock().unwrap().push(who);
+        let (sender, readers) = mpsc::channel::<()>();
+        let readers = Mutex::new(readers);
+        thread::scope(|scope| {
+            // In here, so that it goes, and all threads end, if something fails.
+            let readers_end = sender;
+            let first = table.all();
+            scope.spawn(|| {
+                let _alone = table.all();
+                entered("alone");
+            });
+            until(slot, |waiting| waiting.alone == 1);
+            for count in 1..=3 {
+                scope.spawn(|| {
+                    let _shared = table.shared(0, 4096);
+                    entered("early");
+                    let _ended = readers.lock().unwrap().recv();
+                });
+                until(slot, |waiting| waiting.sharing == count);
+            }
+            drop(first);
+            assert_eq!(slot.state.load(Ordering::SeqCst), WAITED_FOR | 3, "all who waited share it at once");
+            assert!(table.try_shared(0, 4096).is_none(), "somebody waits to be alone");
+            scope.spawn(|| {
+                let _shared = table.shared(0, 4096);
+                entered("late");
+            });
+            until(slot, |waiting| waiting.sharing == 1);
+            drop(readers_end);
+        });
+        assert_eq!(order.into_inner().unwrap(), ["early", "early", "early", "alone", "late"]);
+        assert!(table.slots.iter().all(|slot| slot.state.load(Ordering::SeqCst) == 0));
     }
 }
