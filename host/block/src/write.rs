@@ -47,6 +47,9 @@ const UNMAP_PIECE: u64 = 64 << 20;
 /// Below this, zeroes are written: a system call for the range costs more than it saves.
 const MIN_RANGE_CALL: u64 = 64 << 10;
 
+/// The most extents that are listed before any of them is changed: what small requests have, and little memory.
+const MAX_LISTED: usize = 1 << 10;
+
 /// Requests of a stream that may be in flight together, and so come out of order.
 const STREAM_REQUESTS: u64 = 32;
 
@@ -282,30 +285,64 @@ impl Disk {
     /// refusal changes nothing.
     fn overwrite(&self, source: &Source<'_, '_>, start: u64, end: u64) -> Result<bool> {
         let _in_flight = self.share(start, end)?;
-        let mut questions = self.questions(start, end);
-        let mut extents = Vec::new();
-        let mut refused = None;
-        self.for_each_extent(start, end, &mut questions, |flat| {
-            match flat.target {
-                Target::Data { file, offset, overwrite: true } => extents.push((file, offset, *flat)),
-                _ if source.is_satisfied_by(flat) => {}
-                _ => refused = refused.or(Some(flat.start)),
-            }
-            Ok(())
-        })?;
+        let refused = self.in_place(
+            start,
+            end,
+            |flat| source.is_satisfied_by(flat),
+            |file, offset, flat| source.write(file, offset, flat.start, flat.length),
+        )?;
         match refused {
+            None => Ok(true),
             Some(_) if self.allocates => Ok(false),
             Some(position) => Err(Error::new(
                 ErrorKind::Invalid,
                 format!("the bytes at {position} cannot be overwritten in place: put an image that can grow on top"),
             )),
-            None => {
-                for (file, offset, flat) in extents {
-                    source.write(self.file(file)?, offset, flat.start, flat.length)?;
-                }
-                Ok(true)
-            }
         }
+    }
+
+    /// Does something to each extent of `start..end` that may be overwritten in place, and to none if there is one
+    /// that may not and is not `satisfied` as it is: returns where. The caller has a hold of the range.
+    ///
+    /// A list of all extents would take as much memory as the guest wants, so what is past the first `MAX_LISTED` of
+    /// them is looked up again when its turn comes. Nobody can have changed it, but a layer may answer differently:
+    /// then what came before has been done.
+    fn in_place(
+        &self,
+        start: u64,
+        end: u64,
+        satisfied: impl Fn(&Flat) -> bool,
+        mut change: impl FnMut(&ImageFile, u64, &Flat) -> Result<()>,
+    ) -> Result<Option<u64>> {
+        let mut listed = Vec::new();
+        let mut rest = end;
+        let mut refused = None;
+        self.for_each_extent(start, end, &mut self.questions(start, end), |flat| {
+            match flat.target {
+                _ if refused.is_some() || satisfied(flat) => {}
+                Target::Data { file, offset, overwrite: true } if listed.len() < MAX_LISTED => {
+                    listed.push((file, offset, *flat));
+                }
+                Target::Data { overwrite: true, .. } => rest = rest.min(flat.start),
+                _ => refused = Some(flat.start),
+            }
+            Ok(())
+        })?;
+        if refused.is_some() {
+            return Ok(refused);
+        }
+        for (file, offset, flat) in listed {
+            change(self.file(file)?, offset, &flat)?;
+        }
+        self.for_each_extent(rest, end, &mut self.questions(rest, end), |flat| {
+            match flat.target {
+                _ if refused.is_some() || satisfied(flat) => {}
+                Target::Data { file, offset, overwrite: true } => change(self.file(file)?, offset, flat)?,
+                _ => refused = Some(flat.start),
+            }
+            Ok(())
+        })?;
+        Ok(refused)
     }
 
     /// Writes a range whose clusters the caller has alone, as well as those up to `reserve`, for which space
@@ -573,20 +610,15 @@ impl Disk {
         mut change: impl FnMut(&ImageFile, u64, u64) -> Result<()>,
     ) -> Result<()> {
         let _alone = self.take(start, end)?;
-        let mut questions = self.questions(start, end);
-        let mut extents = Vec::new();
-        self.for_each_extent(start, end, &mut questions, |flat| match flat.target {
-            Target::Data { file, offset, overwrite: true } => {
-                extents.push((file, offset, flat.length));
-                Ok(())
-            }
-            _ if flat.reads_as_zero() => Ok(()),
-            _ => Err(Error::new(
+        let refused =
+            self.in_place(start, end, Flat::reads_as_zero, |file, offset, flat| change(file, offset, flat.length))?;
+        match refused {
+            None => Ok(()),
+            Some(position) => Err(Error::new(
                 ErrorKind::Invalid,
-                format!("the bytes at {} cannot be changed in place: put an image that can grow on top", flat.start),
+                format!("the bytes at {position} cannot be changed in place: put an image that can grow on top"),
             )),
-        })?;
-        extents.into_iter().try_for_each(|(file, offset, length)| change(self.file(file)?, offset, length))
+        }
     }
 }
 

@@ -85,7 +85,7 @@ pub(crate) struct DiskLane {
     refused: u32,
 }
 
-/// A request in the kernel. Its vectors are kept for their memory.
+/// A request in the kernel. Its vectors are kept for their memory, so their length is bounded: [`Planner::plan`].
 #[derive(Default)]
 struct Slot {
     token: u64,
@@ -187,8 +187,9 @@ impl DiskLane {
         let Some(slot) = slots.get_mut(index) else { return false };
         slot.iovecs.clear();
         slot.parts.clear();
-        let planned = Planner { disk, ring, fixed, hits, write }.plan(slot, request).is_some();
-        let way = if !planned || parts.saturating_add(slot.parts.len()) > MAX_PARTS {
+        let room = MAX_PARTS.saturating_sub(*parts);
+        let planned = Planner { disk, ring, fixed, hits, write, room }.plan(slot, request).is_some();
+        let way = if !planned {
             Way::Pool
         } else if slot.parts.is_empty() {
             Way::Ended
@@ -387,6 +388,8 @@ struct Planner<'l> {
     fixed: &'l mut Vec<Option<Option<FixedFile>>>,
     hits: &'l mut u64,
     write: bool,
+    /// Parts that the ring has room for.
+    room: usize,
 }
 
 impl Planner<'_> {
@@ -401,9 +404,15 @@ impl Planner<'_> {
         slot.kept = if disk.writable { Some(disk.inflight.try_shared(request.offset, end)?.keep()) } else { None };
         // A disk is closed while nobody holds anything.
         disk.refuse_closed().ok()?;
+        // A piece of memory begins with a buffer or with an extent. What one request may fill of a slot, all slots of
+        // the lane have in the end: they keep their vectors.
+        let most = MAX_PARTS.saturating_add(request.buffers.len());
         let mut buffers = Buffers::new(request.buffers);
         let mut position = request.offset;
         while position < end {
+            if slot.iovecs.len() >= most {
+                return None;
+            }
             let flat = disk.map.find(position)?.head(end);
             *self.hits += 1;
             let first = slot.iovecs.len();
@@ -429,6 +438,9 @@ impl Planner<'_> {
         let file = self.disk.chain.files.get(id)?;
         // Of a file that is not valid any more the pool says why.
         if !file.is_valid() || self.write && !file.access().is_writable() || length > MAX_PART {
+            return None;
+        }
+        if slot.parts.len() >= self.room {
             return None;
         }
         let file_end = offset.checked_add(length).filter(|end| *end <= MAX_FILE_OFFSET)?;
