@@ -80,6 +80,8 @@ pub struct ImageFile {
     validity: Option<Arc<Validity>>,
     /// Held during a sync, so that a second flush waits for the first. True once a sync has failed.
     sync_failed: Mutex<bool>,
+    /// Another description of the same file, open for as long.
+    _kept: Option<fs::File>,
     /// Held during long writes into the page cache. File systems let one writer in at a time, and those who wait
     /// for it there do so on a processor that somebody else could use.
     writing: Mutex<()>,
@@ -138,6 +140,7 @@ impl ImageFile {
             unsynced: AtomicBool::new(false),
             validity: None,
             sync_failed: Mutex::new(false),
+            _kept: None,
             writing: Mutex::new(()),
         })
     }
@@ -179,6 +182,13 @@ impl ImageFile {
     pub fn with_validity(mut self, validity: Arc<Validity>) -> Self {
         self.validity = Some(validity);
         self
+    }
+
+    /// Keeps another description of the same file open until nobody uses this one any more: for locks, which end with
+    /// the description that has them.
+    #[must_use]
+    pub fn keeping(self, file: fs::File) -> Self {
+        Self { _kept: Some(file), ..self }
     }
 
     /// Whether the file may still be used. Reads, and the search for holes, ask here before and after; an engine

@@ -477,7 +477,8 @@ impl files::Host for State {
             return Ok(Err(files::ShareError::NotPermitted));
         };
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.held.lock().unwrap_or_else(PoisonError::into_inner).sealed {
+        let sealed = self.held.lock().unwrap_or_else(PoisonError::into_inner).sealed;
+        if sealed {
             // Extents name files by index: a file that an instance before this one registered keeps its own.
             let identity = open.file.metadata().map(|file| FileIdentity { device: file.dev(), inode: file.ino() });
             let same = |file: &Arc<ImageFile>| {
@@ -494,7 +495,7 @@ impl files::Host for State {
         let registered = if index >= most {
             Err((ErrorKind::Limit, format!("the limit of shared files is reached (shared-files = {most})")))
         } else {
-            host_file(&open.file, access, path, self.direct)
+            host_file(&open.file, access, path, self.direct, sealed)
         };
         match registered {
             Ok(file) => {
@@ -528,19 +529,33 @@ impl files::Host for State {
 }
 
 /// An open file of a component for the host's own I/O, past the page cache if that was asked for; or why that cannot be.
-fn host_file(open: &File, access: Access, path: &str, direct: bool) -> Result<ImageFile, (ErrorKind, String)> {
-    let file = if direct {
-        regular::direct(open, access.is_writable()).map_err(|error| {
+/// Nothing is opened for a layer that is `sealed`: a later instance registers more only where it changes the size, and
+/// then it serves nothing; and the process may not be able to by then.
+fn host_file(
+    open: &File,
+    access: Access,
+    path: &str,
+    direct: bool,
+    sealed: bool,
+) -> Result<ImageFile, (ErrorKind, String)> {
+    let storage = |error: io::Error| unless_out_of_files(&error, ErrorKind::Storage, error.to_string());
+    let file = match access {
+        _ if sealed => open.try_clone().map_err(storage),
+        _ if direct => regular::direct(open, access.is_writable()).map_err(|error| {
             let why = format!("it cannot be used with direct I/O, which was asked for: {error}");
             unless_out_of_files(&error, ErrorKind::Unsupported, why)
-        })
-    } else {
-        open.try_clone().map_err(|error| unless_out_of_files(&error, ErrorKind::Storage, error.to_string()))
+        }),
+        Access::ReadWrite => regular::beside(open).map_err(storage),
+        Access::ReadOnly => open.try_clone().map_err(storage),
     };
-    ImageFile::new(file?, access, path).map_err(|error| match error.source().and_then(|source| source.downcast_ref()) {
-        Some(source) => unless_out_of_files(source, error.kind(), error.message().to_owned()),
-        None => (error.kind(), error.message().to_owned()),
-    })
+    let file = ImageFile::new(file?, access, path).map_err(|error| {
+        match error.source().and_then(|source| source.downcast_ref()) {
+            Some(source) => unless_out_of_files(source, error.kind(), error.message().to_owned()),
+            None => (error.kind(), error.message().to_owned()),
+        }
+    })?;
+    // Locks are those of the component's description, and must not end before the host has done with the file.
+    if direct || access.is_writable() { Ok(file.keeping(open.try_clone().map_err(storage)?)) } else { Ok(file) }
 }
 
 /// That, or that the process can have no more files, if that is the error.
@@ -830,6 +845,45 @@ mod tests {
             let (preopen, _) = preopens.iter().find(|(_, preopen)| *preopen == name).unwrap();
             let Descriptor::Dir(dir) = state.table.get(preopen).unwrap() else { panic!("no directory") };
             assert_eq!((dir.perms, dir.open_mode.contains(OpenMode::WRITE)), (perms, access.is_writable()));
+        }
+    }
+
+    /// What could not be written is said once to each open file description: the host has another one than the component
+    /// where it writes. The locks stay where they were taken, for as long as the host has the file.
+    #[test]
+    fn a_file_that_is_written_is_opened_again_and_stays_locked() {
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("image");
+        std::fs::write(&path, [1; 4096]).unwrap();
+        let open = || File::options().read(true).write(true).open(&path).unwrap();
+        for (access, direct) in [(Access::ReadOnly, false), (Access::ReadWrite, false), (Access::ReadWrite, true)] {
+            if direct && regular::direct(&open(), true).is_err() {
+                // Not on this file system.
+                continue;
+            }
+            let identity = Identity { image: String::new(), depth: 0, format: String::new(), component: String::new() };
+            let limits = Arc::new(Limits::default());
+            let mut state = State::new(identity, limits, Grants::new(), LockMode::Enforce, Audit::new());
+            state.direct = direct;
+            let image = open();
+            assert_eq!(crate::locks::take(&image, Access::ReadWrite, LockMode::Enforce).unwrap(), None);
+            let own = image.try_clone().unwrap();
+            let handed = state.add_file(image, "/image".to_owned(), Access::ReadWrite, None).unwrap();
+            let asked = match access {
+                Access::ReadOnly => types::Access::ReadOnly,
+                Access::ReadWrite => types::Access::ReadWrite,
+            };
+            assert!(matches!(files::Host::share(&mut state, handed, asked), Ok(Ok(0))), "{access:?} {direct}");
+            let file = Arc::clone(state.shared.lock().unwrap().first().unwrap());
+            // The position is the description's.
+            rustix::fs::seek(&*file, rustix::fs::SeekFrom::Start(7)).unwrap();
+            assert_eq!(rustix::fs::tell(&own).unwrap() == 7, access == Access::ReadOnly, "{access:?} {direct}");
+            // As a component does that breaks down.
+            drop((own, state));
+            let locked = || crate::locks::take(&open(), Access::ReadWrite, LockMode::Enforce).unwrap().is_some();
+            assert!(locked(), "{access:?} {direct}: the host still has it");
+            drop(file);
+            assert!(!locked(), "{access:?} {direct}");
         }
     }
 

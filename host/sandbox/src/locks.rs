@@ -10,8 +10,9 @@
 //! excludes anybody by setting one. Who has set its own looks whether another one contradicts. Numbers and
 //! procedure are those of QEMU's block/file-posix.c (`raw_apply_lock_bytes`, `raw_check_lock_bytes`).
 //!
-//! A lock lives as long as the open file, with all duplicates of its descriptor. The kernel knows the locks
-//! of one host; whether a network file system tells others is its own affair.
+//! A lock lives as long as the open file, with all duplicates of its descriptor: who opens the file again keeps one of
+//! these beside it. The kernel knows the locks of one host; whether a network file system tells others is its own
+//! affair.
 
 use std::fs::File;
 use std::io;

@@ -51,12 +51,29 @@ pub(crate) fn usual_mode(file: &File) -> io::Result<()> {
 /// The same open file past the page cache (`O_DIRECT` of open(2)), with a description of its own: what a
 /// component reads of it stays buffered, and needs no alignment.
 pub(crate) fn direct(file: &File, write: bool) -> io::Result<File> {
-    let flags = careful() | i32::try_from(OFlags::DIRECT.bits()).unwrap_or(0);
+    again(file, write, OFlags::DIRECT)
+}
+
+/// The same open file, for the host to write beside a component. It has a description of its own: Linux says once to
+/// each that something could not be written, and a sync of the host must not take that away from one of the component,
+/// which makes the next metadata durable because it heard of nothing. It has no locks.
+pub(crate) fn beside(file: &File) -> io::Result<File> {
+    again(file, true, OFlags::empty()).or_else(|error| {
+        // Without /proc, or without the right to open it again.
+        tracing::warn!(
+            "an image is written with the descriptor of its component, since it cannot be opened again: {error}"
+        );
+        file.try_clone()
+    })
+}
+
+fn again(file: &File, write: bool, flags: OFlags) -> io::Result<File> {
+    let flags = careful() | i32::try_from(flags.bits()).unwrap_or(0);
     // The link leads to the open file itself, whatever its name leads to by now.
     let link = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let direct = File::options().read(true).write(write).custom_flags(flags).open(link)?;
-    usual_mode(&direct)?;
-    Ok(direct)
+    let again = File::options().read(true).write(write).custom_flags(flags).open(link)?;
+    usual_mode(&again)?;
+    Ok(again)
 }
 
 /// Opens `path`; what it is, if it is not a regular file.
