@@ -182,8 +182,18 @@ impl Chain {
         Ok(bytes)
     }
 
-    /// Calls the writer of the top layer.
+    /// Calls the writer of the top layer, unless writes to a file may have been lost: no flush can end well any more,
+    /// and whatever the layer still changed would only be more that does not fit together.
     pub(crate) fn writer<T>(&self, call: impl FnOnce(&dyn LayerWriter) -> Result<T>) -> Result<T> {
+        self.refuse_lost()?;
+        self.any_writer(call)
+    }
+
+    fn refuse_lost(&self) -> Result<()> {
+        self.files.iter().try_for_each(|file| file.refuse_lost())
+    }
+
+    fn any_writer<T>(&self, call: impl FnOnce(&dyn LayerWriter) -> Result<T>) -> Result<T> {
         let link = self.link(0)?;
         let writer = link.layer.writer().ok_or_else(|| Error::new(ErrorKind::Invalid, "the image on top cannot grow"));
         writer.and_then(call).map_err(|error| link.note(error))
@@ -207,6 +217,7 @@ impl Chain {
 
     /// Writes one cluster of the top layer packed.
     pub(crate) fn pack(&self, offset: u64, bytes: &[u8]) -> Result<bool> {
+        self.refuse_lost()?;
         let link = self.link(0)?;
         let packer = link.layer.packer().ok_or_else(|| {
             let format = &link.layer.info().format;
@@ -250,7 +261,7 @@ impl Chain {
         if self.link(0).is_err() {
             return;
         }
-        if let Err(error) = self.writer(|writer| writer.abandon(tickets)) {
+        if let Err(error) = self.any_writer(|writer| writer.abandon(tickets)) {
             tracing::warn!("reserved space could not be given back: {error}");
         }
     }

@@ -78,8 +78,10 @@ pub struct ImageFile {
     unsynced: AtomicBool,
     /// Who watches the file, if anybody does.
     validity: Option<Arc<Validity>>,
-    /// Held during a sync, so that a second flush waits for the first. True once a sync has failed.
-    sync_failed: Mutex<bool>,
+    /// Held during a sync, so that a second flush waits for the first.
+    syncing: Mutex<()>,
+    /// True once a sync has failed.
+    sync_failed: AtomicBool,
     /// Another description of the same file, open for as long.
     _kept: Option<fs::File>,
     /// Held during long writes into the page cache. File systems let one writer in at a time, and those who wait
@@ -139,7 +141,8 @@ impl ImageFile {
             direct,
             unsynced: AtomicBool::new(false),
             validity: None,
-            sync_failed: Mutex::new(false),
+            syncing: Mutex::new(()),
+            sync_failed: AtomicBool::new(false),
             _kept: None,
             writing: Mutex::new(()),
         })
@@ -423,16 +426,22 @@ impl ImageFile {
     /// [`Storage`](ErrorKind::Storage) if it cannot be promised. Then every later call fails too: the
     /// kernel reports lost pages once and forgets them, so that a second attempt proves nothing.
     pub fn sync_data(&self) -> Result<()> {
-        let mut failed = self.sync_failed.lock().unwrap_or_else(PoisonError::into_inner);
-        if *failed {
-            return Err(Error::new(ErrorKind::Storage, "an earlier flush failed: writes may have been lost")
-                .on_image(self.name.clone()));
-        }
+        let _syncing = self.syncing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.refuse_lost()?;
         if self.unsynced.swap(false, Ordering::AcqRel) {
             self.descriptor.sync_data().map_err(|error| {
-                *failed = true;
+                self.sync_failed.store(true, Ordering::Release);
                 self.failed("flush failed", error)
             })?;
+        }
+        Ok(())
+    }
+
+    /// An error once a sync has failed. Waits for none.
+    pub(crate) fn refuse_lost(&self) -> Result<()> {
+        if self.sync_failed.load(Ordering::Acquire) {
+            let why = "an earlier flush failed: writes may have been lost; see to the storage, and check the image";
+            return Err(Error::new(ErrorKind::Storage, why).on_image(self.name.clone()));
         }
         Ok(())
     }

@@ -9,6 +9,8 @@
 
 #[path = "support/ready.rs"]
 mod ready;
+#[path = "support/refuse.rs"]
+mod refuse;
 mod support;
 
 use std::collections::HashMap;
@@ -23,6 +25,7 @@ use blockhouse_block::{
     Layer, Operation, Placement, Pool, PoolLane, Result, Rings, Validity,
 };
 use ready::wait_for;
+use refuse::refuse_calls;
 use support::growing::{CLUSTER, Growing};
 use support::{Script, data, does_not_wait, file, pattern, read, skip, writable, zero};
 use vm_memory::VolatileSlice;
@@ -463,31 +466,6 @@ fn lanes_share_a_disk_that_grows() {
 
 fn base_cluster(seed: u64, cluster: u64, clusters: u64) -> Vec<u8> {
     pattern((clusters * CLUSTER) as usize, seed)[(cluster * CLUSTER) as usize..][..CLUSTER as usize].to_vec()
-}
-
-/// From here on the kernel answers these system calls of this thread with `error` (seccomp(2)). For a thread that
-/// ends: nothing takes it back.
-#[allow(unsafe_code)]
-fn refuse_calls(calls: &[libc::c_long], error: i32) {
-    // The number of a call is the first word of `struct seccomp_data`.
-    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
-    let compare = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
-    let answer = libc::BPF_RET | libc::BPF_K;
-    let line = |code: u32, k: u32, jf: u8| libc::sock_filter { code: u16::try_from(code).unwrap(), jt: 0, jf, k };
-    let mut lines = vec![line(load, 0, 0)];
-    for call in calls {
-        // Past the answer, if it is another one.
-        lines.push(line(compare, u32::try_from(*call).unwrap(), 1));
-        lines.push(line(answer, libc::SECCOMP_RET_ERRNO | u32::try_from(error).unwrap(), 0));
-    }
-    lines.push(line(answer, libc::SECCOMP_RET_ALLOW, 0));
-    let program = libc::sock_fprog { len: u16::try_from(lines.len()).unwrap(), filter: lines.as_mut_ptr() };
-    // SAFETY: the program is there for as long as the call takes, and is as long as it says.
-    let installed = unsafe {
-        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-            | libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program)
-    };
-    assert_eq!(installed, 0, "{}", std::io::Error::last_os_error());
 }
 
 /// From here on this thread can start no other.

@@ -7,18 +7,22 @@
     clippy::cast_possible_truncation
 )]
 
+#[path = "support/refuse.rs"]
+mod refuse;
 mod support;
 
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
 
 use blockhouse_block::{
     Access, Allocation, BlockBackend, Disk, DiskOptions, EXTENT_BYTES, ErrorKind, FileIndex, Layer, MAX_FILE_OFFSET,
     Result,
 };
 use proptest::prelude::*;
+use refuse::refuse_calls;
 use support::growing::{CLUSTER, Growing};
 use support::{Script, data, file, packed, pattern, read, writable, write};
 use vm_memory::VolatileSlice;
@@ -285,6 +289,37 @@ fn a_commit_that_fails_publishes_nothing_and_can_be_tried_again() {
     write(&disk, 100, &[9; 9000]).unwrap();
     bytes[100..9100].fill(9);
     assert_eq!(read(&disk, 0, bytes.len()).unwrap(), bytes);
+}
+
+/// What a sync could not make durable is lost: nothing is built on it. What has its place is still written there.
+#[test]
+fn after_a_flush_that_failed_the_layer_is_asked_for_nothing() {
+    let (top, disk, _) = over_base(Growing::new(16 * CLUSTER, HashMap::new()), 16 * CLUSTER);
+    write(&disk, 0, &[9; CLUSTER as usize]).unwrap();
+    let failed = thread::scope(|scope| {
+        let flush = scope.spawn(|| {
+            refuse_calls(&[libc::SYS_fdatasync], libc::EIO);
+            disk.flush()
+        });
+        flush.join().unwrap()
+    });
+    assert_eq!(failed.unwrap_err().kind(), ErrorKind::Storage);
+    let calls = top.calls();
+    write(&disk, 100, &[7; 512]).unwrap();
+    assert_eq!(read(&disk, 0, 1024).unwrap(), [&[9; 100][..], &[7; 512], &[9; 412]].concat());
+    let refused = [
+        write(&disk, CLUSTER, &[9; 512]),
+        disk.write_zeroes(0, CLUSTER, true),
+        disk.discard(0, CLUSTER),
+        disk.flush(),
+        disk.close(),
+    ];
+    for error in refused.map(Result::unwrap_err) {
+        assert_eq!(error.kind(), ErrorKind::Storage);
+        assert!(error.message().contains("an earlier flush failed"), "{error}");
+    }
+    assert_eq!(top.calls(), calls);
+    assert!(!top.is_finished());
 }
 
 #[test]

@@ -119,6 +119,11 @@ impl Growing {
         self.state.lock().unwrap().tickets.len()
     }
 
+    /// How often it was asked to change something.
+    pub fn calls(&self) -> u64 {
+        self.state.lock().unwrap().calls
+    }
+
     pub fn is_finished(&self) -> bool {
         self.state.lock().unwrap().finished
     }
