@@ -19,7 +19,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
 use blockhouse_sandbox::block::{Access, BlockBackend, Disk, DiskOptions, VolatileSlice};
-use blockhouse_sandbox::{Formats, Grants, Limits, OpenRequest, Opener, Sandbox};
+use blockhouse_sandbox::{Formats, Grants, Limits, LockMode, OpenRequest, Opener, Sandbox};
 use blockhouse_tests::{Outcome, component, noise, scratch, skip};
 
 /// Threads that write at the same time, each in its own part of the disk.
@@ -95,7 +95,8 @@ impl Place {
         match opener.open(&request) {
             Ok(opened) => opened.disk,
             Err(error) if error.message().contains("clusters of 512 bytes, and direct I/O needs 4096") => {
-                self.open_with(name, &self.opener, request.disk)
+                // A program that another test starts right now has the file until it runs.
+                self.open_with(name, &self.opener.clone().locks(LockMode::Patient), request.disk)
             }
             Err(error) => panic!("{name} does not open with direct I/O: {error}"),
         }
