@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use blockhouse_block::{BlockBackend, Disk, VolatileSlice};
@@ -22,14 +23,15 @@ use crate::error::io_error;
 /// [`Arc`] of the disk and calls [`Disk::close`].
 #[derive(Debug)]
 pub struct DiskStorage {
-    disk: Arc<Disk>,
+    /// Taken by `drop` alone.
+    disk: ManuallyDrop<Arc<Disk>>,
     /// imago's own bookkeeping of writes.
     helper: CommonStorageHelper,
 }
 
 impl DiskStorage {
     pub(crate) fn new(disk: Arc<Disk>) -> Self {
-        Self { disk, helper: CommonStorageHelper::default() }
+        Self { disk: ManuallyDrop::new(disk), helper: CommonStorageHelper::default() }
     }
 
     /// The disk behind it.
@@ -123,7 +125,10 @@ impl fmt::Display for DiskStorage {
 
 impl Drop for DiskStorage {
     fn drop(&mut self) {
-        let Some(disk) = Arc::get_mut(&mut self.disk) else { return };
+        // SAFETY: nobody uses the field after this.
+        let disk = unsafe { ManuallyDrop::take(&mut self.disk) };
+        // Of owners that go at the same time, exactly one is the last.
+        let Some(disk) = Arc::into_inner(disk) else { return };
         if let Err(error) = disk.close() {
             tracing::error!("a disk could not be closed, and what was written last may be lost: {error}");
         }

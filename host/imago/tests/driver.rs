@@ -15,7 +15,8 @@ use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
 
 use blockhouse_block::{Access, Disk, DiskOptions, Error, ErrorKind, Layer};
 use blockhouse_imago::{DiskImage, DiskStorage};
@@ -272,6 +273,36 @@ fn the_last_owner_closes_the_disk() {
     assert!(!layer.is_finished(), "somebody else still has it");
     mine.close().unwrap();
     assert!(layer.is_finished());
+}
+
+/// Which of them goes last cannot be arranged, so it is tried often.
+#[test]
+fn of_two_last_owners_at_once_one_closes_the_disk() {
+    for _ in 0..4 {
+        let layers: Vec<_> = (0..100).map(|_| Arc::new(Growing::new(CLUSTER, HashMap::new()))).collect();
+        let disks: Vec<_> = layers.iter().map(|layer| Arc::new(disk(layer.clone(), true))).collect();
+        let owners = [(); 2].map(|()| {
+            let image = |disk| DiskImage::with_storage(Arc::clone(disk), |storage| storage).unwrap();
+            disks.iter().map(image).collect::<Vec<_>>()
+        });
+        drop(disks);
+        let arrived = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for images in owners {
+                scope.spawn(|| {
+                    for (round, image) in images.into_iter().enumerate() {
+                        // Both are awake when they go on.
+                        arrived.fetch_add(1, Ordering::SeqCst);
+                        while arrived.load(Ordering::SeqCst) < 2 * (round + 1) {
+                            std::hint::spin_loop();
+                        }
+                        drop(image);
+                    }
+                });
+            }
+        });
+        assert_eq!(layers.iter().filter(|layer| !layer.is_finished()).count(), 0, "nobody closed them");
+    }
 }
 
 #[test]
