@@ -24,3 +24,13 @@ fn system_error(error: &Error) -> Option<io::ErrorKind> {
     let source = std::error::Error::source(error)?.downcast_ref::<io::Error>()?;
     Some(source.kind()).filter(|kind| *kind != io::ErrorKind::Unsupported)
 }
+
+/// What imago asks for cannot be done, and `why`.
+pub(crate) fn unsupported(why: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::Unsupported, why)
+}
+
+/// The answer to who wants a disk to grow and space to be set aside for what it gains.
+pub(crate) fn no_preallocation() -> io::Error {
+    unsupported("a disk in use grows without preallocation: ask for `PreallocateMode::Zero`")
+}

@@ -11,7 +11,7 @@ use imago::raw::Raw;
 use imago::{DynStorage, PreparedDataMapping, ShallowMapping, Storage};
 use maybe_async::maybe_async;
 
-use crate::error::io_error;
+use crate::error::{io_error, no_preallocation, unsupported};
 use crate::storage::DiskStorage;
 
 /// A disk as imago sees it: the driver that goes into
@@ -31,7 +31,8 @@ use crate::storage::DiskStorage;
 /// | `discard_to_backing` | unsupported: what lies below is the disk's own affair |
 /// | `flush`, `sync` | each a flush: data and metadata are durable |
 /// | `invalidate_cache` | unsupported: open the image again |
-/// | `resize_grow`, `resize_shrink` | unsupported, unless there is nothing to do: an open disk has one size |
+/// | `resize_grow` | [`Disk::grow`], without preallocation; other owners of the disk may call it as well |
+/// | `resize_shrink` | unsupported, unless there is nothing to do: a disk in use only gets larger |
 #[derive(Debug)]
 pub struct DiskImage<S: Storage + 'static = Box<dyn DynStorage>> {
     /// Dropped first, so that the storage can be the last owner.
@@ -64,6 +65,16 @@ impl<S: Storage + 'static> DiskImage<S> {
         let raw = at_once(Raw::open_image(storage, writable))?;
         Ok(Self { disk, raw })
     }
+
+    /// Has imago's raw image, which remembers its size, follow a disk that was grown.
+    #[maybe_async]
+    async fn follow(&self) -> io::Result<()> {
+        let capacity = self.disk.capacity();
+        if capacity <= self.raw.size() {
+            return Ok(());
+        }
+        self.raw.resize_grow(capacity, PreallocateMode::None).await
+    }
 }
 
 /// The result of a future that has nothing to wait for.
@@ -80,10 +91,6 @@ fn at_once<T>(future: impl Future<Output = io::Result<T>>) -> io::Result<T> {
 #[maybe_async::sync_impl]
 fn at_once<T>(result: io::Result<T>) -> io::Result<T> {
     result
-}
-
-fn unsupported(why: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::Unsupported, why)
 }
 
 #[maybe_async(?Send)]
@@ -120,6 +127,7 @@ impl<S: Storage + 'static> FormatDriverInstance for DiskImage<S> {
 
     #[allow(clippy::needless_lifetimes)] // Named for the future.
     async fn get_mapping<'a>(&'a self, offset: u64, max_length: u64) -> io::Result<(ShallowMapping<'a, S>, u64)> {
+        self.follow().await?;
         let (mut mapping, length) = self.raw.get_mapping(offset, max_length).await?;
         // imago's raw images say that all is writable, even of one that is not.
         if let ShallowMapping::Raw { writable, .. } = &mut mapping {
@@ -135,6 +143,7 @@ impl<S: Storage + 'static> FormatDriverInstance for DiskImage<S> {
         length: u64,
         overwrite: bool,
     ) -> io::Result<(&'a S, u64, u64)> {
+        self.follow().await?;
         self.raw.ensure_data_mapping(offset, length, overwrite).await
     }
 
@@ -145,6 +154,7 @@ impl<S: Storage + 'static> FormatDriverInstance for DiskImage<S> {
         length: u64,
         overwrite: bool,
     ) -> io::Result<PreparedDataMapping<'a, S>> {
+        self.follow().await?;
         self.raw.prepare_data_mapping(offset, length, overwrite).await
     }
 
@@ -187,11 +197,15 @@ impl<S: Storage + 'static> FormatDriverInstance for DiskImage<S> {
         unsafe { self.raw.invalidate_cache() }.await
     }
 
-    async fn resize_grow(&self, new_size: u64, _prealloc_mode: PreallocateMode) -> io::Result<()> {
+    async fn resize_grow(&self, new_size: u64, prealloc_mode: PreallocateMode) -> io::Result<()> {
         if new_size <= self.disk.capacity() {
             return Ok(());
         }
-        Err(unsupported("an open disk cannot grow: close it, and resize the image with `blockhouse resize`"))
+        // To imago's raw image, `FormatAllocate` is no more than `Zero`.
+        if !matches!(prealloc_mode, PreallocateMode::None | PreallocateMode::Zero) {
+            return Err(no_preallocation());
+        }
+        self.raw.resize_grow(new_size, prealloc_mode).await
     }
 
     async fn resize_shrink(&mut self, new_size: u64) -> io::Result<()> {

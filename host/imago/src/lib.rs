@@ -45,7 +45,8 @@
 //! Futures are ready when they are first polled: the disk has moved the bytes by then, with system calls and
 //! calls of the component in the polling thread. imago's own file driver does the same. So a future that is
 //! dropped was never started or is done, nothing is left behind to settle, and no lock of the disk is held
-//! while imago waits for something else.
+//! while imago waits for something else. One thing can make a future wait, before it does anything: that another
+//! one just takes note of a disk that was grown.
 //!
 //! # Both modes of imago
 //!

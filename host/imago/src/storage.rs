@@ -8,10 +8,11 @@ use std::sync::Arc;
 use blockhouse_block::{BlockBackend, Disk, VolatileSlice};
 use imago::Storage;
 use imago::io_buffers::{IoVector, IoVectorMut};
+use imago::storage::PreallocateMode;
 use imago::storage::drivers::CommonStorageHelper;
 use maybe_async::maybe_async;
 
-use crate::error::io_error;
+use crate::error::{io_error, no_preallocation, unsupported};
 
 /// A whole disk as one storage object: the byte at an offset of the storage is the byte of the disk there.
 ///
@@ -107,8 +108,19 @@ impl Storage for DiskStorage {
     }
 
     async unsafe fn invalidate_cache(&self) -> io::Result<()> {
-        let why = "a disk cannot forget what its components know: open it again";
-        Err(io::Error::new(io::ErrorKind::Unsupported, why))
+        Err(unsupported("a disk cannot forget what its components know: open it again"))
+    }
+
+    /// Grows the disk. There is nothing to do for a size that it has, or has passed: no disk in use gets smaller.
+    async fn resize(&self, new_size: u64, prealloc_mode: PreallocateMode) -> io::Result<()> {
+        if new_size <= self.disk.capacity() {
+            return Ok(());
+        }
+        // What a disk gains reads as zero in any case.
+        if !matches!(prealloc_mode, PreallocateMode::None | PreallocateMode::Zero) {
+            return Err(no_preallocation());
+        }
+        self.disk.grow(new_size).map_err(io_error)
     }
 
     fn get_storage_helper(&self) -> &CommonStorageHelper {

@@ -15,17 +15,20 @@ use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 
-use blockhouse_block::{Access, Disk, DiskOptions, Error, ErrorKind, Layer};
+use blockhouse_block::{
+    Access, BlockBackend, Disk, DiskOptions, Error, ErrorKind, FileIndex, ImageFile, Layer, LayerInfo, LayerPacker,
+    LayerWriter, Located, Result,
+};
 use blockhouse_imago::{DiskImage, DiskStorage};
 use imago::format::PreallocateMode;
 use imago::format::drivers::FormatDriverInstance;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::{DynStorage, FormatAccess, Mapping, Storage, StorageExt};
 use support::growing::{CLUSTER, Growing};
-use support::{Script, file, pattern, writable};
+use support::{Script, file, pattern, read, writable, write};
 use vm_memory::VolatileSlice;
 
 /// Runs a request of imago. All of them are done when first polled.
@@ -305,11 +308,104 @@ fn of_two_last_owners_at_once_one_closes_the_disk() {
     }
 }
 
+/// A raw image that gets larger.
+struct Growable {
+    image: Script,
+    size: AtomicU64,
+}
+
+impl Layer for Growable {
+    fn info(&self) -> &LayerInfo {
+        self.image.info()
+    }
+    fn locate(&self, _offset: u64, _length: u64, _max_extents: u32) -> Result<Located> {
+        Ok(Located { start: 0, extents: vec![writable(self.size(), 0)] })
+    }
+    fn unpack(&self, token: u64, length: u64) -> Result<Vec<u8>> {
+        self.image.unpack(token, length)
+    }
+    fn grow(&self, size: u64, _below: u64) -> Result<()> {
+        self.size.store(size, Ordering::SeqCst);
+        Ok(())
+    }
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::SeqCst)
+    }
+    fn file(&self, index: FileIndex) -> Option<Arc<ImageFile>> {
+        Layer::file(&self.image, index)
+    }
+    fn writer(&self) -> Option<&dyn LayerWriter> {
+        None
+    }
+    fn packer(&self) -> Option<&dyn LayerPacker> {
+        None
+    }
+}
+
+#[test]
+fn a_disk_that_grows_in_use_is_larger_here_too() {
+    let (bytes, _outside) = file(&pattern(4096, 1), Access::ReadWrite);
+    let image = Script::honest(vec![writable(4096, 0)], 1).file(bytes).overwritable();
+    let mine = Arc::new(disk(Arc::new(Growable { image, size: AtomicU64::new(4096) }), true));
+    let mut access = FormatAccess::new(DiskImage::new(Arc::clone(&mine)).unwrap());
+    assert_eq!(access.size(), 4096);
+
+    // By another owner: the first request past the old end is a read, a write, a mapping for either.
+    for (step, end) in [8192, 12288, 16384, 20480].into_iter().enumerate() {
+        mine.grow(end).unwrap();
+        assert_eq!(access.size(), end);
+        let at = end - 512;
+        match step {
+            0 => {
+                write(&mine, at, &pattern(512, end)).unwrap();
+                let mut bytes = [0; 512];
+                done(access.read(&mut bytes[..], at)).unwrap();
+                assert_eq!(bytes[..], pattern(512, end));
+            }
+            1 => done(access.write(&pattern(512, end), at)).unwrap(),
+            2 => {
+                let (storage, offset, length) = done(access.inner().ensure_data_mapping(at, 512, true)).unwrap();
+                assert_eq!(length, 512);
+                done(storage.write(&pattern(512, end), offset)).unwrap();
+            }
+            _ => {
+                let (mapping, length) = done(access.get_mapping(at, 1024)).unwrap();
+                let Mapping::Raw { storage, offset, .. } = mapping else { panic!("{mapping}") };
+                assert_eq!(length, 512);
+                done(storage.write(&pattern(512, end), offset)).unwrap();
+            }
+        }
+        assert!(read(&mine, at, 512).unwrap() == pattern(512, end), "{end}");
+        assert_eq!(done(access.write(&[1; 1024][..], at)).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    // By imago.
+    done(access.resize_grow(24576, PreallocateMode::Zero)).unwrap();
+    done(access.resize(28672, PreallocateMode::None)).unwrap();
+    assert_eq!((access.size(), mine.capacity()), (28672, 28672));
+    done(access.write(&pattern(512, 9), 28160)).unwrap();
+    assert!(read(&mine, 28160, 512).unwrap() == pattern(512, 9));
+    // What it has passed leaves it as it is.
+    let storage = access.inner().collect_storage_dependencies()[0];
+    done(storage.resize(4096, imago::storage::PreallocateMode::None)).unwrap();
+    done(access.resize_grow(8192, PreallocateMode::WriteData)).unwrap();
+    assert_eq!(mine.capacity(), 28672);
+    let refused = done(storage.resize(32768, imago::storage::PreallocateMode::Allocate));
+    assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::Unsupported);
+    done(access.resize_shrink(4096)).unwrap_err();
+    assert_eq!((access.size(), mine.capacity()), (28672, 28672));
+}
+
 #[test]
 fn what_it_cannot_do_it_says() {
     let (_, mut access) = growing();
     let unsupported = |result: io::Result<()>| assert_eq!(result.unwrap_err().kind(), io::ErrorKind::Unsupported);
-    unsupported(done(access.resize_grow(SIZE + 512, PreallocateMode::None)));
+    // Its layer cannot, which must not read as "never mind".
+    let grown = done(access.resize_grow(SIZE + 512, PreallocateMode::None));
+    assert_eq!(grown.unwrap_err().kind(), io::ErrorKind::Other);
+    for mode in [PreallocateMode::FormatAllocate, PreallocateMode::FullAllocate, PreallocateMode::WriteData] {
+        unsupported(done(access.resize_grow(SIZE + 512, mode)));
+    }
     unsupported(done(access.resize(SIZE - 512, PreallocateMode::None)));
     unsupported(done(access.discard_to_backing(0, CLUSTER)));
     // SAFETY: it is refused.
