@@ -1,5 +1,6 @@
 //! Errors of a disk as I/O errors.
 
+use std::error::Error as _;
 use std::io;
 
 use blockhouse_block::{Error, ErrorKind};
@@ -21,7 +22,8 @@ pub(crate) fn io_error(error: Error) -> io::Error {
 }
 
 fn system_error(error: &Error) -> Option<io::ErrorKind> {
-    let source = std::error::Error::source(error)?.downcast_ref::<io::Error>()?;
+    let mut causes = std::iter::successors(error.source(), |&cause| cause.source());
+    let source = causes.find_map(|cause| cause.downcast_ref::<io::Error>())?;
     Some(source.kind()).filter(|kind| *kind != io::ErrorKind::Unsupported)
 }
 

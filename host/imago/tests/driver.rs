@@ -192,6 +192,7 @@ fn what_is_read_only_is_not_written() {
 #[test]
 fn errors_are_of_use_to_a_machine() {
     let full = || Error::new(ErrorKind::Storage, "no space").with_source(io::Error::from_raw_os_error(28));
+    let later = || Error::new(ErrorKind::Storage, "no space; nor is it started again").with_source(full());
     let cannot = || Error::new(ErrorKind::Storage, "cannot").with_source(io::Error::from(io::ErrorKind::Unsupported));
     for (error, kind) in [
         (Error::new(ErrorKind::Component, "it trapped"), io::ErrorKind::Other),
@@ -199,6 +200,7 @@ fn errors_are_of_use_to_a_machine() {
         (Error::new(ErrorKind::Denied, "no"), io::ErrorKind::PermissionDenied),
         (Error::new(ErrorKind::Unsupported, "unknown"), io::ErrorKind::Other),
         (full(), io::ErrorKind::StorageFull),
+        (later(), io::ErrorKind::StorageFull),
         (cannot(), io::ErrorKind::Other),
     ] {
         let (of_disk, text) = (error.kind(), error.message().to_owned());

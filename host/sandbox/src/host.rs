@@ -12,6 +12,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use blockhouse_block::{Access, ErrorKind, FileIdentity, ImageFile};
+use rustix::io::Errno;
 use wasmtime::component::{HasSelf, Linker, Resource, ResourceTable, ResourceType};
 use wasmtime::{Engine, ResourceLimiter, StoreContextMut, bail};
 use wasmtime_wasi::filesystem::{
@@ -136,6 +137,8 @@ pub(crate) struct State {
     pub(crate) last_words: Option<String>,
     /// Which limit stopped it, if one did.
     pub(crate) exceeded: Option<String>,
+    /// What the storage said last of what it did not do in the present call.
+    refused: Option<ErrorCode>,
     memory_bytes: usize,
     table_elements: usize,
 }
@@ -166,6 +169,7 @@ impl State {
             pins: Vec::new(),
             last_words: None,
             exceeded: None,
+            refused: None,
             memory_bytes: 0,
             table_elements: 0,
         }
@@ -176,6 +180,7 @@ impl State {
         self.host_calls = 0;
         self.budget = budget;
         self.unshared = None;
+        self.refused = None;
     }
 
     /// Counts a call of a host function.
@@ -213,6 +218,31 @@ impl State {
             self.budget.waited = self.budget.waited.saturating_add(time);
         }
         result
+    }
+
+    /// Has the storage do something, and remembers why it did not.
+    fn on_storage<T>(
+        &mut self,
+        act: impl FnOnce(&mut Self) -> wasmtime::Result<Result<T, ErrorCode>>,
+    ) -> wasmtime::Result<Result<T, ErrorCode>> {
+        let result = self.wait(act)?;
+        if let Err(code) = &result {
+            self.refused = Some(*code);
+        }
+        Ok(result)
+    }
+
+    /// What the storage said last of what it did not do in the present call, if it is something that a program can
+    /// do something about: a component has texts alone for it.
+    pub(crate) fn refusal(&self) -> Option<io::Error> {
+        let error = match self.refused? {
+            ErrorCode::InsufficientSpace => Errno::NOSPC,
+            ErrorCode::Quota => Errno::DQUOT,
+            ErrorCode::FileTooLarge => Errno::FBIG,
+            ErrorCode::ReadOnly => Errno::ROFS,
+            _ => return None,
+        };
+        Some(error.into())
     }
 
     fn view(&mut self) -> WasiFilesystemCtxView<'_> {
@@ -275,7 +305,30 @@ impl State {
 
     fn read(&mut self, fd: Fd, length: u64, offset: u64) -> wasmtime::Result<Result<(Vec<u8>, bool), ErrorCode>> {
         let rep = fd.rep();
-        self.wait(|state| state.look(rep, |state| ready(HostDescriptor::read(&mut state.view(), fd, length, offset))))
+        self.on_storage(|state| {
+            state.look(rep, |state| ready(HostDescriptor::read(&mut state.view(), fd, length, offset)))
+        })
+    }
+
+    /// Writes to the file `fd`, perhaps not all of it. Returns how much.
+    pub(crate) fn write(&mut self, fd: Fd, bytes: Vec<u8>, offset: u64) -> wasmtime::Result<Result<u64, ErrorCode>> {
+        if let Err(code) = self.writable(&fd) {
+            return Ok(Err(code));
+        }
+        if !in_a_file(offset, bytes.len()) {
+            return Ok(Err(ErrorCode::FileTooLarge));
+        }
+        self.on_storage(|state| ready(HostDescriptor::write(&mut state.view(), fd, bytes, offset)))
+    }
+
+    fn set_size(&mut self, fd: Fd, size: u64) -> wasmtime::Result<Result<(), ErrorCode>> {
+        if let Err(code) = self.writable(&fd) {
+            return Ok(Err(code));
+        }
+        if !in_a_file(size, 0) {
+            return Ok(Err(ErrorCode::FileTooLarge));
+        }
+        self.on_storage(|state| ready(HostDescriptor::set_size(&mut state.view(), fd, size)))
     }
 
     fn stat(&mut self, fd: Fd) -> wasmtime::Result<Result<DescriptorStat, ErrorCode>> {
@@ -693,24 +746,12 @@ pub(crate) fn read_write_linker(engine: &Engine) -> wasmtime::Result<Linker<Stat
     fs.func_wrap("[method]descriptor.write", |mut store: Caller<'_>, (fd, bytes, offset): (Fd, Vec<u8>, u64)| {
         let state = store.data_mut();
         state.count()?;
-        if let Err(code) = state.writable(&fd) {
-            return Ok((Err(code),));
-        }
-        if !in_a_file(offset, bytes.len()) {
-            return Ok((Err(ErrorCode::FileTooLarge),));
-        }
-        Ok((state.wait(|state| ready(HostDescriptor::write(&mut state.view(), fd, bytes, offset)))?,))
+        Ok((state.write(fd, bytes, offset)?,))
     })?;
     fs.func_wrap("[method]descriptor.set-size", |mut store: Caller<'_>, (fd, size): (Fd, u64)| {
         let state = store.data_mut();
         state.count()?;
-        if let Err(code) = state.writable(&fd) {
-            return Ok((Err(code),));
-        }
-        if !in_a_file(size, 0) {
-            return Ok((Err(ErrorCode::FileTooLarge),));
-        }
-        Ok((state.wait(|state| ready(HostDescriptor::set_size(&mut state.view(), fd, size)))?,))
+        Ok((state.set_size(fd, size)?,))
     })?;
     fs.func_wrap("[method]descriptor.sync-data", |mut store: Caller<'_>, (fd,): (Fd,)| {
         let state = store.data_mut();
@@ -718,7 +759,7 @@ pub(crate) fn read_write_linker(engine: &Engine) -> wasmtime::Result<Linker<Stat
         if let Err(code) = state.writable(&fd) {
             return Ok((Err(code),));
         }
-        Ok((state.wait(|state| ready(HostDescriptor::sync_data(&mut state.view(), fd)))?,))
+        Ok((state.on_storage(|state| ready(HostDescriptor::sync_data(&mut state.view(), fd)))?,))
     })?;
     fs.func_wrap("[method]descriptor.sync", |mut store: Caller<'_>, (fd,): (Fd,)| {
         let state = store.data_mut();
@@ -726,7 +767,7 @@ pub(crate) fn read_write_linker(engine: &Engine) -> wasmtime::Result<Linker<Stat
         if let Err(code) = state.writable(&fd) {
             return Ok((Err(code),));
         }
-        Ok((state.wait(|state| ready(HostDescriptor::sync(&mut state.view(), fd)))?,))
+        Ok((state.on_storage(|state| ready(HostDescriptor::sync(&mut state.view(), fd)))?,))
     })?;
     Ok(linker)
 }

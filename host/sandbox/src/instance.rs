@@ -137,7 +137,7 @@ impl Instance {
         drop(time);
         match result {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err((kind, why))) => Err(Error::new(kind, why).on_image(&*self.image)),
+            Ok(Err(error)) => Err(error.on_image(&*self.image)),
             Err(error) => {
                 let (kind, why) = diagnose(&error, running.store.data());
                 let why = format!("the component failed in `{what}` and was thrown away: {why}");
@@ -240,10 +240,10 @@ impl Instance {
 fn ask<T>(
     store: &mut Store<State>,
     call: impl FnOnce(&mut Store<State>) -> wasmtime::Result<Result<T, WitError>>,
-) -> wasmtime::Result<Result<T, (ErrorKind, String)>> {
+) -> wasmtime::Result<Result<T>> {
     let answer = call(store)?;
     if let Some(why) = revoked(store.data()) {
-        return Ok(Err((ErrorKind::Storage, why)));
+        return Ok(Err(Error::new(ErrorKind::Storage, why)));
     }
     let limit = store.data().limits.text_bytes;
     Ok(answer.map_err(|error| {
@@ -256,7 +256,13 @@ fn ask<T>(
         };
         let text = clean(&text, limit);
         // It names the feature, which says nothing by itself.
-        (kind, if kind == ErrorKind::Unsupported { format!("not supported: {text}") } else { text })
+        let text = if kind == ErrorKind::Unsupported { format!("not supported: {text}") } else { text };
+        let error = Error::new(kind, text);
+        // A component says it in words, and programs match on it.
+        match store.data().refusal().filter(|_| kind == ErrorKind::Storage) {
+            Some(refusal) => error.with_source(refusal),
+            None => error,
+        }
     }))
 }
 
@@ -321,9 +327,11 @@ pub(crate) fn diagnose(error: &wasmtime::Error, state: &State) -> (ErrorKind, St
 mod tests {
     #![allow(clippy::unwrap_used)]
     use std::fs::File;
+    use std::io;
 
     use blockhouse_block::Access;
     use wasmtime::Engine;
+    use wasmtime::component::Resource;
 
     use super::*;
     use crate::audit::Audit;
@@ -358,9 +366,39 @@ mod tests {
                 std::fs::write(content.path(), b"other").unwrap();
                 Ok(if right { Ok(7) } else { Err(WitError::Corrupt("that is no image".to_owned())) })
             });
-            let (kind, why) = answer.unwrap().unwrap_err();
-            assert_eq!(kind, ErrorKind::Storage);
-            assert_eq!(why, "a file cannot be used any more: it is pinned by sha256, and it was written to");
+            let error = answer.unwrap().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Storage);
+            assert_eq!(
+                error.message(),
+                "a file cannot be used any more: it is pinned by sha256, and it was written to"
+            );
         }
+    }
+
+    /// What the storage says of a write of the component is inside of the error that it makes of that.
+    #[test]
+    fn a_full_file_system_is_told_from_other_failures() {
+        let identity = Identity { image: String::new(), depth: 0, format: String::new(), component: String::new() };
+        let limits = Arc::new(Limits::default());
+        let state = State::new(identity, limits, Grants::new(), LockMode::Enforce, Audit::new());
+        let mut store = Store::new(&Engine::default(), state);
+        let full = File::options().read(true).write(true).open("/dev/full").unwrap();
+        let full = store.data_mut().add_file(full, "/a".to_owned(), Access::ReadWrite, None).unwrap().rep();
+        let mut answer = |writes: bool, answer: WitError| {
+            let error = ask::<()>(&mut store, |store| {
+                if writes {
+                    store.data_mut().write(Resource::new_borrow(full), vec![1; 512], 0)?.unwrap_err();
+                }
+                Ok(Err(answer))
+            });
+            let error = error.unwrap().unwrap_err();
+            let budget = Budget::usual(&store.data().limits);
+            store.data_mut().begin_call(budget);
+            std::error::Error::source(&error).map(|source| source.downcast_ref::<io::Error>().unwrap().kind())
+        };
+        let storage = || WitError::Storage("cannot write".to_owned());
+        assert_eq!(answer(true, storage()), Some(io::ErrorKind::StorageFull));
+        assert_eq!(answer(false, storage()), None, "of the call before");
+        assert_eq!(answer(true, WitError::Corrupt("broken".to_owned())), None);
     }
 }
