@@ -1,6 +1,7 @@
 //! The interrupt of a device, as its workers and its registers share it.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use blockhouse_virtio::Notifier;
 use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_INT_CONFIG, VIRTIO_MMIO_INT_VRING};
@@ -14,13 +15,21 @@ pub(crate) struct Interrupt {
     needs_reset: AtomicBool,
     /// Counts changes of config space.
     generation: AtomicU32,
+    /// The capacity of the disk when the generation was last read.
+    capacity: Mutex<Option<u64>>,
     irq: EventFd,
 }
 
 impl Interrupt {
     /// An interrupt that is raised through `irq`, an irqfd.
     pub(crate) fn new(irq: EventFd) -> Self {
-        Self { status: AtomicU32::new(0), needs_reset: AtomicBool::new(false), generation: AtomicU32::new(0), irq }
+        Self {
+            status: AtomicU32::new(0),
+            needs_reset: AtomicBool::new(false),
+            generation: AtomicU32::new(0),
+            capacity: Mutex::new(None),
+            irq,
+        }
     }
 
     pub(crate) fn status(&self) -> u32 {
@@ -36,8 +45,13 @@ impl Interrupt {
     }
 
     /// What `ConfigGeneration` reads as: another value after each change, so that a driver that reads a field in
-    /// parts knows whether they belong together (section 2.5.3).
-    pub(crate) fn generation(&self) -> u32 {
+    /// parts knows whether they belong together (section 2.5.3). A disk has its new `capacity` before it is told that
+    /// config space changed: that it is not the one of the last time is a change, too.
+    pub(crate) fn generation(&self, capacity: u64) -> u32 {
+        let mut last = self.capacity.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.replace(capacity).is_some_and(|last| last != capacity) {
+            self.generation.fetch_add(1, Ordering::AcqRel);
+        }
         self.generation.load(Ordering::Acquire)
     }
 

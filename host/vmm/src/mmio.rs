@@ -9,7 +9,7 @@
 //!  Status: 0           ──▶ workers stopped and joined, then everything as after power-on
 //! ```
 //! A reset returns when nothing of the old life of the device is in flight: a vCPU that resets a
-//! device waits for at most one request per queue.
+//! device waits for at most [`LANE_REQUESTS`](blockhouse_block::LANE_REQUESTS) requests per queue.
 
 use std::sync::Arc;
 
@@ -70,18 +70,31 @@ pub(crate) struct MmioDevice {
 /// One queue as the driver configures it, and its worker while the device runs.
 struct QueueState {
     config: Queue,
-    /// The driver asked for a size that no queue can have; it must not get another one instead.
-    bad_size: bool,
+    impossible: Impossible,
     kick: EventFd,
     worker: Option<Worker>,
 }
+
+/// What of the driver's last choices no queue can have: it must not get another one instead, such as the one before.
+#[derive(Default, PartialEq, Eq)]
+struct Impossible {
+    size: bool,
+    descriptors: bool,
+    available: bool,
+    used: bool,
+}
+
+/// How the parts of a queue are aligned (section 2.7), in bytes.
+const DESCRIPTORS_ALIGN: u32 = 16;
+const AVAILABLE_ALIGN: u32 = 2;
+const USED_ALIGN: u32 = 4;
 
 impl QueueState {
     fn reset(&mut self) {
         // Joins the thread, so that what follows is not seen by it.
         self.worker = None;
         self.config.reset();
-        self.bad_size = false;
+        self.impossible = Impossible::default();
     }
 }
 
@@ -98,7 +111,7 @@ impl MmioDevice {
             .into_iter()
             .map(|kick| {
                 let config = Queue::new(QUEUE_SIZE).map_err(Error::host("create a virtqueue"))?;
-                Ok(QueueState { config, bad_size: false, kick, worker: None })
+                Ok(QueueState { config, impossible: Impossible::default(), kick, worker: None })
             })
             .collect::<Result<_>>()?;
         Ok(Self {
@@ -145,7 +158,7 @@ impl MmioDevice {
             VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
             VIRTIO_MMIO_STATUS if self.interrupt.needs_reset() => self.status | VIRTIO_CONFIG_S_NEEDS_RESET,
             VIRTIO_MMIO_STATUS => self.status,
-            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation(),
+            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.generation(self.capacity()),
             // A shared memory region that does not exist is all ones long (section 4.2.2).
             VIRTIO_MMIO_SHM_LEN_LOW
             | VIRTIO_MMIO_SHM_LEN_HIGH
@@ -185,6 +198,13 @@ impl MmioDevice {
         }
     }
 
+    /// The field `capacity` of config space, which changes before anybody says so.
+    fn capacity(&self) -> u64 {
+        let mut bytes = [0; 8];
+        self.device.read_config(0, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
     fn queue(&self) -> Option<&QueueState> {
         self.queues.get(usize::try_from(self.queue_sel).ok()?)
     }
@@ -204,22 +224,31 @@ impl MmioDevice {
         if running || queue.config.ready() {
             return;
         }
-        let config = &mut queue.config;
+        let QueueState { config, impossible, .. } = queue;
         match offset {
             VIRTIO_MMIO_QUEUE_NUM => {
-                queue.bad_size = !u16::try_from(value).is_ok_and(|size| config.try_set_size(size).is_ok());
+                impossible.size = !u16::try_from(value).is_ok_and(|size| config.try_set_size(size).is_ok());
             }
-            VIRTIO_MMIO_QUEUE_DESC_LOW => config.set_desc_table_address(Some(value), None),
+            VIRTIO_MMIO_QUEUE_DESC_LOW => {
+                impossible.descriptors = !value.is_multiple_of(DESCRIPTORS_ALIGN);
+                config.set_desc_table_address(Some(value), None);
+            }
             VIRTIO_MMIO_QUEUE_DESC_HIGH => config.set_desc_table_address(None, Some(value)),
-            VIRTIO_MMIO_QUEUE_AVAIL_LOW => config.set_avail_ring_address(Some(value), None),
+            VIRTIO_MMIO_QUEUE_AVAIL_LOW => {
+                impossible.available = !value.is_multiple_of(AVAILABLE_ALIGN);
+                config.set_avail_ring_address(Some(value), None);
+            }
             VIRTIO_MMIO_QUEUE_AVAIL_HIGH => config.set_avail_ring_address(None, Some(value)),
-            VIRTIO_MMIO_QUEUE_USED_LOW => config.set_used_ring_address(Some(value), None),
+            VIRTIO_MMIO_QUEUE_USED_LOW => {
+                impossible.used = !value.is_multiple_of(USED_ALIGN);
+                config.set_used_ring_address(Some(value), None);
+            }
             VIRTIO_MMIO_QUEUE_USED_HIGH => config.set_used_ring_address(None, Some(value)),
             _ => {}
         }
     }
 
-    /// A queue is ready if it lies in memory; the driver reads back whether it is.
+    /// A queue is ready if it can be, and lies in memory; the driver reads back whether it is.
     fn set_queue_ready(&mut self, value: u32) {
         let running = self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
         let Some(queue) = usize::try_from(self.queue_sel).ok().and_then(|index| self.queues.get_mut(index)) else {
@@ -232,7 +261,7 @@ impl MmioDevice {
             }
             1 if !running => {
                 queue.config.set_ready(true);
-                if queue.bad_size || !queue.config.is_valid(self.memory.as_ref()) {
+                if queue.impossible != Impossible::default() || !queue.config.is_valid(self.memory.as_ref()) {
                     queue.config.set_ready(false);
                 }
             }

@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -25,6 +26,7 @@ const STATUS: u32 = 0x6000;
 /// no test here gets as far as a write.
 struct SlowDisk {
     writable: bool,
+    capacity: AtomicU64,
     arrived: Mutex<mpsc::Sender<()>>,
     permitted: Mutex<bool>,
     changed: Condvar,
@@ -39,7 +41,7 @@ impl SlowDisk {
 
 impl BlockBackend for SlowDisk {
     fn capacity(&self) -> u64 {
-        512
+        self.capacity.load(Ordering::SeqCst)
     }
 
     fn is_writable(&self) -> bool {
@@ -100,6 +102,7 @@ impl Rig {
         let (sender, arrived) = mpsc::channel();
         let disk = Arc::new(SlowDisk {
             writable,
+            capacity: AtomicU64::new(512),
             arrived: Mutex::new(sender),
             permitted: Mutex::new(false),
             changed: Condvar::new(),
@@ -290,6 +293,33 @@ fn a_queue_that_cannot_be_is_not_ready() {
     }
 }
 
+/// A driver that gets another address than it asked for has its queue where it does not look.
+#[test]
+fn a_queue_that_is_not_aligned_is_not_ready() {
+    for (register, good, aligned, not_aligned) in [
+        (VIRTIO_MMIO_QUEUE_DESC_LOW, DESCRIPTORS, 16, [1, 2, 4, 8]),
+        (VIRTIO_MMIO_QUEUE_AVAIL_LOW, AVAIL, 2, [1, 3, 5, 9]),
+        (VIRTIO_MMIO_QUEUE_USED_LOW, USED, 4, [1, 2, 3, 6]),
+    ] {
+        let mut rig = Rig::new();
+        rig.negotiate(0, 1);
+        rig.set_up_queue(16, USED);
+        let mut ready_at = |offset| {
+            rig.write(VIRTIO_MMIO_QUEUE_READY, 0);
+            rig.write(register, good + offset);
+            rig.write(VIRTIO_MMIO_QUEUE_READY, 1);
+            rig.read(VIRTIO_MMIO_QUEUE_READY)
+        };
+        for offset in not_aligned {
+            assert_eq!(ready_at(offset), 0, "{register:#x}: {offset}");
+            assert_eq!(ready_at(aligned), 1, "{register:#x}: {aligned} after {offset}");
+        }
+        assert_eq!(ready_at(not_aligned[0]), 0);
+        rig.write(VIRTIO_MMIO_STATUS, 0);
+        assert!(rig.mmio.queues[0].impossible == Impossible::default(), "{register:#x}: after a reset");
+    }
+}
+
 #[test]
 fn a_queue_does_not_move_while_it_is_ready() {
     let mut rig = Rig::new();
@@ -329,6 +359,29 @@ fn another_size_is_an_interrupt_and_another_generation() {
     assert_eq!(rig.read(VIRTIO_MMIO_STATUS), 15, "nothing is broken");
     rig.submit();
     rig.wait_for_interrupt(1);
+}
+
+/// The disk is larger at once, and what it tells whom comes later.
+#[test]
+fn a_size_that_nobody_has_told_of_is_another_generation_too() {
+    let rig = Rig::new();
+    let half = |offset| {
+        let mut bytes = [0; 4];
+        rig.mmio.read(u64::from(VIRTIO_MMIO_CONFIG) + offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    };
+    rig.disk.capacity.store(u64::from(u32::MAX) * 512, Ordering::SeqCst);
+    let before = rig.read(VIRTIO_MMIO_CONFIG_GENERATION);
+    assert_eq!(rig.read(VIRTIO_MMIO_CONFIG_GENERATION), before);
+    let low = half(0);
+    rig.disk.capacity.store((u64::from(u32::MAX) + 1) * 512, Ordering::SeqCst);
+    assert_eq!((low, half(4)), (u32::MAX, 1), "these do not belong together");
+    let after = rig.read(VIRTIO_MMIO_CONFIG_GENERATION);
+    assert_ne!(after, before);
+    assert_eq!(rig.read(VIRTIO_MMIO_CONFIG_GENERATION), after);
+    assert_eq!((half(0), half(4)), (0, 1));
+    rig.mmio.parts().1.config_changed();
+    assert_ne!(rig.read(VIRTIO_MMIO_CONFIG_GENERATION), after);
 }
 
 #[test]
