@@ -209,7 +209,7 @@ impl Emulator {
             .arg(&self.linux.kernel)
             .arg("-initrd")
             .arg(initramfs)
-            .args(["-append", &format!("console=ttyS0 quiet {KERNEL_OPTIONS}")]);
+            .args(["-append", &format!("console=ttyS0 quiet reboot=t {KERNEL_OPTIONS}")]);
         qemu
     }
 }

@@ -71,7 +71,7 @@ fn linux_under_qemu_survives_kills_of_its_disk() {
         .arg(&linux.kernel)
         .arg("-initrd")
         .arg(&initrd)
-        .args(["-append", &format!("console=ttyS0 quiet {KERNEL_OPTIONS}")])
+        .args(["-append", &format!("console=ttyS0 quiet reboot=t {KERNEL_OPTIONS}")])
         .stdin(Stdio::null())
         .stdout(std::fs::File::options().append(true).open(&console).unwrap())
         .stderr(std::fs::File::options().append(true).open(&console).unwrap());

@@ -6,6 +6,7 @@
 //!  0x0000_9000  page tables, 6 pages     │
 //!  0x0002_0000  kernel command line      ┘
 //!  0x000e_0000  ACPI tables (reserved, up to 1 MiB)
+//!  0x000f_fff0  what runs if the guest starts over like a PC (Linux)
 //!  0x0010_0000  kernel (Linux), initramfs at the end of low memory
 //!  0x0020_0000  built-in guest
 //!  0xc000_0000  end of low memory at the latest; what is left of memory starts at 4 GiB
@@ -38,6 +39,9 @@ pub(crate) const LOW_RAM_END: u64 = 0x9_fc00;
 
 /// The ACPI tables, the RSDP first.
 pub(crate) const ACPI: u64 = 0xe_0000;
+
+/// Where a processor starts in a PC, in real mode.
+pub(crate) const RESET_VECTOR: u64 = 0xf_fff0;
 
 /// Where memory proper starts, after what a PC reserves for firmware.
 pub(crate) const HIMEM: u64 = 0x10_0000;

@@ -14,8 +14,9 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::acpi;
 use crate::cpu::{Entry, Privilege};
 use crate::error::{Error, ErrorKind, Result};
-use crate::layout::{ACPI, BOOT_PARAMS, BOOT_STACK, CMDLINE, HIMEM, HOLE_START, LOW_RAM_END};
+use crate::layout::{ACPI, BOOT_PARAMS, BOOT_STACK, CMDLINE, HIMEM, HOLE_START, LOW_RAM_END, RESET_VECTOR};
 use crate::memory::{self, Memory};
+use crate::power::RESET_CODE;
 
 /// The 64-bit entry point of a bzImage, behind the 32-bit one.
 const ENTRY_64: u64 = 0x200;
@@ -78,6 +79,8 @@ pub(crate) fn load(memory: &Memory, bytes: u64, vcpus: u8, disks: usize, linux: 
         *to = *from;
     }
     params.e820_entries = u8::try_from(map.len()).unwrap_or(0);
+    let reset = GuestAddress(RESET_VECTOR);
+    memory.write_slice(&RESET_CODE, reset).map_err(Error::host("write what resets the machine"))?;
     memory.write_obj(params, GuestAddress(BOOT_PARAMS)).map_err(Error::host("write the boot parameters"))?;
 
     Ok(Entry { privilege: Privilege::Supervisor, rip: kernel.entry, rsp: BOOT_STACK, rsi: BOOT_PARAMS })

@@ -12,6 +12,12 @@ const I8042_RESET: u8 = 0xfe;
 /// What a guest writes to the ACPI reset register (any value means the same here).
 pub(crate) const RESET_VALUE: u8 = 1;
 
+/// In real mode: `mov al, 0xfe; out 0x64, al; hlt`.
+///
+/// For want of EFI, Linux starts over where the firmware of a PC is, if ACPI says that the hardware is reduced and
+/// nothing is said of `reboot=`: it would run through empty memory for ever.
+pub(crate) const RESET_CODE: [u8; 5] = [0xb0, I8042_RESET, 0xe6, 0x64, 0xf4];
+
 /// The sleep type of S5, "soft off", as `\_S5` in the DSDT says.
 pub(crate) const SLEEP_TYPE_OFF: u8 = 5;
 

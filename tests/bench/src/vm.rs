@@ -103,7 +103,7 @@ fn machine(
         .arg(kernel)
         .arg("-initrd")
         .arg(directory.join("initrd"))
-        .args(["-append", &format!("console=ttyS0 quiet {KERNEL_OPTIONS}")])
+        .args(["-append", &format!("console=ttyS0 quiet reboot=t {KERNEL_OPTIONS}")])
         .stdin(Stdio::null())
         .stdout(std::fs::File::create(&console)?)
         .stderr(Stdio::inherit());

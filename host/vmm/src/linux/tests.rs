@@ -77,6 +77,10 @@ fn a_bzimage_is_entered_at_its_64_bit_entry_with_everything_in_place() {
     let mut signature = [0; 8];
     memory.read_slice(&mut signature, GuestAddress(rsdp)).unwrap();
     assert_eq!(&signature, b"RSD PTR ");
+    // A guest that starts over like a PC resets the machine.
+    let mut code = [0; RESET_CODE.len()];
+    memory.read_slice(&mut code, GuestAddress(RESET_VECTOR)).unwrap();
+    assert_eq!(code, RESET_CODE);
     let entries = params.e820_entries;
     assert_eq!(entries, 3);
 }
