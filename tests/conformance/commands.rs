@@ -473,6 +473,32 @@ fn missing_walls_are_said_and_can_be_required() {
     ended(&read(&["--require-walls", "--no-walls"], &[libc::SYS_bpf], libc::ENOSYS), 2, &["cannot be used with"]);
 }
 
+/// A program that ended well would have a script go on after a machine that did nothing.
+#[test]
+fn a_guest_that_crashes_is_an_error() {
+    if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
+        blockhouse_tests::skip("/dev/kvm cannot be opened");
+        return;
+    }
+    let lab = Lab::new();
+    lab.raw("a.raw", 1 << 20, &[]);
+    for (memory, words) in
+        [(4096, ["triple fault", "--memory"]), (80 << 20, ["kernel k.elf: it needs 82 MiB", "add memory"])]
+    {
+        // An executable for x86-64 of one part, loaded at 2 MiB and entered there: ud2, which nobody handles.
+        let mut kernel = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0\x01\0\0\0".to_vec();
+        kernel.extend([2_u64 << 20, 64, 0].map(u64::to_le_bytes).as_flattened());
+        kernel.extend([0_u16, 0, 64, 56, 1, 64, 0, 0].map(u16::to_le_bytes).as_flattened());
+        kernel.extend([1_u32, 7].map(u32::to_le_bytes).as_flattened());
+        kernel.extend([120, 2 << 20, 2 << 20, 2, memory, 1].map(u64::to_le_bytes).as_flattened());
+        kernel.extend([0x0f, 0x0b]);
+        std::fs::write(lab.path("k.elf"), kernel).unwrap();
+        let mut command = blockhouse();
+        command.current_dir(lab.root()).args(["run", "--memory", "64M", "--kernel", "k.elf"]);
+        ended(&run(command.args(["--disk", "file=a.raw,format=raw,readonly=on"])), 1, &words);
+    }
+}
+
 /// What people read first is reviewed like code. `UPDATE=1` writes the file anew.
 #[test]
 fn help_texts() {

@@ -58,7 +58,11 @@ struct Kernel {
 
 /// Puts everything into memory.
 pub(crate) fn load(memory: &Memory, bytes: u64, vcpus: u8, disks: usize, linux: &Linux<'_>) -> Result<Entry> {
+    let low = bytes.min(HOLE_START);
     let kernel = load_kernel(memory, linux.kernel)?;
+    if kernel.end > low {
+        return Err(too_large(linux.kernel, kernel.end, low));
+    }
     let mut header = kernel.header;
     header.type_of_loader = LOADER_OTHER;
 
@@ -68,7 +72,7 @@ pub(crate) fn load(memory: &Memory, bytes: u64, vcpus: u8, disks: usize, linux: 
 
     if let Some(path) = linux.initramfs {
         let highest = if header.initrd_addr_max == 0 { INITRD_ADDR_MAX } else { header.initrd_addr_max };
-        let end = bytes.min(HOLE_START).min(u64::from(highest) + 1);
+        let end = low.min(u64::from(highest) + 1);
         (header.ramdisk_image, header.ramdisk_size) = load_initramfs(memory, path, kernel.end, end)?;
     }
 
@@ -84,6 +88,14 @@ pub(crate) fn load(memory: &Memory, bytes: u64, vcpus: u8, disks: usize, linux: 
     memory.write_obj(params, GuestAddress(BOOT_PARAMS)).map_err(Error::host("write the boot parameters"))?;
 
     Ok(Entry { privilege: Privilege::Supervisor, rip: kernel.entry, rsp: BOOT_STACK, rsi: BOOT_PARAMS })
+}
+
+/// A kernel would crash before it can say anything if there is less memory than it needs to unpack itself.
+fn too_large(path: &Path, end: u64, low: u64) -> Error {
+    let (needed, name) = (end.div_ceil(1 << 20), path.display());
+    let advice = if end > HOLE_START { "pass another one" } else { "add memory" };
+    let message = format!("kernel {name}: it needs {needed} MiB of memory, and has {}: {advice}", low >> 20);
+    Error::new(ErrorKind::Payload, message)
 }
 
 /// What is memory and what is not, in ascending order.

@@ -120,8 +120,11 @@ pub enum ExitReason {
     Guest(u32),
     /// The guest switched the machine off.
     Shutdown,
-    /// The guest reset the machine, or crashed so hard that a PC would reset.
+    /// The guest reset the machine.
     Reset,
+    /// The guest crashed so hard that a PC would reset: a fault while the fault of a fault was delivered (triple
+    /// fault), as of a kernel that comes to nothing before it has a console. Some resets are made of it, too.
+    Crashed,
     /// A [`StopHandle`] was used.
     Stopped,
 }

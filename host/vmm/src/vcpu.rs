@@ -127,8 +127,8 @@ fn handle(id: u8, exit: VcpuExit<'_>, devices: &Devices) -> Result<Option<ExitRe
         VcpuExit::IoOut(port, data) => return Ok(devices.port_write(port, data)),
         VcpuExit::MmioRead(address, data) => devices.mmio_read(address, data),
         VcpuExit::MmioWrite(address, data) => return Ok(devices.mmio_write(address, data)),
-        // A triple fault is how a PC is reset by software that has no better way.
-        VcpuExit::Shutdown => return Ok(Some(ExitReason::Reset)),
+        // A triple fault: a crash, or how a PC is reset by software that has no better way. Nobody can tell.
+        VcpuExit::Shutdown => return Ok(Some(ExitReason::Crashed)),
         VcpuExit::SystemEvent(kind, _) => match kind {
             kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => return Ok(Some(ExitReason::Shutdown)),
             kvm_bindings::KVM_SYSTEM_EVENT_RESET => return Ok(Some(ExitReason::Reset)),

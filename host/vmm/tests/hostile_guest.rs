@@ -227,21 +227,26 @@ impl Script {
         let mut content = PLAYER.to_vec();
         content.extend(self.0.iter().flatten().flat_map(|word| word.to_le_bytes()));
         assert!(PROGRAM + content.len() as u64 <= TABLE, "the script is too long");
-        let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
-        // An executable for x86-64, version 1; entry, program headers, no sections.
-        file.extend([2u16, 62].iter().flat_map(|value| value.to_le_bytes()));
-        file.extend(1u32.to_le_bytes());
-        file.extend([PROGRAM, 64, 0].iter().flat_map(|value| value.to_le_bytes()));
-        file.extend(0u32.to_le_bytes());
-        file.extend([64u16, 56, 1, 64, 0, 0].iter().flat_map(|value| value.to_le_bytes()));
-        // To be loaded, readable, writable, executable.
-        file.extend([1u32, 7].iter().flat_map(|value| value.to_le_bytes()));
-        let length = content.len() as u64;
-        file.extend([4096, PROGRAM, PROGRAM, length, length, 4096].iter().flat_map(|value: &u64| value.to_le_bytes()));
-        file.resize(4096, 0);
-        file.extend(content);
-        file
+        elf(&content)
     }
+}
+
+/// A kernel that is loaded at [`PROGRAM`] and entered there.
+fn elf(content: &[u8]) -> Vec<u8> {
+    let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+    // An executable for x86-64, version 1; entry, program headers, no sections.
+    file.extend([2u16, 62].iter().flat_map(|value| value.to_le_bytes()));
+    file.extend(1u32.to_le_bytes());
+    file.extend([PROGRAM, 64, 0].iter().flat_map(|value| value.to_le_bytes()));
+    file.extend(0u32.to_le_bytes());
+    file.extend([64u16, 56, 1, 64, 0, 0].iter().flat_map(|value| value.to_le_bytes()));
+    // To be loaded, readable, writable, executable.
+    file.extend([1u32, 7].iter().flat_map(|value| value.to_le_bytes()));
+    let length = content.len() as u64;
+    file.extend([4096, PROGRAM, PROGRAM, length, length, 4096].iter().flat_map(|value: &u64| value.to_le_bytes()));
+    file.resize(4096, 0);
+    file.extend(content);
+    file
 }
 
 /// What the guest gets.
@@ -407,6 +412,36 @@ fn row(name: &str) {
     }
 }
 
+/// A machine that runs a kernel, or `None`, with the reason printed, where there is no KVM.
+fn machine(kernel: &[u8], disks: Vec<DiskConfig>, console: &Console) -> Option<Machine> {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("guest.elf");
+    std::fs::write(&path, kernel).unwrap();
+    let config = MachineConfig {
+        memory_bytes: MEMORY,
+        vcpus: 1,
+        payload: Payload::Linux { kernel: path, initramfs: None, cmdline: String::new() },
+        disks,
+        console: Box::new(console.clone()),
+    };
+    match Machine::new(config) {
+        Ok(machine) => Some(machine),
+        Err(error) if error.kind() == blockhouse_vmm::ErrorKind::Unavailable => {
+            skip(&error);
+            None
+        }
+        Err(error) => panic!("{error}: {:?}", std::error::Error::source(&error)),
+    }
+}
+
+/// Otherwise a kernel that came to nothing has done its work.
+#[test]
+fn a_guest_that_crashes_has_not_reset_the_machine() {
+    // ud2, and no table of what to do about that: a triple fault.
+    let Some(machine) = machine(&elf(&[0x0f, 0x0b]), Vec::new(), &Console::default()) else { return };
+    assert_eq!(machine.run().unwrap().reason, ExitReason::Crashed);
+}
+
 #[test]
 fn no_attack_of_a_guest_takes_the_machine_down() {
     let mut script = Script::default();
@@ -421,23 +456,10 @@ fn no_attack_of_a_guest_takes_the_machine_down() {
         script.go(0, 1);
         script.0.push([16, DATA, 0]);
     }
-    let directory = tempfile::tempdir().unwrap();
-    let kernel = directory.path().join("guest.elf");
-    std::fs::write(&kernel, script.elf()).unwrap();
     let disk = Arc::new(CountedDisk { changes: AtomicUsize::new(0) });
     let reports = Console::default();
-    let config = MachineConfig {
-        memory_bytes: MEMORY,
-        vcpus: 1,
-        payload: Payload::Linux { kernel, initramfs: None, cmdline: String::new() },
-        disks: vec![DiskConfig::new(Arc::clone(&disk) as _, "hostile")],
-        console: Box::new(reports.clone()),
-    };
-    let machine = match Machine::new(config) {
-        Ok(machine) => machine,
-        Err(error) if error.kind() == blockhouse_vmm::ErrorKind::Unavailable => return skip(&error),
-        Err(error) => panic!("{error}: {:?}", std::error::Error::source(&error)),
-    };
+    let disks = vec![DiskConfig::new(Arc::clone(&disk) as _, "hostile")];
+    let Some(machine) = machine(&script.elf(), disks, &reports) else { return };
     let exit = machine.run().unwrap();
     assert_eq!(exit.reason, ExitReason::Reset);
     let reports = reports.bytes();

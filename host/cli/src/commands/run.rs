@@ -27,6 +27,9 @@ use crate::walls::beginning;
 ///
 /// Without --kernel the built-in guest runs: it reads every disk from its first byte to its last and
 /// prints the SHA-256 of each.
+///
+/// The exit code is 0 if the guest read every disk, switched the machine off or reset it, and 1 if it could
+/// not read a disk, or crashed (triple fault).
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 SIGTERM, SIGINT or SIGHUP switches the machine off: what is in flight is
@@ -181,6 +184,10 @@ pub(crate) fn run(args: Args, walls: &Walls) -> anyhow::Result<ExitCode> {
             log::line(format_args!("blockhouse: the guest reset the machine"));
             Ok(ExitCode::SUCCESS)
         }
+        ExitReason::Crashed => bail!(
+            "the guest crashed (triple fault). If its kernel said nothing, look at --kernel, --initrd and --memory; if \
+             it was to reset the machine, boot it with reboot=acpi"
+        ),
         other => bail!("the machine ended in an unknown way: {other:?}"),
     }
 }

@@ -125,6 +125,28 @@ fn what_is_no_kernel_is_refused_with_its_name() {
     }
 }
 
+/// It would crash in silence.
+#[test]
+fn a_kernel_that_needs_more_memory_than_there_is_says_so() {
+    let needs = |init_size: u64| {
+        let mut kernel = bzimage(4096);
+        let init_size = u32::try_from(init_size).unwrap();
+        kernel.get_mut(0x260..0x264).unwrap().copy_from_slice(&init_size.to_le_bytes());
+        kernel
+    };
+    boot(&needs(MEMORY - HIMEM), None, "").unwrap();
+    let initramfs = [0; 100];
+    for (init_size, initramfs, message) in [
+        (MEMORY - HIMEM + 1, None, "needs 33 MiB of memory, and has 32: add memory"),
+        (MEMORY - HIMEM + 1, Some(&initramfs[..]), "needs 33 MiB of memory, and has 32: add memory"),
+        (HOLE_START, None, "needs 3073 MiB of memory, and has 32: pass another one"),
+    ] {
+        let (kind, text) = failure(&needs(init_size), initramfs, "");
+        assert_eq!(kind, ErrorKind::Payload);
+        assert!(text.contains(message), "{text}");
+    }
+}
+
 #[test]
 fn an_initramfs_that_does_not_fit_says_so() {
     let large = vec![0; usize::try_from(MEMORY).unwrap() - (1 << 20)];
