@@ -74,6 +74,8 @@ impl Control {
 mod tests {
     #![allow(clippy::unwrap_used)]
 
+    use std::sync::Arc;
+
     use blockhouse_guest::{Finding, SERIAL_LEN};
 
     use super::*;
@@ -82,7 +84,7 @@ mod tests {
     #[test]
     fn only_whole_records_of_existing_disks_are_taken_and_once() {
         let memory = memory::allocate(8 << 20).unwrap();
-        let mut control = Control::new(2, memory.clone(), Console::new(Box::new(std::io::sink())));
+        let mut control = Control::new(2, memory.clone(), Console::new(Box::new(std::io::sink()), Arc::default()));
         let mut report = |disk: u32, address: u64| {
             let record = Record {
                 disk,

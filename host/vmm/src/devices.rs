@@ -105,7 +105,7 @@ mod tests {
     use crate::memory;
 
     fn devices(with_control: bool) -> Devices {
-        let console = Console::new(Box::new(std::io::sink()));
+        let console = Console::new(Box::new(std::io::sink()), Arc::default());
         let serial = SerialPort::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), console.clone());
         let memory = memory::allocate(8 << 20).unwrap();
         let control = with_control.then(|| Mutex::new(Control::new(3, memory, console)));

@@ -38,7 +38,11 @@ pub struct MachineConfig {
     pub payload: Payload,
     /// The disks, in order: the first is `/dev/vda` in Linux. At most [`MAX_DISKS`].
     pub disks: Vec<DiskConfig>,
-    /// Where the guest's text goes. It is written to from vCPU threads.
+    /// Where the guest's text goes. It is written to from vCPU threads, each of which waits for as long as it takes
+    /// nothing. At the end of the machine these are interrupted, and drop the text on
+    /// [`Interrupted`](std::io::ErrorKind::Interrupted), as a [`File`](std::fs::File) has it. A writer that goes on by
+    /// itself instead, as the buffered ones of std do, [`Stdout`](std::io::Stdout) among them, holds up the end until
+    /// somebody reads.
     pub console: Box<dyn Write + Send>,
 }
 
@@ -155,7 +159,9 @@ pub struct StopHandle {
 }
 
 impl StopHandle {
-    /// Makes [`Machine::run`] return [`ExitReason::Stopped`], unless the machine ends by itself first.
+    /// Makes [`Machine::run`] return [`ExitReason::Stopped`], unless the machine ends by itself first. Two things hold
+    /// that up: a disk whose backend does not return from a call, and a [`console`](MachineConfig::console) that does
+    /// not let itself be interrupted.
     pub fn stop(&self) {
         // An error means that the machine is gone.
         let _ = self.events.send(Event::Stop);
@@ -224,7 +230,8 @@ impl Machine {
         let vm = create_vm(&kvm)?;
         memory::register(&vm, &memory)?;
 
-        let console = Console::new(config.console);
+        let stop = Arc::new(AtomicBool::new(false));
+        let console = Console::new(config.console, Arc::clone(&stop));
         let irq = irqfd(&vm, SERIAL_GSI)?;
         let serial = SerialPort::new(irq, console.clone());
         let disks = disk_slots()
@@ -259,7 +266,7 @@ impl Machine {
             .collect::<Result<Vec<_>>>()?;
 
         let devices = Devices { serial: Arc::new(Mutex::new(serial)), disks, control };
-        let shared = Arc::new(Shared { devices, _memory: memory, stop: AtomicBool::new(false) });
+        let shared = Arc::new(Shared { devices, _memory: memory, stop });
         let (sender, events) = mpsc::channel();
         Ok(Self { vcpus, vm, shared, sender, events, beginning: Beginning::default() })
     }
@@ -296,7 +303,7 @@ impl Machine {
 
     /// Runs the guest until it ends. When this returns, no thread of the machine is left, no request
     /// is in flight, and the disks are as the guest left them; whether they are flushed is the
-    /// guest's doing. A disk whose backend does not return from a call holds up the end.
+    /// guest's doing. What holds up the end is at [`StopHandle::stop`].
     ///
     /// # Errors
     /// [`Guest`](ErrorKind::Guest) if KVM cannot go on with what the guest does,

@@ -81,7 +81,8 @@ mod tests {
     fn text_goes_out_and_typing_comes_in_with_an_interrupt() {
         let screen = Screen::default();
         let irq = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let mut port = SerialPort::new(irq.try_clone().unwrap(), Console::new(Box::new(screen.clone())));
+        let mut port =
+            SerialPort::new(irq.try_clone().unwrap(), Console::new(Box::new(screen.clone()), Arc::default()));
         for byte in b"hello" {
             port.write(DATA, *byte);
         }

@@ -35,7 +35,8 @@ pub(crate) struct Shared {
     pub(crate) devices: Devices,
     /// Held so that guest memory outlives every vCPU.
     pub(crate) _memory: Memory,
-    pub(crate) stop: AtomicBool,
+    /// The machine ends.
+    pub(crate) stop: Arc<AtomicBool>,
 }
 
 /// A vCPU on its thread.

@@ -105,15 +105,18 @@ fn text(console: &Console) -> String {
     String::from_utf8(console.bytes()).unwrap()
 }
 
-/// A machine with the built-in guest, or `None`, with the reason printed, where there is no KVM.
-fn machine(disks: Vec<DiskConfig>, vcpus: u8, console: &Console) -> Option<Machine> {
-    let config = MachineConfig {
+fn machine_config(disks: Vec<DiskConfig>, vcpus: u8, console: &Console) -> MachineConfig {
+    MachineConfig {
         memory_bytes: 64 << 20,
         vcpus,
         payload: Payload::BuiltinGuest,
         disks,
         console: Box::new(console.clone()),
-    };
+    }
+}
+
+/// A machine, or `None`, with the reason printed, where there is no KVM.
+fn new_machine(config: MachineConfig) -> Option<Machine> {
     match Machine::new(config) {
         Ok(machine) => Some(machine),
         Err(error) if error.kind() == blockhouse_vmm::ErrorKind::Unavailable => {
@@ -122,6 +125,11 @@ fn machine(disks: Vec<DiskConfig>, vcpus: u8, console: &Console) -> Option<Machi
         }
         Err(error) => panic!("{error}: {:?}", std::error::Error::source(&error)),
     }
+}
+
+/// A machine with the built-in guest.
+fn machine(disks: Vec<DiskConfig>, vcpus: u8, console: &Console) -> Option<Machine> {
+    new_machine(machine_config(disks, vcpus, console))
 }
 
 fn run(disks: Vec<DiskConfig>) -> Option<(Exit, String)> {
@@ -289,6 +297,46 @@ fn stopping_waits_for_the_request_in_flight() {
     assert_eq!(exit, Exit { reason: ExitReason::Stopped, disks: Vec::new() });
     assert!(ended - opened < Duration::from_secs(5));
     stop.stop();
+}
+
+/// A pipe that nobody reads.
+struct Unread {
+    pipe: io::PipeWriter,
+    arrived: mpsc::SyncSender<()>,
+}
+
+impl io::Write for Unread {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        let _ = self.arrived.try_send(());
+        // Until it is full, and then as long as it is not interrupted.
+        loop {
+            self.pipe.write(&[0; 4096])?;
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_console_that_nobody_reads_does_not_hold_up_the_end() {
+    let disk = Arc::new(TestDisk::new(1, 1));
+    let (_reader, pipe) = io::pipe().unwrap();
+    let (arrived, wait) = mpsc::sync_channel(1);
+    let config = MachineConfig {
+        console: Box::new(Unread { pipe, arrived }),
+        ..machine_config(vec![config(&disk, "")], 1, &Console::default())
+    };
+    let Some(machine) = new_machine(config) else { return };
+    let stop = machine.stop_handle();
+    let (ended, end) = mpsc::channel();
+    thread::spawn(move || ended.send(machine.run().unwrap().reason));
+    wait.recv_timeout(Duration::from_secs(10)).expect("the guest must say something");
+    stop.stop();
+    // It would be forever.
+    let reason = end.recv_timeout(Duration::from_secs(60)).expect("the machine waits for its console");
+    assert_eq!(reason, ExitReason::Stopped);
 }
 
 /// A disk with a bug.

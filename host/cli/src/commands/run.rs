@@ -1,6 +1,8 @@
 //! `blockhouse run`: a KVM machine with virtio-blk disks.
 
-use std::io::{self, IsTerminal, Read, Write};
+use std::fs::File;
+use std::io::{self, IsTerminal, Read};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -136,7 +138,13 @@ pub(crate) fn run(args: Args, walls: &Walls) -> anyhow::Result<ExitCode> {
         Some(kernel) => Payload::Linux { kernel, initramfs: args.initrd, cmdline: args.cmdline },
         None => Payload::BuiltinGuest,
     };
-    let console: Box<dyn Write + Send> = if args.json { Box::new(io::stderr()) } else { Box::new(io::stdout()) };
+    // Not by way of `Stdout`: that would hold up the end of the machine until somebody reads.
+    let text: OwnedFd = match args.json {
+        true => io::stderr().as_fd().try_clone_to_owned(),
+        false => io::stdout().as_fd().try_clone_to_owned(),
+    }
+    .context("the console of the guest cannot be opened")?;
+    let console = Box::new(File::from(text));
     let machine = Machine::new(MachineConfig { memory_bytes: args.memory, vcpus: args.cpus, payload, disks, console })?;
     let stop = machine.stop_handle();
     let (outlet, control) = ending.serve(|sockets| Ok((sockets, Box::new(move || stop.stop()))))?;
