@@ -42,9 +42,18 @@ pub fn program() -> &'static Path {
     })
 }
 
-/// A new command line of the program under test.
+/// A new command line of the program under test. It heeds SIGHUP, which a program that whoever runs the tests has started
+/// by nohup would have inherited as ignored.
 pub fn blockhouse() -> Command {
-    Command::new(program())
+    let mut command = Command::new(program());
+    // SAFETY: the call is async-signal-safe, and the program's own.
+    unsafe {
+        command.pre_exec(|| {
+            libc::signal(libc::SIGHUP, libc::SIG_DFL);
+            Ok(())
+        });
+    }
+    command
 }
 
 /// The built component of that name, from `cargo xtask build-plugins`.
