@@ -141,7 +141,9 @@ struct Failed {
 fn causes(error: &anyhow::Error) -> Vec<String> {
     let mut causes = vec![error.to_string()];
     for cause in error.chain().skip(1).map(ToString::to_string) {
-        let says_more = !causes.iter().any(|said| said.contains(&cause));
+        // What the system said, a component may have said in its own words, without a number.
+        let heart = cause.split(" (os error ").next().unwrap_or_default().to_lowercase();
+        let says_more = !causes.iter().any(|said| said.to_lowercase().contains(&heart));
         if says_more && cause.len() < 2000 && !cause.contains('\n') {
             causes.push(cause);
         }
@@ -229,6 +231,15 @@ mod tests {
         assert_eq!(time(1_795_539_625), "2026-11-24 17:00:25 UTC");
         assert_eq!(time(253_402_300_799), "9999-12-31 23:59:59 UTC");
         assert_eq!(time(253_402_300_800), "253402300800 seconds since 1970");
+    }
+
+    #[test]
+    fn causes_say_more_or_nothing() {
+        let full = || io::Error::from(rustix::io::Errno::NOSPC);
+        let error = Error::new(ErrorKind::Storage, "cannot write: no space left on device").with_source(full());
+        assert_eq!(causes(&error.into()), ["cannot write: no space left on device"]);
+        let error = Error::new(ErrorKind::Storage, "cannot write").with_source(full());
+        assert_eq!(causes(&error.into()), ["cannot write", "No space left on device (os error 28)"]);
     }
 
     #[test]
