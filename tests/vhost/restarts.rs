@@ -185,6 +185,13 @@ fn statuses(guest: &mut Guest, requests: &[(u32, u64, u8)]) -> Vec<u8> {
 const OK: u8 = 0;
 const IO_ERROR: u8 = 1;
 
+/// Another server, to which the front end comes with what it kept.
+fn take_over(guest: &mut Guest, frontend: &mut Frontend, socket: &Path, fields: &str) -> Serve {
+    let serve = Serve::disk(socket, fields);
+    *frontend = guest.connect(socket);
+    serve
+}
+
 /// With a format that allocates, where bytes lie is known to a component alone until a flush. If it is gone with its
 /// process, no later flush promises what was lost, and nothing of before is read.
 #[test]
@@ -201,8 +208,7 @@ fn what_was_answered_and_not_flushed_is_lost_with_a_process_and_the_guest_is_tol
     // Flushed, or in place in a cluster that is: both are in the file.
     assert_eq!(statuses(&mut guest, &[(WRITE, 0, 1), (FLUSH, 0, 0), (WRITE, 1, 2)]), [OK; 3]);
     serve.kill();
-    serve = Serve::disk(&socket, &fields);
-    drop(std::mem::replace(&mut frontend, guest.connect(&socket)));
+    serve = take_over(&mut guest, &mut frontend, &socket, &fields);
     assert_eq!(statuses(&mut guest, &[(FLUSH, 0, 0), (READ, 0, 9)]), [OK; 2]);
     assert_eq!(guest.data(0, 512), [1; 512]);
     assert_eq!(statuses(&mut guest, &[(READ, 1, 9)]), [OK]);
@@ -214,8 +220,7 @@ fn what_was_answered_and_not_flushed_is_lost_with_a_process_and_the_guest_is_tol
     frontend = guest.connect(&socket);
     assert_eq!(statuses(&mut guest, &[(READ, 1024, 9), (WRITE, 2048, 4)]), [OK; 2]);
     serve.terminate();
-    serve = Serve::disk(&socket, &fields);
-    drop(std::mem::replace(&mut frontend, guest.connect(&socket)));
+    serve = take_over(&mut guest, &mut frontend, &socket, &fields);
     assert_eq!(statuses(&mut guest, &[(FLUSH, 0, 0), (READ, 2048, 9)]), [OK; 2]);
     assert_eq!(guest.data(0, 512), [4; 512]);
 
@@ -223,8 +228,7 @@ fn what_was_answered_and_not_flushed_is_lost_with_a_process_and_the_guest_is_tol
     set_writeback(&mut frontend, 0);
     assert_eq!(statuses(&mut guest, &[(WRITE, 3072, 5)]), [OK]);
     serve.kill();
-    serve = Serve::disk(&socket, &fields);
-    drop(std::mem::replace(&mut frontend, guest.connect(&socket)));
+    serve = take_over(&mut guest, &mut frontend, &socket, &fields);
     assert_eq!(statuses(&mut guest, &[(FLUSH, 0, 0), (READ, 3072, 9)]), [OK; 2]);
     assert_eq!(guest.data(0, 512), [5; 512]);
     set_writeback(&mut frontend, 1);
@@ -232,8 +236,7 @@ fn what_was_answered_and_not_flushed_is_lost_with_a_process_and_the_guest_is_tol
     assert_eq!(statuses(&mut guest, &[(WRITE, 4096, 6)]), [OK]);
     serve.kill();
     for _ in 0..2 {
-        serve = Serve::disk(&socket, &fields);
-        drop(std::mem::replace(&mut frontend, guest.connect(&socket)));
+        serve = take_over(&mut guest, &mut frontend, &socket, &fields);
         assert_eq!(statuses(&mut guest, &[(FLUSH, 0, 0), (READ, 0, 9), (WRITE, 0, 9), (FLUSH, 0, 0)]), [IO_ERROR; 4]);
         serve.expect("They are lost: the guest gets I/O errors until it is reset");
         serve.kill();

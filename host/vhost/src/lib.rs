@@ -18,8 +18,8 @@
 //! "Inflight I/O tracking"), hands it to the next back end, and that one executes them again, first and in
 //! their order. What was answered before is in the page cache. Only where it lies can be gone: of a format that
 //! allocates, a component knows that alone until a flush. Then the guest gets I/O errors until it is reset, rather
-//! than a flush that promises what is lost. Writes that go through (`cache=writethrough`, or the guest's choice)
-//! lose nothing at all.
+//! than a flush that promises what is lost; one whose front end keeps no such memory cannot be told. Writes that go
+//! through (`cache=writethrough`, or the guest's choice) lose nothing at all.
 //!
 //! # What the front end may do
 //! It is another process, perhaps taken over by its guest: every message, number, address and file of it
