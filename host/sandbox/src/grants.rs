@@ -3,10 +3,11 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use blockhouse_block::{Access, Error, ErrorKind, FileIdentity, Result};
@@ -55,7 +56,8 @@ impl fmt::Display for GrantReport {
 ///
 /// A grant is a right to *open*, by the name under which it was granted: an image that refers to
 /// `/images/base.raw` can open it if `/images` or `/images/base.raw` was granted under that name. What a grant of a
-/// single file demands is demanded of that file under all its names.
+/// single file demands is demanded of that file under all its names; and what is in a directory that was granted to be
+/// read is written under none, unless a grant nearer to it says otherwise.
 #[derive(Clone, Debug, Default)]
 pub struct Grants(Arc<GrantTree>);
 
@@ -129,6 +131,28 @@ impl GrantTree {
         let grants = self.directories.values().flat_map(|directory| directory.files.values().flatten());
         grants.filter(|grant| grant.identity == identity).collect()
     }
+
+    /// The nearest directory around an open file that was granted to the image `name` at `depth`, and what it was
+    /// granted for: by where both are, links followed, whatever name led there.
+    pub(crate) fn around(&self, file: &File, depth: u32, name: &str) -> io::Result<Option<(&str, Access)>> {
+        let real = place(file)?;
+        let mut nearest: Option<((usize, bool), &str, Access)> = None;
+        for (granted, directory) in &self.directories {
+            let Some(whole) = directory.whole_for(depth, name, Access::ReadWrite) else { continue };
+            let at = place(&whole.dir.dir)?;
+            // Of several names of one directory, one that is enough.
+            let rank = (at.components().count(), whole.access.is_writable());
+            if real.starts_with(&at) && nearest.is_none_or(|(other, ..)| rank > other) {
+                nearest = Some((rank, granted.as_str(), whole.access));
+            }
+        }
+        Ok(nearest.map(|(_, granted, access)| (granted, access)))
+    }
+}
+
+/// Where an open file or directory is now, without links.
+fn place(file: &File) -> io::Result<PathBuf> {
+    fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }
 
 impl Directory {

@@ -163,6 +163,21 @@ pub(crate) fn open(
         // Granted by itself, under this name or another one.
         return open_granted(grants, special, locks, request, access, full);
     }
+    if access.is_writable() {
+        // A link may lead into a directory that was granted to be read.
+        let around = grants.around(&found, request.depth, request.image);
+        match around.map_err(|error| denied(ErrorCode::Io, error.to_string()))? {
+            Some((_, Access::ReadWrite)) => {}
+            nearest => {
+                return Err(Denied {
+                    code: ErrorCode::NotPermitted,
+                    path: full,
+                    grant: nearest.map(|(grant, _)| grant.to_owned()),
+                    reason: GRANT_IS_READ_ONLY.to_owned(),
+                });
+            }
+        }
+    }
     let file = match access {
         Access::ReadOnly => lock(&found, access, locks).map(|()| found),
         Access::ReadWrite => reopen(&found, access, locks),
@@ -647,6 +662,54 @@ mod tests {
             place.depth = 1;
             assert!(place.open("alias").unwrap().pin.is_none());
         }
+    }
+
+    /// By a link into it, and by another name of the directory around it.
+    #[test]
+    fn a_directory_that_is_granted_to_be_read_is_not_written_under_another_name() {
+        let place = Place::new();
+        let granted = place.granted();
+        let alias = place.temp.path().join("alias");
+        symlink("granted", &alias).unwrap();
+        symlink("sub", granted.join("link")).unwrap();
+        symlink("sub/deep.raw", granted.join("file")).unwrap();
+        let read = granted.join("sub");
+        for directory in [&granted, &alias] {
+            let open = |grants: &Grants, path: &str, flags| {
+                let request = Request {
+                    depth: 0,
+                    image: "/images/top",
+                    access: Access::ReadWrite,
+                    directory: directory.to_str().unwrap(),
+                    path,
+                    open_flags: OpenFlags::empty(),
+                    flags,
+                };
+                open(grants.tree(), &Limits::default(), LockMode::Enforce, &request)
+            };
+            let write = DescriptorFlags::READ | DescriptorFlags::WRITE;
+            let around = Grants::new().allow_writing(directory).unwrap();
+            let both = around.clone().allow(&read).unwrap();
+            for path in ["sub/deep.raw", "link/deep.raw", "file"] {
+                let denied = open(&both, path, write).err().expect(path);
+                assert_eq!(denied.reason, GRANT_IS_READ_ONLY, "{path}");
+                assert_eq!(denied.grant.as_deref(), read.to_str(), "{path}");
+                assert_eq!(text(&open(&both, path, DescriptorFlags::READ).unwrap()), "deep", "{path}");
+                assert!(open(&around, path, write).is_ok(), "{path}: there is no grant but the one around it");
+                // Of several grants of that directory one is enough, but by the name of the other.
+                let again = both.clone().allow_writing(granted.join("link")).unwrap();
+                let by_that_name = directory == &granted && path == "sub/deep.raw";
+                assert_eq!(open(&again, path, write).is_ok(), !by_that_name, "{path}");
+            }
+            assert!(open(&both, "base.raw", write).is_ok());
+        }
+        // Whatever its name is by now.
+        let grants = Grants::new().allow_writing(&granted).unwrap().allow(&read).unwrap();
+        std::fs::rename(&read, granted.join("moved")).unwrap();
+        let place = Place { grants, ..place };
+        let write = DescriptorFlags::READ | DescriptorFlags::WRITE;
+        assert!(place.open_with("moved/deep.raw", OpenFlags::empty(), write).is_err());
+        assert!(place.open_with("base.raw", OpenFlags::empty(), write).is_ok());
     }
 
     /// What was judged is what is granted, and a name is what its text says.
