@@ -18,8 +18,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
-use blockhouse_sandbox::block::{Access, BlockBackend, Disk, DiskOptions, VolatileSlice};
-use blockhouse_sandbox::{Formats, Grants, Limits, LockMode, OpenRequest, Opener, Sandbox};
+use blockhouse_sandbox::block::{Access, BlockBackend, Disk, DiskOptions, Error, ErrorKind, VolatileSlice};
+use blockhouse_sandbox::{Formats, Grants, Limits, LockMode, OpenRequest, Opener, Restart, Sandbox};
 use blockhouse_tests::{Outcome, component, noise, scratch, skip};
 
 /// Threads that write at the same time, each in its own part of the disk.
@@ -231,6 +231,28 @@ fn image(options: &str, size: u64, backing: bool) {
 #[test]
 fn an_overlay_on_a_compressed_base() {
     image("cluster_size=64k", (8 << 20) + 1536, true);
+}
+
+/// Where no other instance of a component may follow, none could open again what the image refers to.
+#[test]
+fn growth_without_restarts() {
+    let place = Place::new();
+    std::fs::write(place.path("base.raw"), noise(1, 1 << 20)).unwrap();
+    place.qemu_img("create -q -f qcow2 -b base.raw -F raw over.qcow2");
+    place.qemu_img("create -q -f qcow2 alone.qcow2 1M");
+    let opener = place.opener.clone().restart(Restart::never());
+    for (name, grows) in [("over.qcow2", false), ("alone.qcow2", true)] {
+        let disk = place.open_with(name, &opener, DiskOptions::default());
+        write(&disk, 0, &mut noise(2, 4096));
+        let grown = disk.grow(2 << 20);
+        assert_eq!(grown.as_ref().err().map(Error::kind), (!grows).then_some(ErrorKind::Unsupported), "{grown:?}");
+        assert_eq!(disk.capacity(), if grows { 2 << 20 } else { 1 << 20 });
+        write(&disk, disk.capacity() - 512, &mut noise(3, 512));
+        let content = read(&disk, 0, disk.capacity() as usize);
+        disk.close().unwrap();
+        drop(disk);
+        place.check(name, &content, name);
+    }
 }
 
 /// A component writes metadata through the page cache: data that shares a page with it must not go past that.

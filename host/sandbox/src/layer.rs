@@ -405,6 +405,11 @@ impl Layer for ComponentLayer {
         if self.ledger.is_none() {
             refuse_odd_end(self, size)?;
         }
+        if self.held().incomplete {
+            let why = "files that the image refers to were not kept for another instance of its component: close the \
+                       disk, and change the size of the image";
+            return Err(Error::new(ErrorKind::Unsupported, why).on_image(&*self.info.name));
+        }
         let before = self.current()?;
         if let Some(writer) = &before.writer {
             before.instance.call("finish", |to| writer.blockhouse_format_writer().call_finish(to.store))?;

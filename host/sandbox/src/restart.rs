@@ -167,7 +167,7 @@ pub(crate) struct HeldFile {
 #[derive(Debug, Default)]
 pub(crate) struct Held {
     pub(crate) files: Vec<HeldFile>,
-    /// There were more than are kept.
+    /// There are some that were not kept.
     pub(crate) incomplete: bool,
     /// Nothing else is opened any more.
     pub(crate) sealed: bool,
@@ -182,10 +182,10 @@ impl Held {
 
     /// Keeps a file, if there is room for it among `most`.
     pub(crate) fn keep(&mut self, file: HeldFile, most: usize) {
-        if self.sealed || self.last || self.find(&file.path, file.access).is_some() {
+        if self.sealed || self.find(&file.path, file.access).is_some() {
             return;
         }
-        if self.files.len() >= most {
+        if self.last || self.files.len() >= most {
             self.incomplete = true;
             return;
         }
