@@ -1,5 +1,6 @@
 //! What images asked for, against what was granted.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 
 use blockhouse_sandbox::{GrantReport, OpenEvent, Outcome};
@@ -21,7 +22,7 @@ pub(crate) fn requested<'e>(events: impl IntoIterator<Item = &'e OpenEvent>, lef
         };
         if seen.insert((event.path.as_str(), event.access, outcome)) {
             let write = if event.access == "read-write" { "to be written, " } else { "" };
-            files.push(format!("{} ({write}{outcome})", event.path));
+            files.push(format!("{} ({write}{outcome})", unmistakable(&event.path)));
         }
     }
     let more = u64::try_from(files.len().saturating_sub(NAMED)).unwrap_or(u64::MAX).saturating_add(left_out);
@@ -30,6 +31,11 @@ pub(crate) fn requested<'e>(events: impl IntoIterator<Item = &'e OpenEvent>, lef
         files.push(format!("and {more} more"));
     }
     format!("requested: {}", list(&files))
+}
+
+/// A path that could be taken for more than one, or for what is said of it, in quotes.
+fn unmistakable(path: &str) -> Cow<'_, str> {
+    if path.contains([',', '(', ')', '"', '\\']) { format!("{path:?}").into() } else { path.into() }
 }
 
 /// `granted: /images/base.raw`.
@@ -69,6 +75,8 @@ mod tests {
             event("/b", "read-write", Outcome::Denied),
         ];
         assert_eq!(requested(&events, 0), "requested: /b (allowed), /a\\u{1b} (refused), /b (to be written, refused)");
+        let two = [event("/x (refused), /images/base.raw (allowed)", "read-only", Outcome::Denied)];
+        assert_eq!(requested(&two, 0), "requested: \"/x (refused), /images/base.raw (allowed)\" (refused)");
         let many: Vec<_> = (0..20).map(|n| event(&format!("/{n}"), "read-only", Outcome::Denied)).collect();
         assert!(requested(&many, 0).ends_with(" (refused), and 4 more"));
         assert!(requested(&many, 1000).ends_with(" (refused), and 1004 more"));
