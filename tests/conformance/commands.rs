@@ -388,6 +388,18 @@ fn a_component_compiled_ahead() {
     ended(&read("mine=compiled:raw.compiled"), 4, &["it is damaged"]);
 
     ended(&compile(&["-o", "raw.compiled"]), 1, &["raw.compiled exists"]);
+    // The component itself, under a name of its own.
+    let (source, link) = (lab.root().join("mine.wasm"), lab.root().join("link.wasm"));
+    std::fs::copy(component("raw"), &source).unwrap();
+    std::os::unix::fs::symlink("mine.wasm", &link).unwrap();
+    for file in ["mine.wasm", "link.wasm"] {
+        let mut compile = blockhouse();
+        compile.current_dir(lab.root()).args(["plugin", "compile", file, "-o", "mine.wasm", "--force"]);
+        ended(&run(&mut compile), 1, &["not touched"]);
+    }
+    assert!(std::fs::read(&source).unwrap() == std::fs::read(component("raw")).unwrap());
+    std::fs::remove_file(link).unwrap();
+    std::fs::remove_file(source).unwrap();
     compile(&["-o", "raw.compiled", "--force"]).succeeded();
     assert_eq!(read("mine=compiled:raw.compiled").succeeded().stdout, [3; 1024]);
     let mut compile = blockhouse();

@@ -122,4 +122,15 @@ fn a_disk_that_looks_like_an_image_is_refused_at_the_start() {
          who wrote that; without guard-header=on it is served as it is"
     );
     tally::image_refused();
+    // The last 512 bytes of a file are no sector of its disk.
+    std::fs::write(&disk, vec![0; 1000]).unwrap();
+    let mut program = limited();
+    program.args(["run", "--disk"]).arg(format!("file={},format=raw,guard-header=on", disk.display()));
+    let outcome = run(&mut program).refused();
+    assert!(
+        outcome.stderr.contains("needs a file of whole sectors, and this one has 1000 bytes"),
+        "{}",
+        outcome.stderr
+    );
+    tally::image_refused();
 }

@@ -151,6 +151,16 @@ fn an_image_that_exists_is_kept() {
     place.ends("create --force --format qcow2 --size 1M directory", 1, &["not a regular file"]);
     let itself = "--backing disk.raw --backing-format raw disk.raw";
     place.ends(&format!("create --force --format qcow2 {itself}"), 1, &["not touched"]);
+    // What its backing file is over, neither, by any name.
+    place.qemu_img("create -q -f qcow2 -b disk.raw -F raw over.qcow2");
+    std::fs::hard_link(place.path("disk.raw"), place.path("link.raw")).unwrap();
+    for image in ["disk.raw", "link.raw"] {
+        let over = "--allow disk.raw --backing over.qcow2 --backing-format qcow2";
+        place.ends(&format!("create --force --format qcow2 {over} {image}"), 1, &["not touched"]);
+    }
+    for left in ["link.raw", "over.qcow2"] {
+        std::fs::remove_file(place.path(left)).unwrap();
+    }
     assert_eq!(place.bytes("disk.raw"), before);
     place.ok("create --force --format qcow2 --size 2M disk.raw");
     assert_eq!(place.info("qcow2", "disk.raw")["virtual-size"], 2 * MIB);

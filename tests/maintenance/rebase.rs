@@ -81,6 +81,37 @@ fn unsafe_changes_the_name() {
     assert!(place.info("qcow2", "old.qcow2")["backing-filename"].is_null());
 }
 
+/// What a snapshot does not hold itself it reads from the backing file, which nobody copies to it.
+#[test]
+fn snapshots_inside_keep_their_backing_file() {
+    let Some(place) = Place::new() else { return };
+    place.raw("base.raw", MIB, &[(0, 1 << 20)]);
+    place.raw("other.raw", MIB, &[]);
+    place.qemu_img("create -q -f qcow2 -b base.raw -F raw top.qcow2");
+    place.qemu_img("create -q -f qcow2 alone.qcow2 1M");
+    for image in ["top.qcow2", "alone.qcow2"] {
+        place.ok(&format!("snapshot create --format qcow2 {image} before"));
+    }
+    let before = ["top.qcow2", "alone.qcow2"].map(|image| place.bytes(image));
+    for arguments in [
+        "--allow base.raw --no-backing top.qcow2",
+        "--allow base.raw --backing other.raw --backing-format raw top.qcow2",
+        "--backing base.raw --backing-format raw alone.qcow2",
+    ] {
+        place.ends(&format!("rebase --format qcow2 {arguments}"), 5, &["its snapshots (1)", "--unsafe"]);
+    }
+    assert!(["top.qcow2", "alone.qcow2"].map(|image| place.bytes(image)) == before, "written to");
+    // A file that moved is still the same one.
+    std::fs::rename(place.path("base.raw"), place.path("moved.raw")).unwrap();
+    place.ok("rebase --format qcow2 --unsafe --backing moved.raw --backing-format raw top.qcow2");
+    place.ok("read --format qcow2 --allow moved.raw --snapshot before --output before.raw top.qcow2");
+    assert!(place.bytes("before.raw") == place.bytes("moved.raw"));
+    // Without its snapshots it is an overlay as any other.
+    place.ok("snapshot delete --format qcow2 top.qcow2 before");
+    place.ok("rebase --format qcow2 --allow moved.raw --no-backing top.qcow2");
+    place.same(("qcow2", "top.qcow2"), ("raw", "moved.raw"));
+}
+
 #[test]
 fn what_cannot_be() {
     let Some(place) = Place::new() else { return };

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use blockhouse_tests::serve::Serve;
-use blockhouse_tests::{COMMAND_LIMIT, blockhouse, noise, qemu_img, scratch};
+use blockhouse_tests::{COMMAND_LIMIT, blockhouse, noise, qemu_img, run, scratch};
 
 use blockhouse_tests::client::{Client, Request};
 
@@ -192,6 +192,29 @@ fn a_file_has_the_last_word_and_json_the_same() {
     // Nothing but the file is left in the place of the file.
     let names: Vec<_> = std::fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(!names.iter().any(|name| name.to_string_lossy().contains(".new")), "{names:?}");
+}
+
+/// It would be replaced, and with it what the guest has written and writes.
+#[test]
+fn no_image_is_the_file_for_metrics() {
+    let directory = scratch();
+    let path = |name: &str| directory.path().join(name);
+    let (base, top) = (path("base.raw"), path("top.qcow2"));
+    std::fs::write(&base, noise(1, 1 << 20)).unwrap();
+    let create = ["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw"].map(AsRef::as_ref);
+    qemu_img(create.into_iter().chain([top.as_os_str()]));
+    for arguments in [&["serve", "--socket", "socket"][..], &["run"]] {
+        for file in [&base, &top] {
+            let mut command = blockhouse();
+            command.current_dir(directory.path()).args(arguments);
+            command.args(["--disk", "file=top.qcow2,format=qcow2,allow=base.raw", "--metrics"]);
+            let outcome = run(command.arg(format!("file:{}", file.display())));
+            assert_eq!(outcome.status.code(), Some(1), "{arguments:?}: {}", outcome.stderr);
+            assert!(outcome.stderr.contains("it was not touched"), "{}", outcome.stderr);
+            assert!(std::fs::read(&base).unwrap() == noise(1, 1 << 20));
+            assert!(std::fs::read(&top).unwrap().starts_with(b"QFI\xfb"));
+        }
+    }
 }
 
 /// Clusters of 2 MiB, asked for at a time: one instance takes so long for each that others begin, also where

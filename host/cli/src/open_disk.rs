@@ -1,9 +1,13 @@
 //! The disks of a command, from their descriptions to their end.
 
+use std::fs;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context;
-use blockhouse_block::{Access, BlockBackend, Disk, DiskOptions, Engine, Error, ErrorKind, HeaderGuard, Pool, Rings};
+use blockhouse_block::{
+    Access, BlockBackend, Disk, DiskOptions, Engine, Error, ErrorKind, HeaderGuard, Pool, Rings, SECTOR_SIZE,
+};
 use blockhouse_sandbox::{AuditList, GrantReport, LockMode, OpenRequest, Opener, Outcome, RepeatedOpen, Tally};
 use blockhouse_vhost::DeviceStats;
 use blockhouse_walls::{Plan, Role, Use, Walls};
@@ -14,9 +18,10 @@ use crate::control_line::Controlled;
 use crate::disk_arg::DiskArg;
 use crate::log;
 use crate::metrics::{self, Figures};
-use crate::outlet;
+use crate::outlet::{self, MetricsArg};
 use crate::output::printable;
 use crate::requested;
+use crate::target::{files_in_use, refuse_read_from};
 
 /// Gives the figures of a disk at the moment.
 type FiguresOf = Box<dyn Fn() -> Figures + Send + Sync>;
@@ -24,6 +29,7 @@ type FiguresOf = Box<dyn Fn() -> Figures + Send + Sync>;
 /// A disk that a guest gets.
 pub(crate) struct OpenDisk {
     number: usize,
+    path: PathBuf,
     /// How messages name it.
     name: String,
     disk: Arc<Disk>,
@@ -35,6 +41,8 @@ pub(crate) struct OpenDisk {
     tally: Arc<Tally>,
     /// What they may have.
     granted: Vec<GrantReport>,
+    /// The images, and what was opened for them.
+    files: Vec<PathBuf>,
     /// What the guest sees as the serial number.
     pub(crate) serial: String,
 }
@@ -85,19 +93,42 @@ impl OpenDisk {
             let serial = disk.serial.clone().unwrap_or_else(|| format!("blockhouse-{number}"));
             // One for each disk: who waits for a component must not keep other disks waiting.
             let begin = walls.thread_start(Role::DataPath);
-            let (name, guard_header) = (disk.file.display().to_string(), disk.guard_header);
+            let (path, name, guard_header) = (disk.file.clone(), disk.file.display().to_string(), disk.guard_header);
             let format = disk.format.clone();
+            let files = files_in_use(&opened.report);
             let disk = opened.disk.with_rings(rings).with_pool(Pool::beginning_with(move || begin()));
             let disk = Arc::new(disk);
-            Ok(Self { number, name, disk, guard_header, format, events, tally, granted, serial })
+            Ok(Self { number, path, name, disk, guard_header, format, events, tally, granted, files, serial })
         };
         disks.iter().zip(rings).enumerate().map(open).collect()
+    }
+
+    /// Fails if the file for metrics is one that a disk is made of: it would be replaced.
+    pub(crate) fn refuse_replacing(disks: &[Self], metrics: Option<&MetricsArg>) -> anyhow::Result<()> {
+        if let Some(MetricsArg::File(path)) = metrics
+            && let Ok(metadata) = fs::symlink_metadata(path)
+        {
+            disks.iter().try_for_each(|disk| refuse_read_from(path, &metadata, &disk.files))?;
+        }
+        Ok(())
     }
 
     /// The disk as a device sees it.
     pub(crate) fn backend(&self) -> anyhow::Result<Arc<dyn BlockBackend>> {
         let disk: Arc<dyn BlockBackend> = Arc::clone(&self.disk) as _;
-        Ok(if self.guard_header { Arc::new(HeaderGuard::new(disk, &self.name)?) } else { disk })
+        if !self.guard_header {
+            return Ok(disk);
+        }
+        // Other programs look for a footer in the last 512 bytes: here they would not be the last sector of the disk.
+        let length = fs::metadata(&self.path).with_context(|| format!("cannot look at {}", self.name))?.len();
+        if !length.is_multiple_of(SECTOR_SIZE) {
+            let why = format!(
+                "{}: guard-header=on needs a file of whole sectors, and this one has {length} bytes",
+                self.name
+            );
+            return Err(Error::new(ErrorKind::Unsupported, why).into());
+        }
+        Ok(Arc::new(HeaderGuard::new(disk, &self.name)?))
     }
 
     /// What gives the figures of the disk, with those of the device that `device` gives.

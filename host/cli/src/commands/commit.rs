@@ -19,7 +19,8 @@ use crate::target::identity;
 /// Write what an overlay holds to its base, the backing file that it names
 ///
 /// The base grows if the overlay is longer. Afterwards both read the same as long as neither is written: the
-/// overlay is left as it is, to be deleted. Other overlays of the base are lost: what is below them changes.
+/// overlay is left as it is, to be deleted. Other overlays of the base are lost, and so are snapshots inside the
+/// overlay: what is below them changes.
 ///
 /// Who is interrupted loses nothing: the overlay still reads as before, and running the command again
 /// completes it.

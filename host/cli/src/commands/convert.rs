@@ -96,7 +96,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let virtual_size = source.disk.capacity();
     let backing = args.new.open_backing(&args.target, &opener, &grants)?;
 
-    let in_use = files_in_use(&source.report);
+    let in_use: Vec<_> =
+        [Some(&source), backing.as_ref()].into_iter().flatten().flat_map(|disk| files_in_use(&disk.report)).collect();
     let made = args.new.make(&args.target, &args.to_format, virtual_size, &args.source.host, &grants, &in_use)?;
     let copied = args.copy(&source.disk, backing.as_ref().map(|backing| &backing.disk), &made);
     let copied = copied.map_err(|error| made.target.about(error))?;

@@ -15,6 +15,7 @@ use crate::args::{HostArgs, beside};
 use crate::new_image::NewArgs;
 use crate::output::{self, printable, size};
 use crate::size::parse_size;
+use crate::target::files_in_use;
 
 /// Make a new image
 ///
@@ -119,6 +120,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         Some(_) => Grants::new(),
         None => args.host.grants(&args.allow, &[], Access::ReadOnly)?,
     };
+    // Open, and so locked, until the image has its name.
+    let mut below = None;
     let virtual_size = match (wanted, &args.new.backing) {
         (Some(size), Some(name)) if !args.no_check => {
             let path = beside(image, name.as_ref());
@@ -134,11 +137,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         (Some(size), _) => size,
         (None, _) => {
             let backing = args.new.open_backing(image, &opener, &grants)?;
-            backing.context("there is no backing file")?.disk.capacity()
+            below.insert(backing.context("there is no backing file")?).disk.capacity()
         }
     };
-    let made = args.new.make(image, &args.format, virtual_size, &args.host, &grants, &[])?;
+    let in_use = below.as_ref().map_or_else(Vec::new, |below| files_in_use(&below.report));
+    let made = args.new.make(image, &args.format, virtual_size, &args.host, &grants, &in_use)?;
     made.target.finish()?;
+    drop(below);
     if args.json {
         output::json(&args.new.report(image, &args.format, virtual_size))?;
     } else {

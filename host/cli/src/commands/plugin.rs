@@ -1,5 +1,6 @@
 //! `blockhouse plugin`: look at format components without running them, and compile them ahead.
 
+use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -12,7 +13,7 @@ use serde::Serialize;
 
 use crate::compiler;
 use crate::output;
-use crate::target::{NewFile, Target};
+use crate::target::{NewFile, Target, refuse_read_from};
 use crate::walls;
 
 #[derive(Debug, clap::Subcommand)]
@@ -107,6 +108,10 @@ struct Compiled {
 
 fn compile(sandbox: &Sandbox, file: &Path, output: &Path, force: bool, json: bool) -> anyhow::Result<ExitCode> {
     let code = sandbox.precompile(file)?;
+    if let Ok(metadata) = fs::symlink_metadata(output) {
+        // There is no way back from code to its component.
+        refuse_read_from(output, &metadata, &[file.to_owned()])?;
+    }
     let target = Target::take(&compiled(output, force))?;
     let mut partial = target.open()?;
     partial

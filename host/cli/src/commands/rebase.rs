@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use blockhouse_block::{Access, BlockBackend};
-use blockhouse_sandbox::{BackingReference, Grants, OpenRequest};
+use blockhouse_block::{Access, BlockBackend, Error, ErrorKind};
+use blockhouse_sandbox::{BackingReference, Below, Grants, OpenRequest, Opener};
 use blockhouse_walls::Plan;
 use serde::Serialize;
 
@@ -21,7 +21,8 @@ use crate::target::{files_in_use, identity};
 ///
 /// The disk reads as before: where the new backing file differs from the old one, what the old one holds is
 /// written to the overlay first. Who is interrupted still has the old backing file, and can run the command
-/// again.
+/// again. Snapshots inside the overlay would read from the new backing file as well: an overlay that has any is
+/// left as it is.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -113,6 +114,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     // Open, and so locked, until the overlay names it.
     let mut new = None;
     if !args.name_only {
+        refuse_snapshots(args, &opener)?;
         if let (Some(name), Some(format)) = (&args.backing, &args.backing_format) {
             let opened = open_backing(&args.overlay, name, format, &opener, &args.granted()?)?;
             files_in_use(&opened.report).iter().try_for_each(refuse_itself)?;
@@ -143,4 +145,25 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         ))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Fails if there are snapshots inside the overlay: what they do not hold themselves they read from the backing file,
+/// and the disk alone is copied.
+fn refuse_snapshots(args: &Args, opener: &Opener) -> anyhow::Result<()> {
+    let request = OpenRequest { below: Below::Leave, ..OpenRequest::new(&args.overlay, &args.format) };
+    let (chain, error) = opener.describe(&request);
+    if let Some(error) = error {
+        return Err(error.into());
+    }
+    match chain.layers.first().map_or(0, |layer| layer.snapshots.len()) {
+        0 => Ok(()),
+        count => {
+            let why = format!(
+                "{}: its snapshots ({count}) would read from the new backing file; delete them first, or use --unsafe \
+                 if it reads as the old one does",
+                args.overlay.display()
+            );
+            Err(Error::new(ErrorKind::Unsupported, why).into())
+        }
+    }
 }

@@ -121,6 +121,7 @@ pub(crate) fn run(args: Args, walls: &Walls) -> anyhow::Result<ExitCode> {
     let ending = Ending::new((outlet, control));
     let begun = || ending.heed(signals, Early { fails: !linux, json: args.json });
     let opened = OpenDisk::open_all(&args.host, &args.disks, LockMode::Enforce, walls, begun)?;
+    OpenDisk::refuse_replacing(&opened, args.metrics.as_ref())?;
     let disks = opened.iter().zip(&args.disks).map(|(opened, disk)| {
         Ok(DiskConfig {
             read_only: disk.readonly,

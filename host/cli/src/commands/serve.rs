@@ -106,6 +106,7 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
     let begun = || ending.heed(signals, Early { fails: false, json: args.json });
     // A server that was killed may have left something in flight.
     let disks = OpenDisk::open_all(&args.host, &args.disks, LockMode::Patient, walls, begun)?;
+    OpenDisk::refuse_replacing(&disks, args.metrics.as_ref())?;
 
     let (servers, outlet, control) = ending.serve(|(listeners, outlet, control)| {
         let mut servers = Vec::new();
