@@ -19,7 +19,7 @@
 //! ```
 //!
 //! `writer.rs` holds the order in which changes reach the file; `cache.rs` holds them until then, and
-//! `areas.rs` keeps data off metadata; `pack.rs` writes compressed clusters. What changes an image as a
+//! `areas.rs` keeps data off metadata, `cluster_set.rs` what was freed; `pack.rs` writes compressed clusters. What changes an image as a
 //! whole (`resize.rs`, `snapshot_edit.rs`) does so in one step (`transaction.rs`). `create.rs` makes images,
 //! `check.rs` holds them against their reference counts, `rebase.rs` names another backing file.
 //!
@@ -37,6 +37,7 @@ extern crate alloc;
 mod areas;
 mod cache;
 mod check;
+mod cluster_set;
 mod compressed;
 mod create;
 mod header;

@@ -22,6 +22,7 @@ use blockhouse_plugin::{Error, File, Result};
 
 use crate::areas::Areas;
 use crate::cache::{Cache, PIECE};
+use crate::cluster_set::ClusterSet;
 use crate::header::{self, Header, MAX_REFCOUNT_TABLE_BYTES, Table};
 use crate::writer::MAX_CHANGED;
 
@@ -74,8 +75,8 @@ pub(crate) struct Refcounts {
     uncounted: Vec<u64>,
     /// How often each count goes down once the mapping is durable.
     freeing: BTreeMap<u64, u64>,
-    /// Runs of clusters that were freed since the image was opened, from first to end, perhaps with others in between.
-    freed: BTreeMap<u64, u64>,
+    /// Clusters that were freed since the image was opened, perhaps with others in between.
+    freed: ClusterSet,
     /// The first cluster that can be free and not among these.
     table_hint: u64,
     /// Once the counts in the file are left alone: where the blocks were that have a new place now, by
@@ -132,7 +133,7 @@ impl Refcounts {
             behind: 0..0,
             uncounted: Vec::new(),
             freeing: BTreeMap::new(),
-            freed: BTreeMap::new(),
+            freed: ClusterSet::default(),
             table_hint: 0,
             moved: None,
             taking: 0..0,
@@ -236,9 +237,8 @@ impl Refcounts {
         let mut cluster = self.table_hint;
         let stop = self.end.min(cluster.saturating_add(MAX_SEARCH));
         while cluster < stop {
-            let (_, freed) = self.freed.range(..=cluster).next_back().map_or((0, 0), |(first, end)| (*first, *end));
-            if freed > cluster {
-                cluster = freed;
+            if let Some(end) = self.freed.end_of(cluster) {
+                cluster = end;
             } else if self.is_free(image, cluster)? {
                 self.table_hint = cluster;
                 self.own(image, cluster, 1, areas)?;
@@ -254,18 +254,10 @@ impl Refcounts {
 
     /// Notes that a cluster was freed.
     fn note_freed(&mut self, cluster: u64) {
-        let end = cluster.saturating_add(1);
-        let before = self.freed.range(..=cluster).next_back().map(|(first, end)| (*first, *end));
-        let (first, end) = match before {
-            Some((first, before)) if before >= cluster => (first, before.max(end)),
-            _ => (cluster, end),
-        };
-        let end = self.freed.remove(&end).unwrap_or(end);
-        self.freed.insert(first, end);
-        if self.freed.len() > MAX_FREED_RUNS
-            && let (Some((&first, _)), Some((_, &end))) = (self.freed.first_key_value(), self.freed.last_key_value())
-        {
-            self.freed = BTreeMap::from([(first, end)]);
+        if !self.freed.insert(cluster, MAX_FREED_RUNS) {
+            self.freed.fill();
+            self.freed.insert(cluster, MAX_FREED_RUNS);
+            self.freed.fill();
         }
     }
 
@@ -578,10 +570,10 @@ impl Refcounts {
         u32::try_from(table.entries.saturating_mul(8) >> self.cluster_bits).unwrap_or(u32::MAX)
     }
 
-    /// Lowers the counts that wait for it, after the mapping is durable, and writes them. Returns the
-    /// clusters that nothing refers to any more. No sync: counts that stay too high waste space, no more.
-    pub(crate) fn release(&mut self, image: &File) -> Result<Vec<u64>> {
-        let mut free = Vec::new();
+    /// Lowers the counts that wait for it, after the mapping is durable, and writes them. Adds the clusters
+    /// that nothing refers to any more to `free`, also if it fails. No sync: counts that stay too high waste
+    /// space, no more.
+    pub(crate) fn release(&mut self, image: &File, free: &mut Vec<u64>) -> Result<()> {
         while let Some((cluster, times)) = self.freeing.first_key_value().map(|(cluster, times)| (*cluster, *times)) {
             let count = self.get(image, cluster)?;
             // A count that is too low already was wrong before; it is not made wrap around.
@@ -600,7 +592,7 @@ impl Refcounts {
         }
         self.cache.write(image, |_| true)?;
         self.cache.settle(|_| true);
-        Ok(free)
+        Ok(())
     }
 
     /// Leaves the counts in the file alone from now on: what changes is written elsewhere, at any time and

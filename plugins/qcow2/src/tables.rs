@@ -503,13 +503,16 @@ pub(crate) struct Owners<'a> {
     pub(crate) cluster_size: u64,
     /// Data has a file of its own, with nothing else in it.
     pub(crate) external: bool,
+    /// Set if a count cannot be read.
+    pub(crate) unsure: &'a mut bool,
 }
 
 impl Owners<'_> {
-    /// Whether it does. Where the count cannot be read the answer is no, and a write will say why.
+    /// Whether it does. Where the count cannot be read the answer is no for now.
     pub(crate) fn owns(&mut self, image: &File, offset: u64) -> bool {
+        let count = |refcounts: &mut Refcounts| refcounts.get(image, offset / self.cluster_size);
         self.external
             || self.areas.find(offset, self.cluster_size).is_none()
-                && self.refcounts.get(image, offset / self.cluster_size).is_ok_and(|count| count == 1)
+                && count(self.refcounts).inspect_err(|_| *self.unsure = true).is_ok_and(|count| count == 1)
     }
 }

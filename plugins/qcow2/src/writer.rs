@@ -26,6 +26,7 @@ use blockhouse_plugin::{Allocation, Error, File, FileIndex, Freed, Level, Result
 
 use crate::areas::Areas;
 use crate::cache::PIECE;
+use crate::cluster_set::ClusterSet;
 use crate::header::{EXTERNAL_DATA, Header};
 use crate::refcounts::{MAX_AREAS, Refcounts, Run};
 use crate::snapshots;
@@ -35,6 +36,8 @@ use crate::tables::{COPIED, Cluster, Map, Owners, ZERO};
 pub(crate) const MAX_CHANGED: usize = 8 << 20;
 /// Clusters that wait to be freed, before the same.
 const MAX_FREEING: usize = 1 << 16;
+/// Runs of clusters that `flush` says are free. More are free as well, and their space stays with the file.
+const MAX_FREED: usize = 1 << 16;
 /// Clusters of one answer of `prepare`.
 const MAX_PREPARED: u64 = 4096;
 /// The largest L1 table of an image that is written, in entries: every entry is looked at when writing
@@ -65,11 +68,13 @@ pub(crate) struct Writing {
     /// L2 tables that the L1 table in the file does not name.
     fresh: BTreeSet<u64>,
     /// Clusters that became free and were not reported.
-    freed: BTreeSet<u64>,
+    freed: ClusterSet,
     /// Clusters of an external data file that nothing refers to once the mapping is durable.
     leaving: BTreeSet<u64>,
     /// Where the next compressed bytes go, in a cluster with room for them.
     pub(crate) packing: Option<u64>,
+    /// A count could not be read when `locate` asked: what it said of a cluster may be too little.
+    unsure: bool,
     /// Why nothing is written any more.
     failed: Option<String>,
     backing: bool,
@@ -153,9 +158,10 @@ impl Writing {
             waiting: BTreeSet::new(),
             next_ticket: 1,
             fresh: BTreeSet::new(),
-            freed: BTreeSet::new(),
+            freed: ClusterSet::default(),
             leaving: BTreeSet::new(),
             packing: None,
+            unsure: false,
             failed: None,
             backing: header.backing.is_some(),
             external: header.has(EXTERNAL_DATA),
@@ -167,7 +173,8 @@ impl Writing {
         if self.failed.is_some() {
             return None;
         }
-        Some(Owners { refcounts: &mut self.refcounts, areas: &self.areas, cluster_size, external: self.external })
+        let Self { refcounts, areas, external, unsure, .. } = self;
+        Some(Owners { refcounts, areas, cluster_size, external: *external, unsure })
     }
 
     pub(crate) fn check(&self) -> Result<()> {
@@ -189,7 +196,7 @@ impl Writing {
     /// Brings metadata into the file if much of it waits.
     pub(crate) fn make_room(&mut self, parts: &mut Parts<'_>) -> Result<()> {
         let changed = parts.map.cache().changed_bytes().saturating_add(self.refcounts.changed_bytes());
-        if changed > MAX_CHANGED || self.refcounts.freeing() > MAX_FREEING {
+        if changed > MAX_CHANGED || self.refcounts.freeing().max(self.leaving.len()) > MAX_FREEING {
             self.drain(parts)?;
         }
         Ok(())
@@ -252,9 +259,7 @@ impl Writing {
     fn taken(&mut self, parts: &mut Parts<'_>, clusters: Range<u64>) {
         // In use again before the host heard that it was free.
         if !self.external {
-            for cluster in clusters {
-                self.freed.remove(&cluster);
-            }
+            self.freed.remove(clusters);
         }
         parts.map.grow_image(self.refcounts.file_size());
     }
@@ -295,7 +300,16 @@ impl Writing {
             let table = self.own_table(parts, guest)?;
             let table_end = (guest - guest % parts.map.shape.table_span()).saturating_add(parts.map.shape.table_span());
             match self.need(parts, table, guest)? {
-                Need::Nothing => guest = guest.saturating_add(cluster_size),
+                Need::Nothing => {
+                    // Whoever asks about this one first has heard otherwise: then it is written where it is.
+                    if self.unsure
+                        && answer.is_empty()
+                        && let Some(host) = parts.map.entry(parts.image, table, guest)?.1.place()
+                    {
+                        self.take(parts, guest, 1, host, (true, false), answer);
+                    }
+                    guest = guest.saturating_add(cluster_size);
+                }
                 Need::Kept(host) => {
                     self.take(parts, guest, 1, host, (true, false), answer);
                     guest = guest.saturating_add(cluster_size);
@@ -388,8 +402,11 @@ impl Writing {
             self.waiting.insert(guest.saturating_add(number * cluster_size));
             if self.external {
                 self.leaving.remove(&(guest / cluster_size + number));
-                self.freed.remove(&(guest / cluster_size + number));
             }
+        }
+        if self.external {
+            let first = guest / cluster_size;
+            self.freed.remove(first..first.saturating_add(count));
         }
         self.reserved.insert(ticket, Reserved { guest, clusters: count, host, kept });
         let length = count.saturating_mul(cluster_size).min(parts.virtual_size.saturating_sub(guest));
@@ -539,15 +556,12 @@ impl Writing {
     pub(crate) fn flush(&mut self, parts: &mut Parts<'_>) -> Result<Vec<Freed>> {
         self.drain(parts)?;
         let cluster_size = parts.map.shape.cluster_size();
-        let mut freed: Vec<Freed> = Vec::new();
-        for cluster in core::mem::take(&mut self.freed) {
-            let offset = cluster.saturating_mul(cluster_size);
-            match freed.last_mut() {
-                Some(last) if last.offset.saturating_add(last.length) == offset => last.length += cluster_size,
-                _ => freed.push(Freed { file: parts.data, offset, length: cluster_size }),
-            }
-        }
-        Ok(freed)
+        let freed = self.freed.take().map(|run| Freed {
+            file: parts.data,
+            offset: run.start.saturating_mul(cluster_size),
+            length: (run.end - run.start).saturating_mul(cluster_size),
+        });
+        Ok(freed.collect())
     }
 
     /// Brings all metadata into the file, in order.
@@ -581,17 +595,20 @@ impl Writing {
                 map.cache().settle(|_| true);
             }
         }
-        let free = self.refcounts.release(parts.image)?;
-        if self.external {
-            // Metadata in the image itself: the data file has nothing there to give back.
-            self.freed.append(&mut self.leaving);
-            return Ok(());
-        }
-        if self.packing.is_some_and(|next| free.contains(&(next / parts.map.shape.cluster_size()))) {
+        // What is free is free, also if it could not be written that it is.
+        let mut free = Vec::new();
+        let released = self.refcounts.release(parts.image, &mut free);
+        if self.packing.is_some_and(|next| free.contains(&(next / cluster_size))) {
             self.packing = None;
         }
-        self.freed.extend(free);
-        Ok(())
+        if self.external {
+            // Metadata in the image itself: the data file has nothing there to give back.
+            free = core::mem::take(&mut self.leaving).into_iter().collect();
+        }
+        for cluster in free {
+            self.freed.insert(cluster, MAX_FREED);
+        }
+        released
     }
 
     /// See `finish` in `wit/writer.wit`.

@@ -5,8 +5,8 @@
 
 mod support;
 
-use blockhouse_plugin::testing::{Disk, Storage};
-use blockhouse_plugin::{Access, Packer, Writer};
+use blockhouse_plugin::testing::{Disk, Failure, Storage};
+use blockhouse_plugin::{Access, Checker, Creator, NewImage, Packer, Writer};
 use blockhouse_qcow2::Qcow2;
 
 use crate::support::{Lab, have_qemu};
@@ -167,6 +167,45 @@ fn a_full_file_system_leaves_what_was() {
         assert!(now == content(0, 4096) || now == content(4, 4096), "after {healthy} changes");
     }
     panic!("it never got through");
+}
+
+/// A cluster that compressed bytes were to go on in is somebody else's once it was freed, also by a flush that failed.
+#[test]
+fn nothing_is_packed_into_a_cluster_that_was_freed() {
+    const CLUSTER: usize = 4096;
+    let empty = Storage::new();
+    empty.insert("/image", Vec::new());
+    let options = vec![("cluster-size".to_owned(), "4K".to_owned())];
+    let new = NewImage { virtual_size: 1 << 20, backing: None, options };
+    Qcow2::create(empty.file("/image", Access::ReadWrite), new).unwrap();
+    let mut went_on = 0;
+    for healthy in 0.. {
+        let storage = Storage::new();
+        storage.insert("/image", empty.bytes("/image"));
+        let mut disk = open(&storage, "/image");
+        assert!(disk.format.pack(0, &content(0, CLUSTER)).unwrap());
+        disk.flush().unwrap();
+        disk.format.discard(0, CLUSTER as u64).unwrap();
+        storage.fail_at("/image", Some((healthy, Failure::Once)));
+        let flushed = disk.flush();
+        storage.fail_at("/image", None);
+        let random = content(3, CLUSTER);
+        let write = |disk: &mut Disk<Qcow2>| disk.write_over(CLUSTER as u64, &random, &mut |_, to| to.fill(0));
+        // A sync that failed ends writing.
+        if write(&mut disk).is_ok() {
+            went_on += 1;
+            assert!(disk.format.pack(2 * CLUSTER as u64, &content(0, CLUSTER)).unwrap());
+            disk.flush().unwrap();
+            assert!(disk.read(CLUSTER as u64, CLUSTER).unwrap() == random, "{healthy} changes before the failure");
+            disk.format.finish().unwrap();
+            let report = Qcow2::check(storage.file("/image", Access::ReadOnly), None).unwrap();
+            assert_eq!((report.corruptions, report.leaks), (0, 0), "{healthy}: {report:?}");
+        }
+        if flushed.is_ok() {
+            break;
+        }
+    }
+    assert!(went_on >= 3, "{went_on} times");
 }
 
 #[test]

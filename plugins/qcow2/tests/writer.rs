@@ -4,8 +4,8 @@
 
 mod support;
 
-use blockhouse_plugin::testing::Disk;
-use blockhouse_plugin::{Access, Error, Format, Placement, Writer};
+use blockhouse_plugin::testing::{Disk, Storage};
+use blockhouse_plugin::{Access, Checker, Error, Format, Placement, Writer};
 use blockhouse_qcow2::Qcow2;
 
 use crate::support::Handmade;
@@ -134,6 +134,41 @@ fn a_shared_cluster_is_copied() {
     assert!(!overwritable(&mut disk, 0), "the flag says it is the disk's own, the count says it is not");
     let allocations = disk.format.prepare(0, 1, 1).unwrap();
     assert!(allocations[0].offset >= 7 * CLUSTER);
+}
+
+/// What `locate` could not find out once is no contradiction later: the host gets space for what it heard it may not
+/// overwrite.
+#[test]
+fn a_count_that_could_not_be_read_once_ends_nothing() {
+    let mut unsure = 0;
+    for healthy in 0..4 {
+        let storage = Storage::new();
+        storage.insert("/image", image().bytes.clone());
+        let mut disk = storage.disk_with::<Qcow2>("/image", Access::ReadWrite, |_| Ok(())).unwrap();
+        disk.format.begin().unwrap();
+        storage.fail_read("/image", Some(healthy));
+        let located = disk.format.locate(0, 8 * CLUSTER, 64);
+        storage.fail_read("/image", None);
+        let Ok(located) = located else { continue };
+        if matches!(located.extents[0].placement, Placement::Data { overwrite: true, .. }) {
+            continue;
+        }
+        unsure += 1;
+        let taken = disk.format.prepare(0, 3 * CLUSTER, 8).unwrap();
+        assert_eq!(taken.iter().map(|a| a.start / CLUSTER).collect::<Vec<_>>(), [0, 2], "the second was not asked for");
+        assert_eq!(taken[0].offset, 5 * CLUSTER, "it has its place");
+        assert!(!taken[0].zeroed);
+        // Given back, it is the disk's as before.
+        disk.format.abandon(&taken.iter().map(|a| a.ticket).collect::<Vec<_>>()).unwrap();
+        assert!(overwritable(&mut disk, 0) && overwritable(&mut disk, 1));
+        let taken = disk.format.prepare(0, CLUSTER, 8).unwrap();
+        disk.format.commit(&[taken[0].ticket]).unwrap();
+        assert!(disk.format.flush().unwrap().iter().all(|freed| freed.offset != 5 * CLUSTER));
+        disk.format.finish().unwrap();
+        let report = Qcow2::check(storage.file("/image", Access::ReadOnly), None).unwrap();
+        assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
+    }
+    assert_eq!(unsure, 1, "the count was read, or never asked for");
 }
 
 #[test]

@@ -70,6 +70,8 @@ struct Content {
     limit: Rc<Cell<Option<u64>>>,
     /// How it fails, and how many changes succeed before that; `None`: all succeed.
     failing: Option<(usize, Failure)>,
+    /// How many reads succeed before one that fails; `None`: all succeed.
+    failing_read: Cell<Option<usize>>,
 }
 
 impl Content {
@@ -222,6 +224,11 @@ impl Storage {
         self.content(path).borrow_mut().failing = failing;
     }
 
+    /// Lets so many reads of a file succeed, and fails the next one. `None` ends it.
+    pub fn fail_read(&self, path: &str, healthy: Option<usize>) {
+        self.content(path).borrow().failing_read.set(healthy);
+    }
+
     /// The paths that were opened by reference so far, in order. Shows what an image tried.
     pub fn opened(&self) -> Vec<String> {
         self.0.borrow().opened.clone()
@@ -297,6 +304,13 @@ impl OpenFile {
 
     pub(crate) fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<usize, String> {
         let content = self.content.borrow();
+        match content.failing_read.get() {
+            Some(0) => {
+                content.failing_read.set(None);
+                return Err("input/output error".to_string());
+            }
+            healthy => content.failing_read.set(healthy.map(|healthy| healthy - 1)),
+        }
         let rest = usize::try_from(offset).ok().and_then(|offset| content.bytes.get(offset..)).unwrap_or_default();
         // As WASI allows: short reads, so that callers have to loop.
         let length = rest.len().min(buffer.len()).min(1 << 20);
