@@ -234,6 +234,8 @@ fn what_was_answered_and_not_flushed_is_lost_with_a_process_and_the_guest_is_tol
     set_writeback(&mut frontend, 1);
 
     assert_eq!(statuses(&mut guest, &[(WRITE, 4096, 6)]), [OK]);
+    // Who writes through from here on has not flushed what was before.
+    set_writeback(&mut frontend, 0);
     serve.kill();
     for _ in 0..2 {
         serve = take_over(&mut guest, &mut frontend, &socket, &fields);
@@ -327,33 +329,39 @@ fn requests_of_another_back_end_are_executed() {
 #[test]
 fn what_another_back_end_left_is_done_before_a_queue_ends() {
     const LEFT: u16 = 12;
-    let directory = scratch();
-    let image = directory.path().join("disk.raw");
-    std::fs::write(&image, vec![0; 1 << 20]).unwrap();
-    let socket = directory.path().join("socket");
-    let fields = format!("file={},format=raw", image.display());
-    let mut guest = Guest::new();
-    let serve = Serve::disk(&socket, &fields);
-    drop(guest.connect(&socket));
-    serve.kill();
-    for slot in 0..LEFT {
-        guest.prepare(slot, WRITE, slot.into(), &[7; 512]);
-        guest.offer(slot);
-        let entry = 16 + 16 * 3 * u64::from(slot);
-        guest.inflight().write_all_at(&u64::from(slot + 1).to_ne_bytes(), entry + 8).unwrap();
-        guest.inflight().write_all_at(&[1], entry).unwrap();
+    for disabled in [false, true] {
+        let directory = scratch();
+        let image = directory.path().join("disk.raw");
+        std::fs::write(&image, vec![0; 1 << 20]).unwrap();
+        let socket = directory.path().join("socket");
+        let fields = format!("file={},format=raw", image.display());
+        let mut guest = Guest::new();
+        let serve = Serve::disk(&socket, &fields);
+        drop(guest.connect(&socket));
+        serve.kill();
+        for slot in 0..LEFT {
+            guest.prepare(slot, WRITE, slot.into(), &[7; 512]);
+            guest.offer(slot);
+            let entry = 16 + 16 * 3 * u64::from(slot);
+            guest.inflight().write_all_at(&u64::from(slot + 1).to_ne_bytes(), entry + 8).unwrap();
+            guest.inflight().write_all_at(&[1], entry).unwrap();
+        }
+        // At this rate it would take them an hour.
+        let serve = Serve::disk(&socket, &format!("{fields},bps=1"));
+        let mut frontend = guest.connect(&socket);
+        if disabled {
+            // As QEMU does.
+            frontend.set_vring_enable(0, false).unwrap();
+        }
+        assert_eq!(frontend.get_vring_base(0).unwrap(), u32::from(LEFT));
+        assert_eq!(usize::from(guest.waiting()), usize::from(LEFT));
+        assert!(guest.answered().iter().all(|(_, status)| *status == 0));
+        assert!(marked(&guest).is_empty());
+        // A front end that leaves is another matter: the record is there for the next one.
+        drop(frontend);
+        serve.terminate();
+        assert_eq!(std::fs::read(&image).unwrap()[..512 * usize::from(LEFT)], [7; 512 * LEFT as usize]);
     }
-    // At this rate it would take them an hour.
-    let serve = Serve::disk(&socket, &format!("{fields},bps=1"));
-    let frontend = guest.connect(&socket);
-    assert_eq!(frontend.get_vring_base(0).unwrap(), u32::from(LEFT));
-    assert_eq!(usize::from(guest.waiting()), usize::from(LEFT));
-    assert!(guest.answered().iter().all(|(_, status)| *status == 0));
-    assert!(marked(&guest).is_empty());
-    // A front end that leaves is another matter: the record is there for the next one.
-    drop(frontend);
-    serve.terminate();
-    assert_eq!(std::fs::read(&image).unwrap()[..512 * usize::from(LEFT)], [7; 512 * LEFT as usize]);
 }
 
 /// A front end that moves a region of memory, or makes it larger, takes it away first.

@@ -240,8 +240,12 @@ impl VhostUserBackendReqHandlerMut for Handler {
     fn set_config(&mut self, offset: u32, config: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
         // Also before features are set, which QEMU does when the driver is ready.
         if let Some(writeback) = BlockDevice::writeback_in(offset.into(), config) {
-            self.common.writeback = Some(writeback);
-            self.common.settle_writeback();
+            // Nothing is in flight meanwhile: what is written through is decided before it is written and after.
+            self.change_common(|common| {
+                common.writeback = Some(writeback);
+                common.settle_writeback();
+                Ok(())
+            })?;
         }
         Ok(())
     }

@@ -64,20 +64,28 @@ impl Common {
             );
         }
         self.device.set_lost(lost);
-        self.device.watch_unflushed(inflight.clone().map(|inflight| -> UnflushedWatch {
+        self.inflight = inflight;
+        self.watch_unflushed();
+    }
+
+    /// Has the device and whoever takes over do what the front end said about `writeback`. Nothing is in flight.
+    pub(crate) fn settle_writeback(&self) {
+        if let Some(writeback) = self.writeback {
+            self.device.set_writeback(writeback);
+            if let Some(inflight) = &self.inflight {
+                inflight.keep_writeback(writeback);
+            }
+        }
+        // What was written through and could not be flushed waits for a flush of the driver's now, or the other way round.
+        self.watch_unflushed();
+    }
+
+    /// Keeps for whoever takes over whether something is not flushed, from now on and as of now.
+    fn watch_unflushed(&self) {
+        self.device.watch_unflushed(self.inflight.clone().map(|inflight| -> UnflushedWatch {
             let owner = self.owner;
             Arc::new(move |unflushed| inflight.keep_unflushed(owner, unflushed))
         }));
-        self.inflight = inflight;
-    }
-
-    /// Has the device and whoever takes over do what the front end said about `writeback`.
-    pub(crate) fn settle_writeback(&self) {
-        let Some(writeback) = self.writeback else { return };
-        self.device.set_writeback(writeback);
-        if let Some(inflight) = &self.inflight {
-            inflight.keep_writeback(writeback);
-        }
     }
 }
 
@@ -151,7 +159,8 @@ impl Ring {
 
     pub(crate) fn enable(&mut self, enabled: bool) {
         if !enabled {
-            self.stop();
+            // QEMU says this before it asks where the ring stopped.
+            self.finish();
         }
         self.enabled = enabled;
     }
@@ -183,11 +192,16 @@ impl Ring {
     /// Stops the ring until it gets another kick, and says where it stopped: all before that is answered, also what
     /// another process had taken. Whoever goes on from there may have another memory for requests in flight.
     pub(crate) fn end(&mut self) -> u16 {
+        self.finish();
+        self.kick = None;
+        self.next_avail
+    }
+
+    /// As [`stop`](Self::stop), once everything is answered that another process had taken.
+    fn finish(&mut self) {
         if let Some(position) = self.worker.take().and_then(Worker::finish) {
             self.next_avail = position.next_avail;
         }
-        self.kick = None;
-        self.next_avail
     }
 
     /// Whether it lies where guest memory is, as far as the front end said where it lies.

@@ -250,14 +250,17 @@ impl BlockDevice {
 
     /// Has `watch` hear, instead of whoever did before, whether changes that the driver believes to be on the disk, or
     /// that it has yet to flush, would be lost if this process ended now. See
-    /// [`watch_unflushed`](BlockBackend::watch_unflushed) of the backend.
+    /// [`watch_unflushed`](BlockBackend::watch_unflushed) of the backend. To be called again, with no request in flight,
+    /// when it has changed whether the driver flushes.
     pub fn watch_unflushed(self: &Arc<Self>, watch: Option<UnflushedWatch>) {
         let device = Arc::downgrade(self);
         self.backend.watch_unflushed(watch.map(|watch| -> UnflushedWatch {
             Arc::new(move |unflushed| {
-                // What is written through is not answered before it is flushed.
-                let waits = |device: Arc<Self>| !device.writes_through(device.accepted.load(Ordering::Acquire));
-                watch(unflushed && device.upgrade().is_none_or(waits));
+                // What is written through is not answered before it is flushed. That says nothing of what was before.
+                let through = |device: Arc<Self>| device.writes_through(device.accepted.load(Ordering::Acquire));
+                if !(unflushed && device.upgrade().is_some_and(through)) {
+                    watch(unflushed);
+                }
             })
         }));
     }
@@ -401,6 +404,28 @@ mod tests {
         let mut bytes = [0xff; 4];
         device.read_config(offset, &mut bytes);
         u32::from_le_bytes(bytes)
+    }
+
+    /// Neither needs what is written through a mark, nor has it flushed what was written before.
+    #[test]
+    fn what_is_written_through_marks_nothing_and_takes_no_mark_away() {
+        let disk = Arc::new(MemoryDisk::new(512));
+        let device = Arc::new(BlockDevice::new(Arc::clone(&disk) as _, &BlockDeviceOptions::default()));
+        let heard = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let watch = Arc::clone(&heard);
+        device.watch_unflushed(Some(Arc::new(move |unflushed| watch.lock().unwrap().push(unflushed))));
+        let hears = |unflushed| {
+            disk.note_unflushed(unflushed);
+            std::mem::take(&mut *heard.lock().unwrap())
+        };
+        // A driver that cannot flush yet.
+        assert_eq!((hears(true), hears(false)), (vec![], vec![false]));
+        device.accept_features(device.features());
+        assert_eq!((hears(true), hears(true), hears(false)), (vec![true], vec![true], vec![false]));
+        device.set_writeback(false);
+        assert_eq!((hears(true), hears(false)), (vec![], vec![false]));
+        device.set_writeback(true);
+        assert_eq!(hears(true), [true]);
     }
 
     #[test]

@@ -2,11 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing)]
 
+use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use blockhouse_block::{BlockBackend, Error, ErrorKind, Lane, LaneRequest, Result, Topology};
+use blockhouse_block::{BlockBackend, Error, ErrorKind, Lane, LaneRequest, Result, Topology, UnflushedWatch};
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, VolatileSlice};
@@ -22,6 +23,17 @@ pub(crate) struct MemoryDisk {
     pub(crate) flushes: AtomicUsize,
     /// What was asked of the disk besides reading, in order.
     pub(crate) calls: Mutex<Vec<Call>>,
+    watch: Mutex<Watch>,
+}
+
+/// Who hears what is not flushed.
+#[derive(Default)]
+struct Watch(Option<UnflushedWatch>);
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Watch").field(&self.0.is_some()).finish()
+    }
 }
 
 /// A change of a [`MemoryDisk`], in bytes.
@@ -43,6 +55,7 @@ impl MemoryDisk {
             reads: AtomicUsize::new(0),
             flushes: AtomicUsize::new(0),
             calls: Mutex::new(Vec::new()),
+            watch: Mutex::default(),
         }
     }
 
@@ -52,6 +65,13 @@ impl MemoryDisk {
 
     pub(crate) fn content(&self, from: usize, len: usize) -> Vec<u8> {
         self.bytes.lock().unwrap()[from..from + len].to_vec()
+    }
+
+    /// Says whether something is not flushed, to whoever hears it.
+    pub(crate) fn note_unflushed(&self, unflushed: bool) {
+        if let Some(watch) = &self.watch.lock().unwrap().0 {
+            watch(unflushed);
+        }
     }
 
     /// The changes since the last call of this.
@@ -129,6 +149,10 @@ impl BlockBackend for MemoryDisk {
         self.change(Call::Discard { offset, len })?;
         assert!(offset + len <= self.capacity(), "the device discarded outside of the disk");
         Ok(())
+    }
+
+    fn watch_unflushed(&self, watch: Option<UnflushedWatch>) {
+        self.watch.lock().unwrap().0 = watch;
     }
 
     fn lane(self: Arc<Self>) -> Result<Box<dyn Lane>> {
