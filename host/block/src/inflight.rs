@@ -22,6 +22,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Locks of one disk.
 const SLOTS: usize = 256;
@@ -95,6 +96,30 @@ impl Slot {
         self.waited(waiting);
     }
 
+    /// As [`take`](Self::take), until then: whether it was had.
+    fn take_until(&self, end: Instant) -> bool {
+        if self.state.compare_exchange(0, ALONE, Ordering::Acquire, Ordering::Relaxed).is_ok() {
+            return true;
+        }
+        let mut waiting = self.wait_for();
+        waiting.alone += 1;
+        let mut left = end.saturating_duration_since(Instant::now());
+        while self.state.load(Ordering::Acquire) & !WAITED_FOR != 0 && !left.is_zero() {
+            waiting = self.released.wait_timeout(waiting, left).unwrap_or_else(PoisonError::into_inner).0;
+            left = end.saturating_duration_since(Instant::now());
+        }
+        let had = self.state.load(Ordering::Acquire) & !WAITED_FOR == 0;
+        waiting.alone -= 1;
+        if had {
+            self.state.fetch_or(ALONE, Ordering::Acquire);
+        } else if waiting.alone == 0 && self.state.load(Ordering::Acquire) & ALONE == 0 {
+            // Nobody is alone who would hand the slot over to those who waited behind this one.
+            self.hand_over(&mut waiting, 0);
+        }
+        self.waited(waiting);
+        had
+    }
+
     fn let_go(&self) {
         let before = self.state.fetch_sub(1, Ordering::Release);
         debug_assert!(before & !(ALONE | WAITED_FOR) > 0, "a hold ended twice");
@@ -110,10 +135,14 @@ impl Slot {
             return;
         }
         // In one step, under the lock: nobody who wants to be alone comes in between.
-        let mut waiting = self.lock();
+        self.hand_over(&mut self.lock(), ALONE);
+    }
+
+    /// Lets those go on who wait to share, and takes a bit out of the state, which whoever was alone has there.
+    fn hand_over(&self, waiting: &mut Waiting, alone: u32) {
         let next = std::mem::take(&mut waiting.sharing);
         waiting.handed_over = waiting.handed_over.wrapping_add(1);
-        self.state.fetch_sub(ALONE.wrapping_sub(next), Ordering::Release);
+        self.state.fetch_sub(alone.wrapping_sub(next), Ordering::AcqRel);
         self.released.notify_all();
     }
 
@@ -242,6 +271,19 @@ impl InFlight {
         self.exclusive(0, u64::MAX)
     }
 
+    /// As [`all`](Self::all), or `None` if it takes longer than that: who keeps a hold may be waiting for somebody who
+    /// wants it to.
+    pub(crate) fn all_within(&self, time: Duration) -> Option<Exclusive<'_>> {
+        let now = Instant::now();
+        let end = now.checked_add(time).unwrap_or(now);
+        let taken = self.slots.iter().take_while(|slot| slot.take_until(end)).count();
+        if taken < self.slots.len() {
+            self.slots.iter().take(taken).for_each(Slot::let_go_alone);
+            return None;
+        }
+        Some(Exclusive { table: self, range: 0..u64::MAX })
+    }
+
     /// The slot of a range that is in one granule.
     fn only(&self, range: &Range<u64>) -> Option<&Slot> {
         let granule = range.start >> self.shift;
@@ -274,7 +316,6 @@ mod tests {
 
     use std::sync::mpsc;
     use std::thread;
-    use std::time::{Duration, Instant};
 
     use super::*;
 
@@ -420,5 +461,44 @@ mod tests {
         });
         assert_eq!(order.into_inner().unwrap(), ["early", "early", "early", "alone", "late"]);
         assert!(table.slots.iter().all(|slot| slot.state.load(Ordering::SeqCst) == 0));
+    }
+
+    /// Whoever gives up leaves nothing behind, and lets those go on who waited for it.
+    #[test]
+    fn who_gives_up_waiting_keeps_nobody_out() {
+        // For ever, as a thread that nobody lets go on.
+        let table: &'static InFlight = Box::leak(Box::new(InFlight::new(1 << 16)));
+        let slot = &table.slots[3];
+        let (started, long) = (Instant::now(), Duration::from_secs(3600));
+        let kept = table.shared(3 << 16, 4 << 16).keep();
+        assert!(table.all_within(Duration::ZERO).is_none());
+        assert!(table.slots.iter().all(|slot| slot.try_share()), "something was left");
+        table.slots.iter().for_each(Slot::let_go);
+        thread::scope(|scope| {
+            let (sender, receiver) = mpsc::channel();
+            let waits = scope.spawn(|| table.all_within(Duration::from_secs(1)).is_none());
+            until(slot, |waiting| waiting.alone == 1 || waits.is_finished());
+            thread::spawn(move || {
+                drop(table.shared(3 << 16, 4 << 16));
+                sender.send(()).unwrap();
+            });
+            until(slot, |waiting| waiting.sharing == 1 || waits.is_finished());
+            assert!(waits.join().unwrap(), "it was had together with somebody");
+            // It shares the slot with the one that is still there.
+            receiver.recv_timeout(Duration::from_secs(20)).unwrap();
+        });
+        // Another one who wants to be alone goes on waiting, and whoever shares waits for that one.
+        thread::scope(|scope| {
+            let waits = scope.spawn(|| table.exclusive(3 << 16, 4 << 16));
+            until(slot, |waiting| waiting.alone == 1);
+            assert!(table.all_within(Duration::from_millis(1)).is_none());
+            scope.spawn(|| drop(table.shared(3 << 16, 4 << 16)));
+            until(slot, |waiting| waiting.sharing == 1);
+            table.end(kept);
+            drop(waits.join().unwrap());
+        });
+        drop(table.all_within(long).unwrap());
+        assert!(table.slots.iter().all(|slot| slot.state.load(Ordering::SeqCst) == 0));
+        assert!(started.elapsed() < long);
     }
 }

@@ -22,6 +22,7 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, PoisonError};
+use std::time::Duration;
 
 use vm_memory::VolatileSlice;
 
@@ -49,6 +50,9 @@ const MIN_RANGE_CALL: u64 = 64 << 10;
 
 /// The most extents that are listed before any of them is changed: what small requests have, and little memory.
 const MAX_LISTED: usize = 1 << 10;
+
+/// How long a disk waits for its requests before it does not get larger.
+const GROWTH_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Requests of a stream that may be in flight together, and so come out of order.
 const STREAM_REQUESTS: u64 = 32;
@@ -114,13 +118,14 @@ impl Disk {
     }
 
     /// Makes the disk larger while it is in use: it has `size` bytes then, and what it gains reads as zero. Waits
-    /// for requests in flight, and lets others wait until it is done. Nobody sees the new size before the image
+    /// ten seconds for requests in flight, and lets others wait until it is done. Nobody sees the new size before the image
     /// has it durably. Nothing is done if it has that size.
     ///
     /// # Errors
     /// [`Invalid`](ErrorKind::Invalid) if the disk is read-only, would become smaller, or cannot have that size;
     /// [`Unsupported`](ErrorKind::Unsupported) if the layer on top cannot do it, or the disk ends inside of a
-    /// cluster; what the layer answers. After the last of these the disk has its old size, or over a longer layer
+    /// cluster; [`Storage`](ErrorKind::Storage) if requests in flight do not end; what the layer answers. After the last
+    /// of these the disk has its old size, or over a longer layer
     /// one in between, as its image; whether it can still be used depends on the layer. If nobody knows which size
     /// the image has durably, the layer is not asked any more.
     pub fn grow(&self, size: u64) -> Result<()> {
@@ -129,7 +134,10 @@ impl Disk {
             let why = format!("a disk cannot have {size} bytes: sizes are multiples of 512, below 2^63");
             return Err(Error::new(ErrorKind::Invalid, why));
         }
-        let _nothing_in_flight = self.inflight.all();
+        let Some(_nothing_in_flight) = self.inflight.all_within(GROWTH_PATIENCE) else {
+            let why = "the disk was not made larger, since a request that its guest has made does not end; try again";
+            return Err(Error::new(ErrorKind::Storage, why));
+        };
         let space = self.lock_space();
         self.refuse_closed()?;
         let before = self.capacity();

@@ -3,8 +3,9 @@
 //!
 //! All of them were sent by the front end, which keeps the other end and may do anything with it. Nothing
 //! here waits for it: a signal that does not fit is dropped, as one is there already. That it does not fit can be
-//! seen, but not together with the write; so a front end can make the worker of its queue wait, and no one else: who
-//! stops the worker makes room ([`release`](Notifier::release)).
+//! seen, but not together with the write; so a front end can make the worker of its queue wait, with the requests that
+//! it has in flight. Who stops the worker makes room ([`release`](Notifier::release)); who needs the disk alone waits
+//! for a while and no longer.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
