@@ -119,6 +119,7 @@ impl OpenDisk {
         if !self.guard_header {
             return Ok(disk);
         }
+        let guard = HeaderGuard::new(disk, &self.name)?;
         // Other programs look for a footer in the last 512 bytes: here they would not be the last sector of the disk.
         let length = fs::metadata(&self.path).with_context(|| format!("cannot look at {}", self.name))?.len();
         if !length.is_multiple_of(SECTOR_SIZE) {
@@ -128,7 +129,7 @@ impl OpenDisk {
             );
             return Err(Error::new(ErrorKind::Unsupported, why).into());
         }
-        Ok(Arc::new(HeaderGuard::new(disk, &self.name)?))
+        Ok(Arc::new(guard))
     }
 
     /// What gives the figures of the disk, with those of the device that `device` gives.

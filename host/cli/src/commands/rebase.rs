@@ -114,7 +114,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     // Open, and so locked, until the overlay names it.
     let mut new = None;
     if !args.name_only {
-        refuse_snapshots(args, &opener)?;
+        let unsure = refuse_snapshots(args, &opener)?;
         if let (Some(name), Some(format)) = (&args.backing, &args.backing_format) {
             let opened = open_backing(&args.overlay, name, format, &opener, &args.granted()?)?;
             files_in_use(&opened.report).iter().try_for_each(refuse_itself)?;
@@ -122,6 +122,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         }
         let request = OpenRequest { access: Access::ReadWrite, ..OpenRequest::new(&args.overlay, &args.format) };
         let overlay = opener.open(&request)?.disk;
+        if let Some(error) = unsure {
+            return Err(error.into());
+        }
         let mut progress = Progress::new(overlay.capacity(), args.json);
         let copy =
             CopyJob { source: &overlay, below: new.as_ref(), target: &overlay, only_below_top: true, compress: false };
@@ -148,15 +151,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
 }
 
 /// Fails if there are snapshots inside the overlay: what they do not hold themselves they read from the backing file,
-/// and the disk alone is copied.
-fn refuse_snapshots(args: &Args, opener: &Opener) -> anyhow::Result<()> {
+/// and the disk alone is copied. Returns why nobody can tell, if nobody can.
+fn refuse_snapshots(args: &Args, opener: &Opener) -> anyhow::Result<Option<Error>> {
     let request = OpenRequest { below: Below::Leave, ..OpenRequest::new(&args.overlay, &args.format) };
     let (chain, error) = opener.describe(&request);
-    if let Some(error) = error {
-        return Err(error.into());
-    }
     match chain.layers.first().map_or(0, |layer| layer.snapshots.len()) {
-        0 => Ok(()),
+        0 => Ok(error),
         count => {
             let why = format!(
                 "{}: its snapshots ({count}) would read from the new backing file; delete them first, or use --unsafe \
