@@ -4,7 +4,7 @@ use std::fmt;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError, Weak, mpsc};
 use std::time::Duration;
 
 use blockhouse_block::BlockBackend;
@@ -168,17 +168,24 @@ impl StopHandle {
     }
 }
 
-/// The way of what a user types into the guest's serial port.
+/// The way of what a user types into the guest's serial port. It keeps no console open whose machine has ended.
 #[derive(Clone)]
 pub struct ConsoleInput {
-    serial: Arc<Mutex<SerialPort>>,
+    serial: Weak<Mutex<SerialPort>>,
 }
 
 impl ConsoleInput {
     /// Hands bytes to the guest. Returns how many the serial port's buffer had room for; try the rest
-    /// again when the guest has read some.
+    /// again a little later, when the guest has read some. Never waits, not for the console either. Once the machine
+    /// has ended, all bytes are taken, and nobody gets them.
     pub fn send(&self, bytes: &[u8]) -> usize {
-        lock(&self.serial).input(bytes)
+        let Some(serial) = self.serial.upgrade() else { return bytes.len() };
+        match serial.try_lock() {
+            Ok(mut serial) => serial.input(bytes),
+            Err(TryLockError::Poisoned(serial)) => serial.into_inner().input(bytes),
+            // A vCPU has it, perhaps until somebody reads the console: whoever calls this, perhaps.
+            Err(TryLockError::WouldBlock) => 0,
+        }
     }
 }
 
@@ -298,7 +305,7 @@ impl Machine {
 
     /// The way into the guest's serial port.
     pub fn console_input(&self) -> ConsoleInput {
-        ConsoleInput { serial: self.shared.devices.serial.clone() }
+        ConsoleInput { serial: Arc::downgrade(&self.shared.devices.serial) }
     }
 
     /// Runs the guest until it ends. When this returns, no thread of the machine is left, no request
@@ -328,7 +335,7 @@ impl Machine {
             Err(mpsc::RecvError) => Err(Error::new(ErrorKind::Host, "every vCPU ended without saying why")),
         });
         shared.stop.store(true, Ordering::Release);
-        running.into_iter().for_each(Vcpu::join);
+        Vcpu::join_all(running);
 
         // With the vCPUs gone this is the last reference: taking it apart stops the disks' workers.
         let control = Arc::into_inner(shared).and_then(|shared| shared.devices.control);

@@ -70,19 +70,26 @@ impl Vcpu {
         Ok(Self { thread })
     }
 
-    /// Waits for the vCPU to leave the guest. `Shared::stop` must be set.
+    /// Waits for the vCPUs to leave the guest. `Shared::stop` must be set.
     ///
     /// A signal that arrives just before KVM_RUN is entered is lost, so it is repeated until it was
-    /// heard.
-    pub(crate) fn join(self) {
-        while !self.thread.is_finished() {
-            if let Err(error) = self.thread.kill(kick_signal()) {
-                tracing::debug!(%error, "cannot signal a vCPU");
+    /// heard, by all of them: one may wait for a device that another one has, and that one for the console.
+    pub(crate) fn join_all(mut vcpus: Vec<Self>) {
+        loop {
+            for ended in vcpus.extract_if(.., |vcpu| vcpu.thread.is_finished()) {
+                // A panic was reported by `End`.
+                let _ = ended.thread.join();
+            }
+            if vcpus.is_empty() {
+                return;
+            }
+            for vcpu in &vcpus {
+                if let Err(error) = vcpu.thread.kill(kick_signal()) {
+                    tracing::debug!(%error, "cannot signal a vCPU");
+                }
             }
             thread::sleep(KICK_INTERVAL);
         }
-        // A panic was reported by `End`.
-        let _ = self.thread.join();
     }
 }
 

@@ -299,46 +299,6 @@ fn stopping_waits_for_the_request_in_flight() {
     stop.stop();
 }
 
-/// A pipe that nobody reads.
-struct Unread {
-    pipe: io::PipeWriter,
-    arrived: mpsc::SyncSender<()>,
-}
-
-impl io::Write for Unread {
-    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-        let _ = self.arrived.try_send(());
-        // Until it is full, and then as long as it is not interrupted.
-        loop {
-            self.pipe.write(&[0; 4096])?;
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-#[test]
-fn a_console_that_nobody_reads_does_not_hold_up_the_end() {
-    let disk = Arc::new(TestDisk::new(1, 1));
-    let (_reader, pipe) = io::pipe().unwrap();
-    let (arrived, wait) = mpsc::sync_channel(1);
-    let config = MachineConfig {
-        console: Box::new(Unread { pipe, arrived }),
-        ..machine_config(vec![config(&disk, "")], 1, &Console::default())
-    };
-    let Some(machine) = new_machine(config) else { return };
-    let stop = machine.stop_handle();
-    let (ended, end) = mpsc::channel();
-    thread::spawn(move || ended.send(machine.run().unwrap().reason));
-    wait.recv_timeout(Duration::from_secs(10)).expect("the guest must say something");
-    stop.stop();
-    // It would be forever.
-    let reason = end.recv_timeout(Duration::from_secs(60)).expect("the machine waits for its console");
-    assert_eq!(reason, ExitReason::Stopped);
-}
-
 /// A disk with a bug.
 struct Panics {
     /// In the thread of its queue, not in a request.

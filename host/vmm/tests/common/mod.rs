@@ -1,5 +1,6 @@
 //! What the tests with machines share.
-#![allow(clippy::unwrap_used)]
+// Each of them has some of it.
+#![allow(clippy::unwrap_used, dead_code)]
 
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
