@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
-use blockhouse_sandbox::block::{BlockBackend, Error, ErrorKind};
+use blockhouse_sandbox::block::{Access, BlockBackend, Error, ErrorKind, VolatileSlice};
 use blockhouse_sandbox::{Grant, Grants, OpenRequest, OpenedDisk, Opener, Referrer, Sha256Digest, Tally};
 use blockhouse_tests::{COMMAND_LIMIT, component, noise, qemu_img, run, sha256, skip};
 use serde_json::Value;
@@ -76,6 +76,49 @@ fn a_pinned_base_that_changes_is_not_served() {
     let error = open(&top, &pinned).map(|opened| opened.report).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Denied);
     assert!(error.to_string().contains("its content has the sha256 "), "{error}");
+    tally::image_refused();
+}
+
+/// What an overlay holds itself is its own, flushed and not: nobody has changed that.
+#[test]
+fn a_pinned_base_that_changes_costs_its_overlay_nothing() {
+    let place = Place::new();
+    let (base, top) = overlay(&place);
+    let pinned = Grant { sha256: Some(Sha256Digest::of(&noise(1, SIZE))), ..Grant::read(&base) };
+    let grants = Grants::new().add(&pinned, &mut |_, _| {}).unwrap();
+    let opener = Opener::new(&shared().sandbox, shared().formats.clone()).grants(grants);
+    let disk = opener.open(&OpenRequest { access: Access::ReadWrite, ..OpenRequest::new(&top, "qcow2") }).unwrap().disk;
+    // Whole clusters: nothing of them is the base's.
+    let write = |offset: u64, seed| {
+        let mut bytes = noise(seed, 65_536);
+        disk.write(&[VolatileSlice::from(&mut bytes[..])], offset)
+    };
+    write(0, 2).unwrap();
+    disk.flush().unwrap();
+    write(131_072, 3).unwrap();
+    let writer = std::thread::spawn({
+        let base = base.clone();
+        move || std::fs::File::options().write(true).open(base).unwrap().write_all_at(&[0xbb; 4096], 0).unwrap()
+    });
+    let started = Instant::now();
+    while read(&disk, 524_288, 512).is_ok() {
+        assert!(started.elapsed() < COMMAND_LIMIT, "the writer was not noticed");
+    }
+    writer.join().unwrap();
+    for (offset, seed) in [(0, 2), (131_072, 3)] {
+        assert!(read(&disk, offset, 65_536).unwrap() == noise(seed, 65_536));
+    }
+    write(262_144, 4).unwrap();
+    // A part of a cluster, the rest of which would be the base's.
+    let error = disk.write(&[VolatileSlice::from(&mut [5; 512][..])], 393_216).unwrap_err();
+    assert!(error.to_string().contains("pinned by sha256"), "{error}");
+    disk.flush().unwrap();
+    disk.close().unwrap();
+    drop((disk, opener));
+    let now = open(&top, &Grant::read(&base)).unwrap().disk;
+    for (offset, seed) in [(0, 2), (131_072, 3), (262_144, 4)] {
+        assert!(read(&now, offset, 65_536).unwrap() == noise(seed, 65_536));
+    }
     tally::image_refused();
 }
 

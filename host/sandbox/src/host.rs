@@ -339,6 +339,12 @@ impl State {
     pub(crate) fn take_file(&mut self, resource: Resource<Descriptor>) -> Option<OpenFile> {
         let node = self.nodes.remove(&resource.rep());
         let descriptor = self.table.delete(resource).ok()?;
+        // What was read of it was looked at after the call that returned it, and no more of it can be read.
+        let nodes = &self.nodes;
+        self.pins.retain(|pin| {
+            let is_held = |node: &Node| matches!(node, Node::File { pin: Some(held), .. } if Arc::ptr_eq(held, pin));
+            nodes.values().any(is_held)
+        });
         match (descriptor, node) {
             (Descriptor::File(file), Some(Node::File { path, pin, .. })) => {
                 Some(OpenFile { file: file.file, path, pin })
