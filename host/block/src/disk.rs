@@ -306,12 +306,8 @@ impl Disk {
         if flats.is_empty() {
             return Err(Error::new(ErrorKind::Component, format!("no layer says where the bytes at {start} are")));
         }
-        // In one go, so that an extent that the question cut in two is one again.
-        for flat in &flats {
-            if !before.last_mut().is_some_and(|last| last.merge(flat)) {
-                before.push(*flat);
-            }
-        }
+        // What was asked for first: of one answer so much is kept and no more, and that could be all of what lies before.
+        self.map.insert(&flats, since);
         self.map.insert(&before, since);
         Ok(flats)
     }

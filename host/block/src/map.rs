@@ -42,7 +42,11 @@ const MIN_STRIPE_SHIFT: u32 = 20;
 /// The most stripes, which take 24 bytes each. Larger disks get larger stripes.
 const MAX_STRIPES: u64 = 1 << 17;
 
-/// The most stripes of a disk whose top layer has no clusters: its extents are large.
+/// The smallest stripe of a disk whose top layer has no clusters, 64 MiB: its extents are large, and as many stripes as
+/// there can be are 8 TiB, however small it was before it grew.
+const STRIPE_SHIFT_WITHOUT_CLUSTERS: u32 = 26;
+
+/// The most stripes of such a disk as it was opened.
 const MAX_STRIPES_WITHOUT_CLUSTERS: u64 = 1 << 10;
 
 /// The largest stripe, 2 TiB: its sectors are counted in 32 bits. What is beyond `MAX_STRIPES` of these
@@ -163,7 +167,7 @@ impl ExtentMap {
     pub(crate) fn new(capacity: u64, cluster_size: u32, budget: usize) -> Self {
         let (mut shift, most) = match cluster_size.checked_ilog2() {
             Some(cluster) => (cluster + STRIPE_CLUSTERS_SHIFT, MAX_STRIPES),
-            None => (MIN_STRIPE_SHIFT, MAX_STRIPES_WITHOUT_CLUSTERS),
+            None => (STRIPE_SHIFT_WITHOUT_CLUSTERS, MAX_STRIPES_WITHOUT_CLUSTERS),
         };
         shift = shift.clamp(MIN_STRIPE_SHIFT, MAX_STRIPE_SHIFT);
         while shift < MAX_STRIPE_SHIFT && capacity.div_ceil(1 << shift) > most {

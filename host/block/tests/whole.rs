@@ -111,6 +111,26 @@ fn a_disk_has_the_size_that_its_image_reached() {
     }
 }
 
+/// Wherever it is in what was gained, and however much one answer says.
+#[test]
+fn what_a_disk_gained_is_remembered() {
+    const SIZE: u64 = 256 << 30;
+    let (bytes, _outside) = file(&pattern(4096, 1), Access::ReadWrite);
+    let image = Script::honest(vec![writable(4096, 0)], 1).file(bytes).overwritable();
+    let layer = Arc::new(Growable { image, size: AtomicU64::new(4096), most: SIZE, disk: OnceLock::new() });
+    let options = DiskOptions { writable: true, ..DiskOptions::default() };
+    let disk = Arc::new(Disk::new(vec![layer.clone()], options).unwrap());
+    layer.disk.set(Arc::downgrade(&disk)).unwrap();
+    disk.grow(SIZE).unwrap();
+    for offset in [0, SIZE / 2, SIZE - 4096] {
+        read(&disk, offset, 512).unwrap();
+        let before = disk.map_stats();
+        read(&disk, offset, 512).unwrap();
+        let after = disk.map_stats();
+        assert_eq!((after.hits, after.misses), (before.hits + 1, before.misses), "{offset}");
+    }
+}
+
 #[test]
 fn the_end_of_the_last_cluster_is_zero_before_a_disk_grows() {
     let base = pattern(SIZE as usize + 4096, 9);
