@@ -172,6 +172,30 @@ fn it_describes_the_same_image_or_stays_dead() {
     tally::component_stopped();
 }
 
+/// The same storage may be what a component broke down of.
+#[test]
+fn storage_that_fails_in_the_meantime_costs_an_attempt() {
+    let place = Place::new();
+    let line = "trap-at-locate 2";
+    let path = image(&place, line);
+    let subject = Subject::open(&path, Access::ReadOnly, 3);
+    subject.reads(0, &content(line));
+    subject.fails(PART, "thrown away");
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.write_all_at(b"storage-at-open 1\n", 0).unwrap();
+    for wait in [1000, 2000] {
+        subject.wait(wait);
+        let error = read(&subject.disk, PART, 512).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Storage, "{error}");
+        subject.fails(PART, &format!("it is started again in {} ms", 2 * wait));
+    }
+    file.write_all_at(&content(line)[..64], 0).unwrap();
+    subject.wait(4000);
+    subject.reads(PART, &content(line));
+    assert_eq!((subject.tally.failures(), subject.tally.restarts()), (1, 1));
+    tally::component_stopped();
+}
+
 fn write(disk: &Disk, offset: u64) -> Result<(), blockhouse_sandbox::block::Error> {
     let mut bytes = vec![0xaa; 4096];
     disk.write(&[VolatileSlice::from(&mut bytes[..])], offset)

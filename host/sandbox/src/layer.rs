@@ -158,7 +158,8 @@ impl ComponentLayer {
             Err(error) => {
                 tracing::error!(%image, attempt, "the component could not be started again: {error}");
                 let mut backoff = self.backoff();
-                if error.kind() == ErrorKind::Component {
+                // Storage that fails now says nothing about the image.
+                if matches!(error.kind(), ErrorKind::Component | ErrorKind::Storage) {
                     backoff.died((self.revival.now)());
                 } else {
                     // It says something else about the image than before.

@@ -14,6 +14,7 @@ pub(crate) const NAMES: &[&str] = &[
     "trap",
     "panic",
     "fail",
+    "storage",
     "loop",
     "call-loop",
     "recurse",
@@ -55,6 +56,7 @@ impl Hostile {
             "trap" => trap(),
             "panic" => told_to_panic(stage),
             "fail" => return Err(Error::Other(format!("{} failed on command", stage.name()))),
+            "storage" => return Err(Error::Storage(format!("{} was to read, and could not", stage.name()))),
             "loop" => {
                 let mut turns = 0u64;
                 loop {

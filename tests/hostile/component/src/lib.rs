@@ -21,6 +21,7 @@
 //! | `trap` | executes `unreachable` | |
 //! | `panic` | panics, which logs one line and traps | |
 //! | `fail` | returns an ordinary error | |
+//! | `storage` | returns the error of a file that cannot be read | |
 //! | `loop` | never returns, calls nobody | |
 //! | `call-loop` | never returns, calls a cheap host function all the time | |
 //! | `recurse` | recurses without end | |
