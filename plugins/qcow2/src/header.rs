@@ -290,6 +290,15 @@ impl Header {
         Ok(())
     }
 
+    /// The features of the image once something was changed, as they follow each other at `INCOMPATIBLE_AT`: what the
+    /// autoclear bits promise is not kept up. Version 2 has none.
+    pub(crate) fn features_after_change(&self) -> Vec<u8> {
+        if self.version < 3 {
+            return Vec::new();
+        }
+        [self.incompatible, self.compatible, self.autoclear & RAW_EXTERNAL_DATA].map(u64::to_be_bytes).concat()
+    }
+
     /// Whether the external data file is to be what the disk reads as, byte for byte.
     pub(crate) fn promises_raw_data(&self) -> bool {
         self.autoclear & RAW_EXTERNAL_DATA != 0

@@ -194,7 +194,9 @@ impl Writer for Qcow2 {
         let Self { image, header, map, virtual_size, data_file, .. } = self;
         let data_file = data_file.as_ref();
         let mut parts = Parts { image, header, map, data, data_file, virtual_size: *virtual_size };
-        self.writing = Some(Writing::begin(&mut parts, self.image_size)?);
+        let writing = Writing::begin(&mut parts, self.image_size)?;
+        parts.header.clear_autoclear(parts.image)?;
+        self.writing = Some(writing);
         Ok(())
     }
 

@@ -247,7 +247,7 @@ impl Transaction<'_> {
     /// Makes the new image the image, and cuts off what is not used at its end.
     fn switch(&mut self, table: Table) -> Result<()> {
         let l1_entries = u32::try_from(self.l1.entries).unwrap_or(u32::MAX);
-        let mut fields = Vec::with_capacity(48);
+        let mut fields = Vec::with_capacity(72);
         fields.extend(self.virtual_size.to_be_bytes());
         // No encryption.
         fields.extend(0u32.to_be_bytes());
@@ -257,6 +257,7 @@ impl Transaction<'_> {
         fields.extend(self.refcounts.table_clusters(table).to_be_bytes());
         fields.extend(self.snapshots.to_be_bytes());
         fields.extend(self.snapshots_offset.to_be_bytes());
+        fields.extend(self.header.features_after_change());
         self.image.write_at(SIZE_AT, &fields)?;
         self.image.sync_data()?;
         // From here on the change is made; a file that stays long only takes space.

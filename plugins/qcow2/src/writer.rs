@@ -107,7 +107,7 @@ impl Parts<'_> {
 }
 
 impl Writing {
-    /// Looks at all metadata that the active state has, and prepares the image for the first write.
+    /// Looks at all metadata that the active state has. Changes nothing.
     pub(crate) fn begin(parts: &mut Parts<'_>, image_size: u64) -> Result<Self> {
         let Parts { image, header, map, .. } = parts;
         let l1 = map.l1();
@@ -150,7 +150,6 @@ impl Writing {
             }
             at = at.saturating_add(length);
         }
-        header.clear_autoclear(image)?;
         Ok(Self {
             areas,
             refcounts,
@@ -362,13 +361,16 @@ impl Writing {
         let mut count = 0;
         for place in places {
             let offset = place.saturating_mul(cluster_size);
-            if let Some(what) = self.areas.find(offset, cluster_size) {
+            count = self.refcounts.get(parts.image, place)?;
+            // A repair leaves such a cluster to both, and counts both: then it is copied, and metadata again.
+            if count < 2
+                && let Some(what) = self.areas.find(offset, cluster_size)
+            {
                 return Err(self.corrupt(
                     parts,
                     format!("the L2 entry of disk offset {guest:#x} is {entry:#018x}, and there is {what}"),
                 ));
             }
-            count = self.refcounts.get(parts.image, place)?;
             if count == 0 {
                 return Err(self.corrupt(
                     parts,

@@ -323,6 +323,19 @@ fn edit_handmade<T>(image: &Handmade, change: impl FnOnce(&mut Qcow2) -> Result<
     (result, storage.bytes(IMAGE))
 }
 
+/// They are out of date with the change, and not before.
+#[test]
+fn a_change_that_is_refused_leaves_bitmaps_as_they_are() {
+    let mut image = counted(Handmade::v3());
+    image.be64(88, 1);
+    let (refused, bytes) = edit_handmade(&image, |qcow2| qcow2.apply_snapshot("nosuch"));
+    refused.unwrap_err();
+    assert!(bytes == image.bytes);
+    let (made, bytes) = edit_handmade(&image, |qcow2| qcow2.create_snapshot("a", 0, 0));
+    made.unwrap();
+    assert_eq!(bytes[72..96], [0; 24]);
+}
+
 #[test]
 fn contradictions_are_found_before_anything_changes() {
     let (made, bytes) = edit_handmade(&counted(Handmade::v3()), |qcow2| qcow2.create_snapshot("a", 0, 0));

@@ -87,6 +87,30 @@ fn a_data_cluster_on_metadata_is_refused_and_ends_writing() {
     }
 }
 
+/// As a repair leaves it: each of both is counted.
+#[test]
+fn a_data_cluster_on_metadata_that_is_counted_twice_is_copied() {
+    for (place, what) in [(1, "refcount table"), (3, "L1 table"), (4, "L2 table")] {
+        let mut image = image();
+        set_count(&mut image, place, 2);
+        let entry = image.cluster(place) | COPIED;
+        image.l2(2, entry);
+        let storage = Storage::new();
+        storage.insert("/image", image.bytes.clone());
+        let mut disk = storage.disk_with::<Qcow2>("/image", Access::ReadWrite, |_| Ok(())).unwrap();
+        disk.format.begin().unwrap();
+        assert!(!overwritable(&mut disk, 2), "{what}");
+        let taken = disk.format.prepare(2 * CLUSTER, CLUSTER, 1).unwrap();
+        assert!(taken[0].offset >= 7 * CLUSTER, "{what}");
+        disk.format.commit(&[taken[0].ticket]).unwrap();
+        // An L2 table that is counted twice is copied as well, and then nobody has that cluster.
+        assert_eq!(disk.format.flush().unwrap().is_empty(), place != 4, "{what}");
+        disk.format.finish().unwrap();
+        let report = Qcow2::check(storage.file("/image", Access::ReadOnly), None).unwrap();
+        assert_eq!((report.corruptions, report.leaks), (0, 0), "{what}: {report:?}");
+    }
+}
+
 /// With extended L2, an entry can have a place and nothing in it.
 #[test]
 fn a_place_without_data_is_taken_if_nobody_else_has_it() {

@@ -87,8 +87,9 @@ fn packed(image: &Image<'_>, entry: u64, bitmap: u64) -> (Target, Option<Fault>)
 fn standard(image: &Image<'_>, entry: u64, bitmap: u64, guest: Option<u64>) -> (Target, Option<Fault>) {
     let (zeroes, data) = (bitmap >> 32, bitmap & u64::from(u32::MAX));
     let offset = entry & OFFSET;
-    // With an external data file, 0 is a place like any other: the flag tells.
-    let allocated = offset != 0 || (image.external && entry & COPIED != 0);
+    // With an external data file, 0 is a place like any other: the flag tells. And what is data has one place alone.
+    let is_placed = entry & COPIED != 0 || (image.extended && data != 0 && guest.is_some());
+    let allocated = offset != 0 || (image.external && is_placed);
     let flags = if image.extended || image.header.version < 3 { COPIED } else { COPIED | ZERO };
     let mut new = (entry & (OFFSET | flags), bitmap);
     let mut fault = (new.0 != entry).then_some(("reserved bits are set", "they are cleared"));
@@ -106,28 +107,22 @@ fn standard(image: &Image<'_>, entry: u64, bitmap: u64, guest: Option<u64>) -> (
         }
         (Target::Nothing, Some(fault))
     };
-    if !offset.is_multiple_of(image.cluster_size) {
+    if let Some(guest) = guest.filter(|guest| image.external && *guest != offset) {
+        fault = Some((
+            "the offset in the external data file is not the offset in the disk",
+            "it becomes the offset in the disk",
+        ));
+        new.0 = guest | COPIED | (new.0 & ZERO);
+    } else if !offset.is_multiple_of(image.cluster_size) {
         return gone("the offset is not a multiple of the cluster size");
-    }
-    if image.external {
-        match guest {
-            Some(guest) if guest != offset => {
-                fault = Some((
-                    "the offset in the external data file is not the offset in the disk",
-                    "it becomes the offset in the disk",
-                ));
-                new.0 = guest | COPIED | (new.0 & ZERO);
-            }
-            _ => {}
-        }
-    } else if image.is_outside(offset, image.cluster_size) {
+    } else if !image.external && image.is_outside(offset, image.cluster_size) {
         return gone("the cluster is past the end of the file");
     }
     if image.extended && zeroes & data != 0 {
         fault = Some(("subclusters are both data and zero", "they are data"));
         new.1 &= !((zeroes & data) << 32);
     }
-    (Target::Cluster(offset), fault.map(|(why, remedy)| Fault { why, new, remedy }))
+    (Target::Cluster(new.0 & OFFSET), fault.map(|(why, remedy)| Fault { why, new, remedy }))
 }
 
 /// The place of the data cannot be.
