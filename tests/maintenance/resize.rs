@@ -85,6 +85,13 @@ fn what_cannot_be() {
     ] {
         place.ends(&format!("resize {arguments}"), code, words);
     }
+    // What is behind the end of the disk in a file of its own may be somebody's.
+    place.qemu_img("create -q -f qcow2 -o data_file=data.raw,data_file_raw=on outside.qcow2 1000448");
+    let mut data = place.bytes("data.raw");
+    data.extend(b"not of the disk");
+    std::fs::write(place.path("data.raw"), &data).unwrap();
+    place.ends("resize --format qcow2 --allow-write data.raw outside.qcow2 +1M", 5, &["a file of its own"]);
+    assert!(place.bytes("data.raw") == data);
     {
         let _user = place.in_use("qcow2", "disk.qcow2", false);
         place.ends("resize --format qcow2 disk.qcow2 5M", 1, &["in use"]);

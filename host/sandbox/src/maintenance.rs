@@ -244,6 +244,14 @@ impl Opener {
         let now = opened.disk.capacity();
         let below = opened.disk.layers().nth(1).map_or(0, |below| below.virtual_size);
         if size > now {
+            // In a file of its own, what lies behind the end of the disk may be somebody's.
+            if let Some(top) = opened.report.layers.first().filter(|top| !top.files.is_empty())
+                && !now.is_multiple_of(u64::from(top.cluster_size_bytes).max(1))
+            {
+                let why = "the disk ends inside of a cluster, and its content is in a file of its own, which may go on \
+                           behind the end";
+                return Err(Error::new(ErrorKind::Unsupported, why).on_image(&*top.image));
+            }
             opened.disk.settle_end()?;
         }
         opened.disk.close()?;
