@@ -306,7 +306,7 @@ impl Disk {
         if flats.is_empty() {
             return Err(Error::new(ErrorKind::Component, format!("no layer says where the bytes at {start} are")));
         }
-        // What was asked for first: of one answer so much is kept and no more, and that could be all of what lies before.
+        // What was asked for first: only so much of one answer is kept, and what lies before could be all of that.
         self.map.insert(&flats, since);
         self.map.insert(&before, since);
         Ok(flats)

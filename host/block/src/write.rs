@@ -118,16 +118,16 @@ impl Disk {
     }
 
     /// Makes the disk larger while it is in use: it has `size` bytes then, and what it gains reads as zero. Waits
-    /// ten seconds for requests in flight, and lets others wait until it is done. Nobody sees the new size before the image
-    /// has it durably. Nothing is done if it has that size.
+    /// ten seconds for requests in flight, and lets others wait until it is done. Nobody sees the new size before
+    /// the image has it durably. Nothing is done if it has that size.
     ///
     /// # Errors
     /// [`Invalid`](ErrorKind::Invalid) if the disk is read-only, would become smaller, or cannot have that size;
     /// [`Unsupported`](ErrorKind::Unsupported) if the layer on top cannot do it, or the disk ends inside of a
-    /// cluster; [`Storage`](ErrorKind::Storage) if requests in flight do not end; what the layer answers. After the last
-    /// of these the disk has its old size, or over a longer layer
-    /// one in between, as its image; whether it can still be used depends on the layer. If nobody knows which size
-    /// the image has durably, the layer is not asked any more.
+    /// cluster; [`Storage`](ErrorKind::Storage) if requests in flight do not end; what the layer answers. After the
+    /// last of these the disk has its old size, or over a longer layer one in between, as its image; whether it can
+    /// still be used depends on the layer. If nobody knows which size the image has durably, the layer is not asked
+    /// any more.
     pub fn grow(&self, size: u64) -> Result<()> {
         self.refuse_read_only()?;
         if !size.is_multiple_of(SECTOR_SIZE) || size > MAX_FILE_OFFSET {
