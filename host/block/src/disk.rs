@@ -307,8 +307,19 @@ impl Disk {
             return Err(Error::new(ErrorKind::Component, format!("no layer says where the bytes at {start} are")));
         }
         // What was asked for first: only so much of one answer is kept, and what lies before could be all of that.
+        let first = flats.first().copied();
+        if let (Some(found), Some(last)) = (flats.first_mut(), before.last()) {
+            // The map has whole sectors: one that the question cut in two is whole again.
+            let mut whole = last.tail(last.start.max(start / SECTOR_SIZE * SECTOR_SIZE));
+            if whole.merge(found) {
+                *found = whole;
+            }
+        }
         self.map.insert(&flats, since);
         self.map.insert(&before, since);
+        if let (Some(found), Some(first)) = (flats.first_mut(), first) {
+            *found = first;
+        }
         Ok(flats)
     }
 
