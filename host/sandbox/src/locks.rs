@@ -37,7 +37,8 @@ const NOT_FOR_OTHERS: [i64; 2] = [WRITE, RESIZE];
 /// Whether image locks are set and respected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum LockMode {
-    /// One writer or many readers; somebody else's contradicting use is an error.
+    /// One writer or many readers; somebody else's contradicting use is an error, unless it ends within a moment: a
+    /// process that is started from this one has its open files, and their locks, until it has become another program.
     #[default]
     Enforce,
     /// As `Enforce`, and whoever uses the image gets some seconds to stop: for a service that is started again
@@ -48,8 +49,9 @@ pub enum LockMode {
     Off,
 }
 
-/// How long [`LockMode::Patient`] waits, and how long between two looks.
+/// How long [`LockMode::Patient`] waits, and [`LockMode::Enforce`], and how long between two looks.
 const PATIENCE: Duration = Duration::from_secs(5);
+const MOMENT: Duration = Duration::from_millis(300);
 const PAUSE: Duration = Duration::from_millis(10);
 
 /// Sets the locks that using the image with `access` means. `Ok(Some(why))` if somebody else's use
@@ -59,10 +61,11 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// # Errors
 /// If the kernel refuses the question. A file system without such locks is no error: there nobody has any.
 pub(crate) fn take(file: &File, access: Access, mode: LockMode) -> io::Result<Option<&'static str>> {
+    let patience = if mode == LockMode::Patient { PATIENCE } else { MOMENT };
     let started = Instant::now();
     loop {
         let contradiction = try_take(file, access)?;
-        if contradiction.is_none() || mode != LockMode::Patient || started.elapsed() >= PATIENCE {
+        if contradiction.is_none() || started.elapsed() >= patience {
             return Ok(contradiction);
         }
         // Who waits for the same must not find these.
@@ -182,6 +185,23 @@ mod tests {
         );
         drop(duplicate);
         assert_eq!(open(image.path(), Access::ReadWrite).1, None);
+    }
+
+    /// Between `fork` and `exec` a child has all files of its parent open, and whoever closes one opens it again at once.
+    #[test]
+    fn a_lock_that_a_child_has_for_a_moment_refuses_nothing() {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        let (writer, none) = open(image.path(), Access::ReadWrite);
+        assert_eq!(none, None);
+        let of_the_child = writer.try_clone().unwrap();
+        drop(writer);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                std::thread::sleep(2 * PAUSE);
+                drop(of_the_child);
+            });
+            assert_eq!(open(image.path(), Access::ReadWrite).1, None);
+        });
     }
 
     #[test]
