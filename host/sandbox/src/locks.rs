@@ -62,15 +62,32 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// If the kernel refuses the question. A file system without such locks is no error: there nobody has any.
 pub(crate) fn take(file: &File, access: Access, mode: LockMode) -> io::Result<Option<&'static str>> {
     let patience = if mode == LockMode::Patient { PATIENCE } else { MOMENT };
+    wait_for(patience, |is_last| {
+        let contradiction = try_take(file, access)?;
+        if contradiction.is_some() && !is_last {
+            // Who waits for the same must not find these.
+            call(file, libc::F_OFD_SETLK, &mut libc::flock { l_len: 0, ..lock(libc::F_UNLCK, 0)? })?;
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        Ok(contradiction)
+    })
+}
+
+/// Tries something again as long as it would block because of another use of a file, which a child of a fork may have
+/// for a moment only.
+pub(crate) fn in_a_moment<T>(mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    wait_for(MOMENT, |_| attempt())
+}
+
+/// `attempt` is told whether it is the last one.
+fn wait_for<T>(patience: Duration, mut attempt: impl FnMut(bool) -> io::Result<T>) -> io::Result<T> {
     let started = Instant::now();
     loop {
-        let contradiction = try_take(file, access)?;
-        if contradiction.is_none() || started.elapsed() >= patience {
-            return Ok(contradiction);
+        let is_last = started.elapsed() >= patience;
+        match attempt(is_last) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && !is_last => std::thread::sleep(PAUSE),
+            result => return result,
         }
-        // Who waits for the same must not find these.
-        call(file, libc::F_OFD_SETLK, &mut libc::flock { l_len: 0, ..lock(libc::F_UNLCK, 0)? })?;
-        std::thread::sleep(PAUSE);
     }
 }
 

@@ -136,7 +136,7 @@ impl Pin {
         let keeper = if has_verity(&file) {
             Keeper::Verity
         } else {
-            match lease::take(&file) {
+            match locks::in_a_moment(|| lease::take(&file)) {
                 Ok(true) => Keeper::Lease,
                 Ok(false) => Keeper::Stamps,
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
@@ -472,8 +472,14 @@ pub(crate) mod tests {
         } else {
             assert_eq!(pin(file.path(), b"hello").unwrap().keeper, Keeper::Stamps);
         }
-        drop(writer);
-        pin(file.path(), b"hello").unwrap();
+        // A child that is started has it for a moment.
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                std::thread::sleep(Duration::from_millis(20));
+                drop(writer);
+            });
+            pin(file.path(), b"hello").unwrap();
+        });
     }
 
     /// The thread looks by itself, and ends.
