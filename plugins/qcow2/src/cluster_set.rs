@@ -28,8 +28,9 @@ impl ClusterSet {
         true
     }
 
-    /// Removes clusters. Where they are in the middle of a run, there are two then.
-    pub(crate) fn remove(&mut self, clusters: Range<u64>) {
+    /// Removes clusters. Where they are in the middle of a run, there are two then; if that would be a run more than
+    /// `most`, the first of the two goes as well.
+    pub(crate) fn remove(&mut self, clusters: Range<u64>, most: usize) {
         while let Some(last) = clusters.end.checked_sub(1)
             && let Some(run) = self.run_up_to(last).filter(|run| run.end > clusters.start && !clusters.is_empty())
         {
@@ -37,7 +38,7 @@ impl ClusterSet {
             if run.end > clusters.end {
                 self.runs.insert(clusters.end, run.end);
             }
-            if run.start < clusters.start {
+            if run.start < clusters.start && self.runs.len() < most {
                 self.runs.insert(run.start, clusters.start);
             }
         }
@@ -85,7 +86,7 @@ mod tests {
             if step % 3 == 0 {
                 let clusters = cluster..cluster + (random >> 60);
                 clusters.clone().for_each(|cluster| _ = list.remove(&cluster));
-                set.remove(clusters);
+                set.remove(clusters, usize::MAX);
             } else {
                 assert!(set.insert(cluster, usize::MAX));
                 list.insert(cluster);
@@ -114,17 +115,21 @@ mod tests {
         assert!(set.insert(40, 3));
         assert_eq!((set.end_of(9), set.end_of(20), set.end_of(21), set.end_of(8)), (Some(21), Some(21), None, None));
         set.fill();
-        assert!(set.take().flatten().eq(9..41));
+        // A hole makes one more of one.
+        set.remove(20..22, 2);
+        set.remove(30..31, 2);
+        set.remove(9..10, 2);
+        assert!(set.take().flatten().eq((10..20).chain(31..41)));
     }
 
     #[test]
     fn nothing_is_nothing() {
         let mut set = ClusterSet::default();
         set.fill();
-        set.remove(0..u64::MAX);
+        set.remove(0..u64::MAX, 1);
         assert!(set.insert(5, 1));
-        set.remove(5..5);
-        set.remove(0..0);
+        set.remove(5..5, 1);
+        set.remove(0..0, 1);
         assert!(set.take().flatten().eq(5..6));
     }
 }

@@ -573,11 +573,17 @@ impl Refcounts {
     /// Lowers the counts that wait for it, after the mapping is durable, and writes them. Adds the clusters
     /// that nothing refers to any more to `free`, also if it fails. No sync: counts that stay too high waste
     /// space, no more.
-    pub(crate) fn release(&mut self, image: &File, free: &mut Vec<u64>) -> Result<()> {
+    ///
+    /// What the image consists of keeps a count: entries for data that name it as well can be more than were counted.
+    pub(crate) fn release(&mut self, image: &File, areas: &Areas, free: &mut Vec<u64>) -> Result<()> {
         while let Some((cluster, times)) = self.freeing.first_key_value().map(|(cluster, times)| (*cluster, *times)) {
             let count = self.get(image, cluster)?;
             // A count that is too low already was wrong before; it is not made wrap around.
-            let left = count.saturating_sub(times);
+            let mut left = count.saturating_sub(times);
+            let offset = cluster.saturating_mul(self.cluster_size());
+            if left == 0 && areas.find(offset, self.cluster_size()).is_some() {
+                left = count.min(1);
+            }
             if count > 0 {
                 self.set(image, cluster, left)?;
             }

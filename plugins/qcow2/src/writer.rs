@@ -258,7 +258,7 @@ impl Writing {
     fn taken(&mut self, parts: &mut Parts<'_>, clusters: Range<u64>) {
         // In use again before the host heard that it was free.
         if !self.external {
-            self.freed.remove(clusters);
+            self.freed.remove(clusters, MAX_FREED);
         }
         parts.map.grow_image(self.refcounts.file_size());
     }
@@ -408,7 +408,7 @@ impl Writing {
         }
         if self.external {
             let first = guest / cluster_size;
-            self.freed.remove(first..first.saturating_add(count));
+            self.freed.remove(first..first.saturating_add(count), MAX_FREED);
         }
         self.reserved.insert(ticket, Reserved { guest, clusters: count, host, kept });
         let length = count.saturating_mul(cluster_size).min(parts.virtual_size.saturating_sub(guest));
@@ -599,7 +599,7 @@ impl Writing {
         }
         // What is free is free, also if it could not be written that it is.
         let mut free = Vec::new();
-        let released = self.refcounts.release(parts.image, &mut free);
+        let released = self.refcounts.release(parts.image, &self.areas, &mut free);
         if self.packing.is_some_and(|next| free.contains(&(next / cluster_size))) {
             self.packing = None;
         }

@@ -111,6 +111,33 @@ fn a_data_cluster_on_metadata_that_is_counted_twice_is_copied() {
     }
 }
 
+/// More entries name metadata than are counted. What they give up is not what the image consists of.
+#[test]
+fn metadata_is_not_freed_by_entries_that_nobody_counted() {
+    for (place, what) in [(1, "refcount table"), (2, "refcount block"), (3, "L1 table")] {
+        let mut image = image();
+        set_count(&mut image, place, 2);
+        let entry = image.cluster(place) | COPIED;
+        image.l2(2, entry).l2(3, entry).l2(4, entry);
+        let storage = Storage::new();
+        storage.insert("/image", image.bytes.clone());
+        let mut disk = storage.disk_with::<Qcow2>("/image", Access::ReadWrite, |_| Ok(())).unwrap();
+        disk.format.begin().unwrap();
+        for number in [2, 3] {
+            let taken = disk.format.prepare(number * CLUSTER, CLUSTER, 1).unwrap();
+            disk.format.commit(&[taken[0].ticket]).unwrap();
+        }
+        // One more than there are counts.
+        let freed = disk.format.flush().unwrap();
+        assert!(freed.is_empty(), "{what}: {freed:?}");
+        // One is counted, and that is the metadata itself.
+        let (bytes, at) = (storage.bytes("/image"), image.at(2) + 2 * place);
+        assert_eq!(bytes[at..at + 2], [0, 1], "{what}");
+        let error = disk.format.prepare(4 * CLUSTER, CLUSTER, 1).unwrap_err();
+        assert!(error.to_string().contains("there is") && error.to_string().contains("marked corrupt"), "{error}");
+    }
+}
+
 /// With extended L2, an entry can have a place and nothing in it.
 #[test]
 fn a_place_without_data_is_taken_if_nobody_else_has_it() {

@@ -107,7 +107,8 @@ fn standard(image: &Image<'_>, entry: u64, bitmap: u64, guest: Option<u64>) -> (
         }
         (Target::Nothing, Some(fault))
     };
-    if let Some(guest) = guest.filter(|guest| image.external && *guest != offset) {
+    let is_there = |guest| guest == offset && (offset != 0 || entry & COPIED != 0);
+    if let Some(guest) = guest.filter(|guest| image.external && !is_there(*guest)) {
         fault = Some((
             "the offset in the external data file is not the offset in the disk",
             "it becomes the offset in the disk",
