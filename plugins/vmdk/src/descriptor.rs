@@ -81,6 +81,8 @@ pub(crate) struct Descriptor {
     pub(crate) content_id: Option<u32>,
     pub(crate) parent_content_id: Option<u32>,
     pub(crate) parent_hint: Option<String>,
+    /// How VirtualBox names a parent, and it does so in no other way. All digits of it are 0 if there is none.
+    pub(crate) parent_uuid: Option<String>,
     /// The lines about parts, as they stand there. A sparse file that is the whole disk has one for itself, with the
     /// name that it once had, in whatever encoding: nobody has to understand that.
     pub(crate) parts: Vec<Vec<u8>>,
@@ -115,6 +117,7 @@ impl Descriptor {
                 b"CID" => keep_first(&mut descriptor.content_id, content_id(line)?),
                 b"parentCID" => keep_first(&mut descriptor.parent_content_id, content_id(line)?),
                 b"parentFileNameHint" => keep_first(&mut descriptor.parent_hint, value(line)?.to_string()),
+                b"ddb.uuid.parent" => keep_first(&mut descriptor.parent_uuid, value(line)?.to_string()),
                 _ if first.starts_with(b"encryption") => {
                     return Err(Error::unsupported("an encrypted VMDK is not read; decrypt the image"));
                 }
@@ -130,6 +133,15 @@ impl Descriptor {
     /// What the lines about parts say.
     pub(crate) fn lines(&self) -> Result<Vec<Line>> {
         self.parts.iter().map(|line| parse_part(utf8(line)?)).collect()
+    }
+
+    /// How long the first part is, in bytes, if it is sparse: what a file that is the whole disk says of itself beside
+    /// its name.
+    pub(crate) fn own_length(&self) -> Option<u64> {
+        let mut words = self.parts.first()?.split(u8::is_ascii_whitespace).filter(|word| !word.is_empty());
+        let (sectors, kind) = (words.nth(1)?, words.next()?);
+        let sectors = core::str::from_utf8(sectors).ok()?.parse().ok().filter(|sectors| *sectors > 0)?;
+        if kind == b"SPARSE" { bytes_of(sectors, "the disk").ok() } else { None }
     }
 }
 

@@ -21,6 +21,8 @@ const FLAG_REDUNDANT: u32 = 1 << 1;
 const FLAG_ZEROED_GRAINS: u32 = 1 << 2;
 const FLAG_COMPRESSED: u32 = 1 << 16;
 const FLAG_MARKERS: u32 = 1 << 17;
+/// Who does not know one of these does not know how to read the image.
+const INCOMPATIBLE_FLAGS: u32 = 0xffff_0000;
 
 /// `gdOffset` of a stream that was written in one go: the real header is the footer.
 const DIRECTORY_AT_END: u64 = u64::MAX;
@@ -111,6 +113,10 @@ impl Header {
             return Err(Error::unsupported(format!("VMDK version {version} (1 to 3 are known)")));
         }
         let flags = u32_at(8)?;
+        let unknown = flags & INCOMPATIBLE_FLAGS & !(FLAG_COMPRESSED | FLAG_MARKERS);
+        if unknown != 0 {
+            return Err(Error::unsupported(format!("the flags {unknown:#x} in the header, which are not known")));
+        }
         if flags & FLAG_LINE_ENDS != 0 && sector.get(73..77) != Some(b"\n \r\n") {
             return Err(Error::corrupt("the line-end test in the header failed: the file was transferred as text"));
         }

@@ -20,6 +20,11 @@
 //! * A part of no sectors or of an unknown type is refused (QEMU leaves it out as well).
 //! * A SPARSE part is as long as its line in the descriptor says (for QEMU as its header says), also if it ends inside
 //!   of a grain: what follows is the next part (QEMU reads on in the grain).
+//! * A file that is the whole disk is as long as its embedded descriptor says, where its header has that rounded up to
+//!   whole grains (QEMU goes by the header).
+//! * A parent that is named by nothing but VirtualBox's `ddb.uuid.parent` is refused (QEMU takes the image for a disk
+//!   without one).
+//! * Unknown flags of features that a reader has to know are refused (QEMU ignores them).
 //! * A part whose file is too short is an error, not zeroes, and so is a grain past the end of its file.
 //! * A parent whose content id does not match is refused when the chain is opened, not at the first read from it.
 //! * A content id is hexadecimal digits and nothing else (QEMU takes a 0x before them).
@@ -61,8 +66,8 @@ pub struct Vmdk {
 /// What `connect` has to do.
 #[derive(Debug)]
 enum Plan {
-    /// The image is the only part.
-    Alone(File, Header),
+    /// The image is the only part, and the disk has so many bytes.
+    Alone(File, Header, u64),
     /// The descriptor names the parts.
     Named(Vec<Line>),
 }
@@ -117,12 +122,13 @@ impl Format for Vmdk {
                 for (name, value) in header_facts(&header) {
                     fact(name, value);
                 }
-                info.virtual_size = header.capacity;
+                info.virtual_size =
+                    descriptor.own_length().filter(|length| is_rounded_up(&header, *length)).unwrap_or(header.capacity);
                 info.cluster_size = u32::try_from(header.grain).unwrap_or(0);
                 if header.unclean {
                     log(Level::Warn, "the image was not closed by the program that wrote it last");
                 }
-                Plan::Alone(image, header)
+                Plan::Alone(image, header, info.virtual_size)
             }
             None => {
                 let lines = descriptor.lines()?;
@@ -142,8 +148,7 @@ impl Format for Vmdk {
 
     fn connect(&mut self) -> Result<Option<File>> {
         match self.plan.take() {
-            Some(Plan::Alone(image, header)) => {
-                let length = header.capacity;
+            Some(Plan::Alone(image, header, length)) => {
                 let source = Source::Sparse(sparse(image, header, 0)?);
                 self.parts.push(Part { start: 0, length, source });
             }
@@ -221,8 +226,7 @@ impl Vmdk {
             return Err(named(Error::corrupt("a SPARSE part without the magic KDMV")));
         }
         let header = Header::read(&file).map_err(named)?;
-        // VMware may round the capacity up to whole grains.
-        if header.capacity < line.length || header.capacity - line.length >= header.grain.max(1) {
+        if !is_rounded_up(&header, line.length) {
             return Err(named(Error::corrupt(format!(
                 "the part is {} bytes in the descriptor and {} bytes in its header",
                 line.length, header.capacity
@@ -252,6 +256,11 @@ impl Vmdk {
             _ => Err(Error::corrupt(about("has no content id to compare, or the image has none for it"))),
         }
     }
+}
+
+/// Whether a capacity is that length, or what VMware and VirtualBox make of it: a multiple of the grain.
+fn is_rounded_up(header: &Header, length: u64) -> bool {
+    header.capacity.checked_sub(length).is_some_and(|more| more < header.grain.max(1))
 }
 
 fn sparse(file: File, header: Header, part: u32) -> Result<Sparse> {
@@ -288,9 +297,20 @@ fn read_descriptor(file: &File) -> Result<(Option<Header>, Option<Descriptor>)> 
 fn parent(descriptor: &Descriptor) -> Result<Option<(String, Option<u32>)>> {
     match (descriptor.parent_hint.as_ref().filter(|hint| !hint.is_empty()), descriptor.parent_content_id) {
         (Some(hint), id) => Ok(Some((hint.clone(), id))),
+        (None, None | Some(NO_PARENT)) if descriptor.parent_uuid.as_ref().is_some_and(|id| !is_nil(id)) => {
+            Err(Error::unsupported(
+                "a differencing image of VirtualBox, which names its parent by a UUID and not by a file, is not read; \
+                 clone it there",
+            ))
+        }
         (None, None | Some(NO_PARENT)) => Ok(None),
         (None, Some(id)) => Err(Error::corrupt(format!("the image has a parent (content id {id:08x}) without a name"))),
     }
+}
+
+/// Whether a UUID says that there is none.
+fn is_nil(uuid: &str) -> bool {
+    uuid.bytes().all(|byte| b"0-".contains(&byte))
 }
 
 fn header_facts(header: &Header) -> Vec<(&'static str, String)> {

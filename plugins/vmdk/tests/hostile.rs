@@ -125,6 +125,7 @@ fn header_fields() {
         ("line ends", poked(73, *b"\n \n\n")),
         ("algorithm", poked(77, 2u16.to_le_bytes())),
         ("flag without algorithm", poked(8, 0x3_0001u32.to_le_bytes())),
+        ("unknown incompatible flag", poked(8, 0x4_0001u32.to_le_bytes())),
     ] {
         let error = result.map(|_| ()).expect_err(name);
         assert!(matches!(error, Error::Corrupt(_) | Error::Unsupported(_)), "{name}: {error:?}");
@@ -296,6 +297,29 @@ fn what_an_embedded_descriptor_says_of_its_own_file_does_not_matter() {
     }
 }
 
+/// VMware and VirtualBox round the capacity up to whole grains, and the line has the size of the disk.
+#[test]
+fn a_capacity_may_be_rounded_up() {
+    for (line, expected) in [
+        ("RW 1279 SPARSE \"caf\u{e9}.vmdk\"", 1279),
+        ("RDONLY  1153\tSPARSE \"self.vmdk\"", 1153),
+        ("RW 1280 SPARSE \"self.vmdk\"", 1280),
+        // These do not say how long it is.
+        ("RW 1152 SPARSE \"self.vmdk\"", 1280),
+        ("RW 1281 SPARSE \"self.vmdk\"", 1280),
+        ("RW 0 SPARSE \"self.vmdk\"", 1280),
+        ("RW 1279 FLAT \"self.vmdk\" 0", 1280),
+        ("RW 1279", 1280),
+    ] {
+        let mut disk = open(embedded(descriptor(&format!("{line}\n")).as_bytes())).unwrap();
+        assert_eq!(disk.info.virtual_size, expected * 512, "{line}");
+        let located = disk.format.locate(9 * GRAIN as u64, 1, 64).unwrap();
+        let end = located.start + located.extents.iter().map(|extent| extent.length).sum::<u64>();
+        assert_eq!(end, expected * 512, "{line}");
+        assert!(disk.format.locate(expected * 512, 1, 1).is_err(), "{line}");
+    }
+}
+
 /// A text has to say that it is a descriptor; a file with the magic and a capacity has said what it is.
 #[test]
 fn a_create_type_is_asked_for_where_the_text_is_the_disk() {
@@ -453,6 +477,20 @@ fn the_content_of_a_parent_is_checked() {
     // What is not read is not damaged.
     let error = chain(child("00000001", "parent"), b"COWD\x01\0\0\0").unwrap_err();
     assert!(matches!(&error, Error::Unsupported(text) if text.contains("\"parent\"") && text.contains("COWD")));
+}
+
+/// It names no file, and what is not in the image would be read as zeroes.
+#[test]
+fn a_parent_that_only_virtualbox_finds_is_refused() {
+    let with = |line: &str| open(descriptor(&format!("RW 8 ZERO\nddb.uuid.parent=\"{line}\"\n")));
+    with("00000000-0000-0000-0000-000000000000").unwrap();
+    for bytes in [
+        descriptor("RW 8 ZERO\nddb.uuid.parent=\"72c44ba8-f0d5-4db2-a0f9-c4d3a5e4cbb5\"\n").into_bytes(),
+        embedded(descriptor("ddb.uuid.parent=\"72c44ba8-f0d5-4db2-a0f9-c4d3a5e4cbb5\"\n").as_bytes()),
+    ] {
+        let error = open(bytes).map(|_| ()).unwrap_err();
+        assert!(matches!(&error, Error::Unsupported(text) if text.contains("VirtualBox")), "{error:?}");
+    }
 }
 
 #[test]
