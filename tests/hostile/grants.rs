@@ -112,11 +112,16 @@ fn a_pinned_base_that_changes_costs_its_overlay_nothing() {
     // A part of a cluster, the rest of which would be the base's.
     let error = disk.write(&[VolatileSlice::from(&mut [5; 512][..])], 393_216).unwrap_err();
     assert!(error.to_string().contains("pinned by sha256"), "{error}");
+    // Nor does an attempt to make it larger.
+    let error = disk.grow(2 * SIZE as u64).unwrap_err();
+    assert!(error.to_string().contains("pinned by sha256"), "{error}");
+    write(0, 5).unwrap();
     disk.flush().unwrap();
     disk.close().unwrap();
     drop((disk, opener));
     let now = open(&top, &Grant::read(&base)).unwrap().disk;
-    for (offset, seed) in [(0, 2), (131_072, 3), (262_144, 4)] {
+    assert_eq!(now.capacity(), SIZE as u64);
+    for (offset, seed) in [(0, 5), (131_072, 3), (262_144, 4)] {
         assert!(read(&now, offset, 65_536).unwrap() == noise(seed, 65_536));
     }
     tally::image_refused();

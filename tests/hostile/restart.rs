@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use blockhouse_sandbox::block::{Access, BlockBackend, Disk, ErrorKind, VolatileSlice};
-use blockhouse_sandbox::{Audit, AuditList, OpenRequest, Opener, Restart, Tally};
+use blockhouse_sandbox::{Audit, AuditList, Grant, Grants, OpenRequest, Opener, Restart, Sha256Digest, Tally};
+use blockhouse_tests::COMMAND_LIMIT;
 
 use crate::library::{read, shared};
 use crate::place::Place;
@@ -25,11 +26,16 @@ struct Subject {
 
 impl Subject {
     fn open(image: &Path, access: Access, attempts: u32) -> Self {
+        Self::with(Grants::new(), image, access, attempts)
+    }
+
+    fn with(grants: Grants, image: &Path, access: Access, attempts: u32) -> Self {
         let now = Arc::new(AtomicU64::new(0));
         let clock = Arc::clone(&now);
         let audit = Arc::new(AuditList::default());
         let tally = Arc::new(Tally::default());
         let opener = Opener::new(&shared().sandbox, shared().formats.clone())
+            .grants(grants)
             .tally(Arc::clone(&tally))
             .audit(Audit::new().with(Arc::clone(&audit) as Arc<_>))
             .restart(Restart { attempts, ..Restart::default() })
@@ -112,6 +118,31 @@ fn packed_extents_that_were_given_out_before_are_unpacked_after() {
     subject.wait(1000);
     subject.reads(PART, &content);
     subject.reads(0, &content);
+    tally::component_stopped();
+}
+
+/// A base that is not what it was pinned as costs what is in it, and not the overlay.
+#[test]
+fn an_overlay_is_started_again_whatever_became_of_its_base() {
+    let place = Place::new();
+    let content = content("a base");
+    let base = place.write("images/base.img", &content);
+    let top = place.write("images/vm/top.img", self::content("backing raw ../base.img 2"));
+    let pinned = Grant { sha256: Some(Sha256Digest::of(&content)), ..Grant::read(&base) };
+    let grants = Grants::new().add(&pinned, &mut |_, _| {}).unwrap();
+    let subject = Subject::with(grants, &top, Access::ReadOnly, 2);
+    subject.reads(0, &content);
+    let writer = std::thread::spawn(move || std::fs::File::options().write(true).open(base).unwrap());
+    let started = std::time::Instant::now();
+    while read(&subject.disk, 0, 512).is_ok() {
+        assert!(started.elapsed() < COMMAND_LIMIT, "the writer was not noticed");
+    }
+    writer.join().unwrap();
+    subject.fails(PART, "the component failed in `locate` and was thrown away");
+    subject.wait(1000);
+    let error = read(&subject.disk, PART, 4096).map(|_| "it was read").unwrap_err();
+    assert!(error.to_string().contains("pinned by sha256"), "{error}");
+    assert_eq!((subject.tally.failures(), subject.tally.restarts()), (1, 1));
     tally::component_stopped();
 }
 

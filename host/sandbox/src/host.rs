@@ -257,7 +257,9 @@ impl State {
         access: Access,
         pin: Option<Arc<Pin>>,
     ) -> wasmtime::Result<Resource<Descriptor>> {
+        // Of what is revoked already nothing is read any more: a component that was started again is none the worse.
         if let Some(pin) = &pin
+            && !pin.is_revoked()
             && !self.pins.iter().any(|known| Arc::ptr_eq(known, pin))
         {
             self.pins.push(Arc::clone(pin));
@@ -384,17 +386,18 @@ impl State {
             grant: None,
             reason: None,
         };
-        let judged = match self.nodes.get(&directory.rep()) {
+        // Who uses the file may be given time to stop.
+        let judged = self.wait(|state| match state.nodes.get(&directory.rep()) {
             Some(Node::Directory(name)) => {
-                let (depth, image) = (self.identity.depth, self.identity.image.as_str());
+                let (depth, image) = (state.identity.depth, state.identity.image.as_str());
                 let request =
-                    policy::Request { depth, image, access: self.access, directory: name, path, open_flags, flags };
-                let held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+                    policy::Request { depth, image, access: state.access, directory: name, path, open_flags, flags };
+                let held = state.held.lock().unwrap_or_else(PoisonError::into_inner);
                 if held.sealed {
-                    policy::open_again(&held, &self.limits, &request)
+                    policy::open_again(&held, &state.limits, &request)
                 } else {
                     drop(held);
-                    policy::open(self.grants.tree(), &self.limits, self.locks, &request)
+                    policy::open(state.grants.tree(), &state.limits, state.locks, &request)
                 }
             }
             Some(Node::File { .. }) | None => Err(policy::Denied {
@@ -403,7 +406,7 @@ impl State {
                 grant: None,
                 reason: "it was opened below something that is not a directory".to_owned(),
             }),
-        };
+        });
         match judged {
             Ok(opened) => {
                 event.path.clone_from(&opened.path);

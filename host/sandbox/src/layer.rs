@@ -19,7 +19,7 @@ use crate::crew::{Crew, Member};
 use crate::direct::refuse_odd_end;
 use crate::host::{SharedFiles, State};
 use crate::instance::Instance;
-use crate::restart::{Backoff, Due, Held, Now, OFF};
+use crate::restart::{Backoff, Due, Held, HeldFile, Now, OFF};
 
 /// Where the tokens of packed extents are remembered for one instance.
 const TOKENS: usize = 4096;
@@ -410,6 +410,12 @@ impl Layer for ComponentLayer {
             let why = "files that the image refers to were not kept for another instance of its component: close the \
                        disk, and change the size of the image";
             return Err(Error::new(ErrorKind::Unsupported, why).on_image(&*self.info.name));
+        }
+        // One that asks for it while it is started would not be started.
+        let revoked = |file: &HeldFile| file.pin.as_ref().and_then(|pin| pin.check().err());
+        if let Some(why) = self.held().files.iter().find_map(revoked) {
+            let why = format!("the size stays what it is, since a file of the image cannot be used any more: {why}");
+            return Err(Error::new(ErrorKind::Storage, why).on_image(&*self.info.name));
         }
         let before = self.current()?;
         if let Some(writer) = &before.writer {

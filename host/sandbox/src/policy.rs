@@ -240,10 +240,7 @@ pub(crate) fn open_again(held: &Held, limits: &Limits, request: &Request<'_>) ->
         let why = "the component was started again, and its first instance did not open it";
         return Err(denied(ErrorCode::NotPermitted, why.to_owned()));
     };
-    if let Some(Err(why)) = found.pin.as_ref().map(|pin| pin.check()) {
-        return Err(denied(ErrorCode::NotPermitted, why));
-    }
-    // The same open file, with its locks.
+    // The same open file, with its locks, and with its pin: of a file that is not what it was nothing can be read.
     let file = found.file.try_clone().map_err(|error| denied(ErrorCode::Io, error.to_string()))?;
     let HeldFile { path, access, grant, pin, .. } = found.clone();
     Ok(Opened { file, path, access, grant, pin })

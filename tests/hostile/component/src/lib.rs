@@ -84,7 +84,7 @@
 //! | `ok` | nothing but the disk |
 //! | `zero SIZE` | a disk of SIZE zero bytes, in one extent |
 //! | `wait OFFSET [trap or lie]` | all is packed, and located in one answer; the first 64 KiB are unpacked when the byte of the image at OFFSET is `!`; the second trap, or are too short |
-//! | `backing FORMAT NAME` | all of the disk is in the backing file NAME of format FORMAT |
+//! | `backing FORMAT NAME [N]` | all of the disk is in the backing file NAME of format FORMAT; from the Nth call of `locate` on it traps |
 //! | `backing-undeclared NAME` | as `backing`, without a format |
 //! | `backing-self FORMAT` | returns the image itself as its backing file: a chain without end |
 //! | `open PATH...` | `connect` opens each path as a format does, and reports |
@@ -288,6 +288,11 @@ impl Format for Hostile {
 
     fn locate(&mut self, offset: u64, _length: u64, max_extents: u32) -> Result<Located> {
         self.act(Stage::Locate)?;
+        if self.behaviour.name == "backing"
+            && self.calls.get(Stage::Locate as usize) >= Some(&self.behaviour.number(2, u64::MAX)?)
+        {
+            actions::trap();
+        }
         let mut truth = self.truth(offset)?;
         if self.behaviour.name == "wait" {
             truth.extents = self.packed_from(truth.start).take(usize::try_from(max_extents).unwrap_or(0)).collect();
