@@ -33,7 +33,7 @@ impl Handler {
     pub(crate) fn new(device: Arc<BlockDevice>, name: String, owner: u64) -> Self {
         device.reset();
         device.watch_unflushed(None);
-        let rings = (0..device.queues()).map(Ring::new).collect();
+        let rings = Ring::all(device.queues());
         let memory = MemoryMap::default();
         let common = Common { device, memory, inflight: None, features: None, writeback: None, name, owner };
         Self { common, rings }

@@ -4,11 +4,13 @@
 //! All of them were sent by the front end, which keeps the other end and may do anything with it. Nothing
 //! here waits for it: a signal that does not fit is dropped, as one is there already. That it does not fit can be
 //! seen, but not together with the write; so a front end can make the worker of its queue wait, with the requests that
-//! it has in flight. Who stops the worker makes room ([`release`](Notifier::release)); who needs the disk alone waits
-//! for a while and no longer.
+//! it has in flight, and with it the worker of a queue whose requests wait for one of those. Who stops a worker makes
+//! room in the lines of all queues ([`release`](Notifier::release)); who needs the disk alone waits for a while and no
+//! longer.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
+use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -82,8 +84,8 @@ pub(crate) fn check_eventfd(fd: &File) -> Result<()> {
     Ok(())
 }
 
-/// How a worker reaches the front end of its queue. The lines may change while it runs: a front end
-/// exchanges them when its guest masks an interrupt.
+/// The lines of one queue. They may change while its worker runs: a front end exchanges them when its guest masks an
+/// interrupt.
 #[derive(Default)]
 pub(crate) struct Lines {
     call: Exchangeable,
@@ -138,6 +140,13 @@ impl Lines {
         Ok(())
     }
 
+    /// As at the beginning.
+    pub(crate) fn reset(&self) {
+        self.call.set(None);
+        self.err.set(None);
+        self.mend();
+    }
+
     /// Whether a worker gave up.
     pub(crate) fn is_broken(&self) -> bool {
         self.broken.load(Ordering::Acquire)
@@ -149,19 +158,45 @@ impl Lines {
     }
 }
 
-impl Notifier for Lines {
+/// How a worker reaches the front end of its queue, and who waits for it the lines of all.
+#[derive(Clone)]
+pub(crate) struct OfQueue {
+    own: Arc<Lines>,
+    all: Arc<[Arc<Lines>]>,
+}
+
+impl OfQueue {
+    /// For each of so many queues.
+    pub(crate) fn new(queues: u16) -> impl Iterator<Item = Self> {
+        let all: Arc<[Arc<Lines>]> = (0..queues).map(|_| Arc::default()).collect();
+        (0..all.len()).filter_map(move |index| Some(Self { own: Arc::clone(all.get(index)?), all: Arc::clone(&all) }))
+    }
+}
+
+impl Deref for OfQueue {
+    type Target = Lines;
+
+    fn deref(&self) -> &Lines {
+        &self.own
+    }
+}
+
+impl Notifier for OfQueue {
     fn used(&self) {
-        self.call.signal();
+        self.own.call.signal();
     }
 
     fn broken(&self) {
-        self.broken.store(true, Ordering::Release);
-        self.err.signal();
+        self.own.broken.store(true, Ordering::Release);
+        self.own.err.signal();
     }
 
+    /// A line with room is left as it is: nobody is held up by that.
     fn release(&self) {
-        self.call.release();
-        self.err.release();
+        for lines in &*self.all {
+            lines.call.release();
+            lines.err.release();
+        }
     }
 }
 
@@ -227,11 +262,39 @@ mod tests {
         u64::from_ne_bytes(bytes)
     }
 
+    fn lines() -> OfQueue {
+        OfQueue::new(1).next().unwrap()
+    }
+
+    /// A request of one queue can wait for one of another, whose worker is the one that is held up.
+    #[test]
+    fn who_waits_for_one_queue_makes_room_for_all() {
+        let [first, second]: [_; 2] = OfQueue::new(2).collect::<Vec<_>>().try_into().ok().unwrap();
+        let theirs = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        second.set_call(Some(theirs.try_clone().unwrap().into())).unwrap();
+        second.used();
+        first.release();
+        second.used();
+        assert_eq!(value(&theirs), 2, "a line with room stays open");
+        rustix::io::write(&theirs, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        rustix::fs::fcntl_setfl(&theirs, OFlags::empty()).unwrap();
+        let (held_up, went_on) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            second.used();
+            held_up.send(())
+        });
+        let started = std::time::Instant::now();
+        while went_on.recv_timeout(std::time::Duration::from_millis(10)).is_err() {
+            assert!(started.elapsed() < std::time::Duration::from_secs(60), "it is held up");
+            first.release();
+        }
+    }
+
     #[test]
     fn signals_arrive_and_a_full_line_stops_nobody() {
         for flags in [EventfdFlags::empty(), EventfdFlags::NONBLOCK] {
             let theirs = eventfd(0, flags).unwrap();
-            let lines = Lines::default();
+            let lines = lines();
             lines.used();
             lines.set_call(Some(theirs.try_clone().unwrap().into())).unwrap();
             lines.used();
@@ -250,7 +313,7 @@ mod tests {
     #[test]
     fn a_broken_queue_is_signalled_and_remembered() {
         let theirs = eventfd(0, EventfdFlags::NONBLOCK).unwrap();
-        let lines = Lines::default();
+        let lines = lines();
         lines.set_err(Some(theirs.try_clone().unwrap().into())).unwrap();
         assert!(!lines.is_broken());
         lines.broken();

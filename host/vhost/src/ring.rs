@@ -19,7 +19,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 
 use crate::inflight::InFlightMemory;
-use crate::lines::{Lines, check_eventfd};
+use crate::lines::{OfQueue, check_eventfd};
 use crate::memory::MemoryMap;
 use crate::refusal::{Refusal, Result, refuse};
 
@@ -98,28 +98,25 @@ pub(crate) struct Ring {
     next_avail: u16,
     kick: Option<File>,
     enabled: bool,
-    lines: Arc<Lines>,
+    lines: OfQueue,
     worker: Option<Worker>,
 }
 
 impl Ring {
-    pub(crate) fn new(index: u16) -> Self {
-        Self {
-            index,
-            size: 0,
-            addresses: None,
-            next_avail: 0,
-            kick: None,
-            enabled: false,
-            lines: Arc::default(),
-            worker: None,
-        }
+    /// One of each queue of a device.
+    pub(crate) fn all(queues: u16) -> Vec<Self> {
+        (0..queues).zip(OfQueue::new(queues)).map(|(index, lines)| Self::new(index, lines)).collect()
+    }
+
+    fn new(index: u16, lines: OfQueue) -> Self {
+        Self { index, size: 0, addresses: None, next_avail: 0, kick: None, enabled: false, lines, worker: None }
     }
 
     /// The state of the beginning.
     pub(crate) fn reset(&mut self) {
         self.stop();
-        *self = Self::new(self.index);
+        self.lines.reset();
+        *self = Self::new(self.index, self.lines.clone());
     }
 
     pub(crate) fn set_size(&mut self, size: u32) -> Result<()> {
@@ -252,7 +249,7 @@ impl Ring {
         }
         let name = format!("{}-queue{}", common.name, self.index);
         let kick = kick.try_clone().map_err(Refusal::because)?;
-        let worker = Worker::start(name, queue, Arc::clone(memory), kick, self.lines.clone())
+        let worker = Worker::start(name, queue, Arc::clone(memory), kick, Arc::new(self.lines.clone()))
             .map_err(|error| Refusal::because(error).about(&"cannot start a thread for a queue"))?;
         // Whoever served the ring before may have ended between an answer and the interrupt for it.
         worker.tell();

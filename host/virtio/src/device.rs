@@ -255,10 +255,13 @@ impl BlockDevice {
     pub fn watch_unflushed(self: &Arc<Self>, watch: Option<UnflushedWatch>) {
         let device = Arc::downgrade(self);
         self.backend.watch_unflushed(watch.map(|watch| -> UnflushedWatch {
+            // What is said at once is of before, however that was written.
+            let of_before = AtomicBool::new(true);
             Arc::new(move |unflushed| {
+                let of_before = of_before.swap(false, Ordering::Relaxed);
                 // What is written through is not answered before it is flushed. That says nothing of what was before.
                 let through = |device: Arc<Self>| device.writes_through(device.accepted.load(Ordering::Acquire));
-                if !(unflushed && device.upgrade().is_some_and(through)) {
+                if of_before || !(unflushed && device.upgrade().is_some_and(through)) {
                     watch(unflushed);
                 }
             })
@@ -413,13 +416,19 @@ mod tests {
         let device = Arc::new(BlockDevice::new(Arc::clone(&disk) as _, &BlockDeviceOptions::default()));
         let heard = Arc::new(std::sync::Mutex::new(Vec::new()));
         let watch = Arc::clone(&heard);
-        device.watch_unflushed(Some(Arc::new(move |unflushed| watch.lock().unwrap().push(unflushed))));
+        let watch: UnflushedWatch = Arc::new(move |unflushed| watch.lock().unwrap().push(unflushed));
+        device.watch_unflushed(Some(Arc::clone(&watch)));
+        let said = || std::mem::take(&mut *heard.lock().unwrap());
         let hears = |unflushed| {
             disk.note_unflushed(unflushed);
-            std::mem::take(&mut *heard.lock().unwrap())
+            said()
         };
         // A driver that cannot flush yet.
-        assert_eq!((hears(true), hears(false)), (vec![], vec![false]));
+        assert_eq!((said(), hears(true), hears(false)), (vec![false], vec![], vec![false]));
+        // Nor could the one that wrote this, which another one did that could.
+        disk.note_unflushed(true);
+        device.watch_unflushed(Some(watch));
+        assert_eq!((said(), hears(true), hears(false)), (vec![true], vec![], vec![false]));
         device.accept_features(device.features());
         assert_eq!((hears(true), hears(true), hears(false)), (vec![true], vec![true], vec![false]));
         device.set_writeback(false);

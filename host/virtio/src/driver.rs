@@ -26,9 +26,9 @@ pub(crate) struct MemoryDisk {
     watch: Mutex<Watch>,
 }
 
-/// Who hears what is not flushed.
+/// Who hears whether something is not flushed, and whether something is.
 #[derive(Default)]
-struct Watch(Option<UnflushedWatch>);
+struct Watch(Option<UnflushedWatch>, bool);
 
 impl fmt::Debug for Watch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -69,7 +69,9 @@ impl MemoryDisk {
 
     /// Says whether something is not flushed, to whoever hears it.
     pub(crate) fn note_unflushed(&self, unflushed: bool) {
-        if let Some(watch) = &self.watch.lock().unwrap().0 {
+        let mut watch = self.watch.lock().unwrap();
+        watch.1 = unflushed;
+        if let Some(watch) = &watch.0 {
             watch(unflushed);
         }
     }
@@ -152,7 +154,11 @@ impl BlockBackend for MemoryDisk {
     }
 
     fn watch_unflushed(&self, watch: Option<UnflushedWatch>) {
-        self.watch.lock().unwrap().0 = watch;
+        let mut watched = self.watch.lock().unwrap();
+        watched.0 = watch;
+        if let Some(watch) = &watched.0 {
+            watch(watched.1);
+        }
     }
 
     fn lane(self: Arc<Self>) -> Result<Box<dyn Lane>> {
