@@ -24,8 +24,9 @@ fn draw(seed: u64, limit: u64) -> u64 {
 /// Runs a command that tells its progress, and kills it some time after it has told that many lines. True
 /// if it was killed, and not done before.
 fn killed_after_lines(place: &Place, arguments: &str, lines: u64, then: Duration) -> bool {
-    let mut child = place.command(arguments).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut child = place.command(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut told = BufReader::new(child.stdout.take().unwrap()).lines();
+    let mut errors = child.stderr.take().unwrap();
     for _ in 0..lines {
         if told.next().is_none() {
             break;
@@ -35,6 +36,8 @@ fn killed_after_lines(place: &Place, arguments: &str, lines: u64, then: Duration
     child.kill().unwrap();
     // Until the pipe is empty: a command that waits for its reader is not killed where it was meant to be.
     let status = child.wait().unwrap();
+    // The process that gives names has it as well, and may have been told to just before.
+    std::io::copy(&mut errors, &mut std::io::sink()).unwrap();
     assert!(status.code().is_none_or(|code| code == 0), "{arguments}: {status}");
     status.code().is_none()
 }

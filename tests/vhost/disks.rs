@@ -110,7 +110,8 @@ fn queues_are_served_side_by_side() {
             }
         }
         let threads = std::fs::read_dir(format!("/proc/{}/task", serve.id())).unwrap();
-        let names = threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("comm")).unwrap());
+        // One that had nothing to do may end meanwhile.
+        let names = threads.filter_map(|thread| std::fs::read_to_string(thread.unwrap().path().join("comm")).ok());
         assert_eq!(names.filter(|name| name.starts_with("disk0-queue")).count(), 4);
         drop(client);
         serve.terminate();

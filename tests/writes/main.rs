@@ -276,7 +276,10 @@ fn direct_io_is_refused_where_clusters_share_pages() {
 #[test]
 fn direct_io_is_refused_where_a_raw_image_ends_inside_of_a_block() {
     let place = Place::new();
-    let directory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let Ok(directory) = tempfile::tempdir_in("/dev/shm") else {
+        skip("/dev/shm is missing");
+        return;
+    };
     let image = directory.path().join("disk.raw");
     let opener = place.opener.clone().direct(true);
     let open = || opener.open(&OpenRequest { access: Access::ReadWrite, ..OpenRequest::new(image.clone(), "raw") });
