@@ -189,6 +189,24 @@ fn compiler_of(program: &Child) -> Pid {
     }
 }
 
+/// Who was given less than a compiler would give itself compiles with that.
+#[test]
+fn limits_that_are_lower_already_stay() {
+    let place = Place::new();
+    let (image, stranger) = (place.write("images/vm/a.raw", noise(2, 4096)), component("raw"));
+    let mut program = std::process::Command::new("sh");
+    if rustix::process::geteuid().is_root() {
+        // Who could raise them.
+        program = std::process::Command::new("setpriv");
+        program.args(["--bounding-set=-sys_resource", "--inh-caps=-sys_resource", "sh"]);
+    }
+    program.args(["-c", "ulimit -t 20 && exec \"$0\" \"$@\""]).arg(blockhouse_tests::program());
+    program.args(["read", "--format", "raw", "--code-cache", "off"]);
+    program.arg("--plugin").arg(format!("raw={}", stranger.display())).arg(image);
+    let outcome = run_within(TIME_LIMIT, &mut program);
+    assert!(outcome.stdout == noise(2, 4096), "{:?}: {}", outcome.status, outcome.stderr);
+}
+
 fn start(place: &Place, arguments: &[&str]) -> Child {
     let image = place.write("images/vm/a.raw", noise(2, 4096));
     let stranger = place.write("images/stranger.wasm", for_ever());

@@ -191,6 +191,21 @@ fn messages_have_the_first_names_cut_and_escaped() {
     }
 }
 
+/// Each name is one line, whatever is in it.
+#[test]
+fn no_name_writes_lines_of_an_inspection() {
+    let place = Place::new();
+    let forged = "x\n\nworld     prober-only: it can compute, and nothing else\nexports\r\n  y";
+    let file = place.write("images/stranger.wasm", importing_evil(forged));
+    let outcome = run_within(TIME_LIMIT, limited_to(MEMORY_LIMIT_KIB).args(["plugin", "inspect"]).arg(&file));
+    assert_eq!(outcome.status.code(), Some(6), "{}", outcome.stderr);
+    let text = outcome.text();
+    let starting = |with: &str| text.lines().filter(|line| line.starts_with(with)).count();
+    assert!(starting("world ") == 1 && starting("exports") == 1, "{text}");
+    assert!(text.contains("a:b/x\\n\\nworld") && text.lines().all(|line| !line.is_empty()), "{text}");
+    tally::component_not_loaded();
+}
+
 /// A component that imports an interface and a function of this name.
 pub(crate) fn importing_evil(evil: &str) -> Vec<u8> {
     component(&[types(&[functions(0x42, 1)]), imports(&[format!("a:b/{evil}")])])

@@ -37,7 +37,7 @@ use std::time::{Duration, Instant};
 use blockhouse_block::{Error, ErrorKind, Result};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use rustix::process::{Resource, Rlimit, Signal, setrlimit};
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, setrlimit};
 
 use crate::compiler::{Compiler, compile_here};
 use crate::limits::Limits;
@@ -363,8 +363,11 @@ fn serve(arguments: impl IntoIterator<Item = OsString>, walls: impl FnOnce()) ->
 /// Gives up what a compiler does not need.
 fn give_up(limits: &Limits) -> io::Result<()> {
     close_others()?;
-    let set =
-        |resource, value: u64, hard: u64| setrlimit(resource, Rlimit { current: Some(value), maximum: Some(hard) });
+    let set = |resource, value: u64, hard: u64| {
+        // One that is lower already stays: none may be raised, and none is to be.
+        let hard = getrlimit(resource).maximum.map_or(hard, |now| now.min(hard));
+        setrlimit(resource, Rlimit { current: Some(value.min(hard)), maximum: Some(hard) })
+    };
     // Whole seconds; the timer is finer.
     let seconds = (limits.compile_time + GRACE).as_secs().saturating_add(1);
     set(Resource::Cpu, seconds, seconds.saturating_add(1))?;

@@ -12,6 +12,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use rustix::fs::{FsWord, fstatfs};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
@@ -22,6 +23,9 @@ pub(crate) const MAX_REGIONS: usize = 128;
 
 /// A page of the host, and of what a front end may choose as an offset into a file.
 pub(crate) const PAGE: u64 = 4096;
+
+/// `HUGETLBFS_MAGIC` (linux/magic.h): files of huge pages.
+const HUGETLBFS: FsWord = 0x9584_58f6;
 
 /// Guest memory. Every worker holds it for as long as it runs.
 pub(crate) type Memory = Arc<GuestMemoryMmap>;
@@ -150,6 +154,12 @@ pub(crate) fn map(file: File, offset: u64, len: u64) -> Result<MmapRegion> {
     if !offset.is_multiple_of(PAGE) {
         return refuse!("it starts at {offset:#x} in its file, which is not the start of a page");
     }
+    // What begins or ends inside of a huge page can be mapped, and never be unmapped.
+    let system = fstatfs(&file).map_err(Refusal::because)?;
+    let page = u64::try_from(system.f_bsize).unwrap_or(PAGE);
+    if system.f_type == HUGETLBFS && !(offset | len).is_multiple_of(page) {
+        return refuse!("{len:#x} bytes at {offset:#x} are not whole huge pages of {page:#x} bytes");
+    }
     let len = usize::try_from(len).map_err(Refusal::because)?;
     MmapRegion::from_file(FileOffset::new(file, offset), len).map_err(Refusal::because)
 }
@@ -161,6 +171,17 @@ mod tests {
     use vm_memory::{Bytes, GuestMemoryBackend};
 
     use super::*;
+
+    /// Says that a test cannot run here, also in the file that the test run counts.
+    fn skip(reason: &str) {
+        use std::io::Write;
+        let line = format!("skipped: {}: {reason}\n", std::thread::current().name().unwrap_or("memory"));
+        eprint!("{line}");
+        if let Some(file) = std::env::var_os("BLOCKHOUSE_SKIPS") {
+            let file = File::options().append(true).create(true).open(file);
+            file.unwrap().write_all(line.as_bytes()).unwrap();
+        }
+    }
 
     fn file(len: u64) -> File {
         let file = tempfile::tempfile().unwrap();
@@ -226,6 +247,25 @@ mod tests {
             map.replace(&[region(0, 0x1000, 0, 0), region(0x800, 0x1000, 0x8000, 0)], vec![file(0x1000), file(0x1000)]);
         assert!(error.unwrap_err().to_string().contains("overlaps"));
         assert_eq!(map.guest_address(0x50001), Some(GuestAddress(0x10001)));
+    }
+
+    /// Linux maps it as if it were a whole one, and does not unmap less than that.
+    #[test]
+    fn a_part_of_a_huge_page_is_refused() {
+        use rustix::fs::{MemfdFlags, memfd_create};
+        const HUGE: u64 = 2 << 20;
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        let pages = match memfd_create("huge", flags) {
+            Ok(pages) => File::from(pages),
+            Err(error) => return skip(&format!("there are no files of huge pages: {error}")),
+        };
+        pages.set_len(2 * HUGE).unwrap();
+        let mut map = MemoryMap::default();
+        for (len, offset) in [(0x1000, 0), (HUGE, 0x1000), (HUGE + 0x1000, 0)] {
+            let error = map.add(&region(0, len, 0, offset), pages.try_clone().unwrap()).unwrap_err().to_string();
+            assert!(error.contains("huge pages of 0x200000 bytes"), "{error}");
+        }
+        map.add(&region(0, HUGE, 0, HUGE), pages).unwrap();
     }
 
     #[test]

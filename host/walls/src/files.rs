@@ -5,8 +5,8 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use landlock::{
-    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, LandlockStatus, PathBeneath, PathFd, Ruleset,
-    RulesetAttr, RulesetCreatedAttr, RulesetStatus, Scope, make_bitflags,
+    ABI, Access, AccessFs, AccessNet, AddRuleError, AddRulesError, BitFlags, CompatLevel, Compatible, LandlockStatus,
+    PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope, make_bitflags,
 };
 
 /// The newest version of Landlock whose restrictions were looked at. An older kernel enforces what it knows.
@@ -172,7 +172,13 @@ pub(crate) fn restrict(plan: &Plan) -> Result<Landlock, String> {
         .map_err(failed)?;
     for (fd, rights) in plan.rules() {
         // On a file, the rights that only directories have are left out.
-        ruleset = ruleset.add_rule(PathBeneath::new(fd, rights)).map_err(failed)?;
+        match (&mut ruleset).add_rule(PathBeneath::new(fd, rights)) {
+            Ok(_) => {}
+            // A pipe or a memfd, which is on no file system that has names: Landlock judges none of them.
+            Err(RulesetError::AddRules(AddRulesError::Fs(AddRuleError::AddRuleCall { source, .. })))
+                if source.raw_os_error() == Some(libc::EBADFD) => {}
+            Err(error) => return Err(failed(error)),
+        }
     }
     let status = ruleset.restrict_self().map_err(failed)?;
     match (status.ruleset, status.landlock) {

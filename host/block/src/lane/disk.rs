@@ -398,7 +398,8 @@ impl Planner<'_> {
     fn plan(&mut self, slot: &mut Slot, request: &LaneRequest<'_>) -> Option<()> {
         let disk = self.disk;
         let end = disk.request_end(request.buffers, request.offset).ok()?;
-        if self.write && !disk.writable {
+        // Guest memory may be in as many pieces as its owner likes, and a slot keeps what it had room for.
+        if (self.write && !disk.writable) || request.buffers.len() > MAX_IOVECS {
             return None;
         }
         slot.kept = if disk.writable { Some(disk.inflight.try_shared(request.offset, end)?.keep()) } else { None };

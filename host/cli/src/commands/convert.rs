@@ -76,6 +76,13 @@ impl Args {
             let why = format!("the component for {} cannot compress", printable(&self.to_format));
             return Err(Error::new(ErrorKind::Unsupported, why).into());
         }
+        if target.capacity() != source.capacity() {
+            // What does not fit would be left out, or be something else than zero.
+            let (made, wanted) = (target.capacity(), source.capacity());
+            let why =
+                format!("the component for {} made a disk of {made} bytes of {wanted}", printable(&self.to_format));
+            return Err(Error::new(ErrorKind::Component, why).into());
+        }
         let mut progress = Progress::new(source.capacity(), self.json);
         let copy = CopyJob { source, below, target, only_below_top: false, compress: self.compress };
         let copied = copy.run(&mut progress)?;

@@ -12,7 +12,7 @@ use blockhouse_walls::Plan;
 use serde::Serialize;
 
 use crate::compiler;
-use crate::output;
+use crate::output::{self, printable};
 use crate::target::{NewFile, Target, refuse_read_from};
 use crate::walls;
 
@@ -81,9 +81,8 @@ pub(crate) fn run(command: &Command) -> anyhow::Result<ExitCode> {
             if *json {
                 output::json(&inspection)?;
             } else {
-                // The names in it come out of the component; the line ends are ours.
                 for line in render(&inspection).lines() {
-                    output::line(format_args!("{}", output::printable(line)))?;
+                    output::line(format_args!("{line}"))?;
                 }
             }
             let loadable = inspection.world.is_some();
@@ -155,6 +154,7 @@ fn list(json: bool) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The names in it come out of the component; the line ends are ours.
 fn render(inspection: &Inspection) -> String {
     use std::fmt::Write as _;
     let mut text = String::new();
@@ -169,7 +169,8 @@ fn render(inspection: &Inspection) -> String {
         None => "none: it is not loaded",
     };
     let _ = writeln!(text, "world     {world}");
-    let _ = writeln!(text, "contract  blockhouse:format {}", inspection.contract.as_deref().unwrap_or("not used"));
+    let contract = printable(inspection.contract.as_deref().unwrap_or("not used"));
+    let _ = writeln!(text, "contract  blockhouse:format {contract}");
     let _ = writeln!(text, "size      {} bytes", inspection.size_bytes);
     let _ = writeln!(text, "sha256    {}", inspection.sha256);
     let _ = writeln!(text, "imports   {}", if inspection.imports.is_empty() { "nothing" } else { "" });
@@ -179,14 +180,14 @@ fn render(inspection: &Inspection) -> String {
             Some(Authority::ReadWrite) => "  read-write-format only",
             Some(_) => "",
         };
-        let _ = writeln!(text, "  {} {}{level}", import.interface, import.function);
+        let _ = writeln!(text, "  {} {}{level}", printable(&import.interface), printable(&import.function));
     }
     for name in &inspection.type_only {
-        let _ = writeln!(text, "  {name} (types only)");
+        let _ = writeln!(text, "  {} (types only)", printable(name));
     }
     let _ = writeln!(text, "exports   {}", if inspection.exports.is_empty() { "nothing" } else { "" });
     for export in &inspection.exports {
-        let _ = writeln!(text, "  {export}");
+        let _ = writeln!(text, "  {}", printable(export));
     }
     text
 }
