@@ -9,6 +9,8 @@ use blockhouse_tests::serve::Serve;
 use blockhouse_tests::{blockhouse, noise, qemu_img, run, scratch, skip};
 
 use blockhouse_tests::client::{BUFFER, Client, Request};
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
 
 const SIZE: usize = 8 << 20;
 
@@ -196,4 +198,27 @@ fn direct_io_works_behind_the_walls() {
     assert_eq!(client.read((1 << 20) + 1024, 4096).unwrap(), bytes[1024..5120]);
     drop(client);
     serve.terminate();
+}
+
+/// What is offered fits the queue that a machine gives the disk. cloud-hypervisor asked for config space where virtio-mmio
+/// has it.
+#[test]
+fn config_space_says_what_a_queue_has_room_for_wherever_it_is_asked_for() {
+    let directory = scratch();
+    let (image, socket) = (directory.path().join("disk.raw"), directory.path().join("socket"));
+    std::fs::write(&image, noise(1, SIZE)).unwrap();
+    for (more, seg_max) in [("", 126_u32), (",queue-size=256", 254), (",queue-size=1024", 1022)] {
+        let serve = Serve::disk(&socket, &format!("file={},format=raw{more}", image.display()));
+        let mut frontend = crate::frontend::negotiate(&socket);
+        let mut config = |offset| {
+            let flags = VhostUserConfigFlags::WRITABLE;
+            frontend.get_config(offset, 60, flags, &[0; 60]).unwrap().1
+        };
+        let (here, there) = (config(0), config(0x100));
+        assert_eq!(here[..8], (SIZE as u64 / 512).to_le_bytes());
+        assert_eq!(here[12..16], seg_max.to_le_bytes(), "{more}");
+        assert_eq!(there, here);
+        drop(frontend);
+        serve.terminate();
+    }
 }

@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use blockhouse_block::Engine;
-use blockhouse_vhost::{CacheMode, DEFAULT_POLL, MAX_POLL, MAX_QUEUES, Rate, RateLimits};
+use blockhouse_vhost::{
+    CacheMode, DEFAULT_POLL, DEFAULT_QUEUE_SIZE, MAX_POLL, MAX_QUEUE_SIZE, MAX_QUEUES, Rate, RateLimits,
+};
 
 use super::size::{NOT_A_SIZE, parse_size};
 
@@ -45,6 +47,8 @@ pub(crate) struct DiskArg {
     pub(crate) poll: Duration,
     /// Queues that the device has.
     pub(crate) queues: u16,
+    /// Descriptors that each has.
+    pub(crate) queue_size: u16,
     /// Requests in a second.
     pub(crate) iops: Option<u64>,
     /// Requests at once.
@@ -76,6 +80,7 @@ impl Default for DiskArg {
             map: None,
             poll: DEFAULT_POLL,
             queues: 1,
+            queue_size: DEFAULT_QUEUE_SIZE,
             iops: None,
             iops_burst: None,
             bps: None,
@@ -270,6 +275,21 @@ const KEYS: &[Key] = &[
         set: |disk, value| {
             let number = value.parse().ok().filter(|number| (1..=MAX_QUEUES).contains(number));
             disk.queues = number.ok_or_else(|| format!(" is not a number from 1 to {MAX_QUEUES}"))?;
+            Ok(())
+        },
+        ..KEY
+    },
+    Key {
+        name: "queue-size",
+        value: "N",
+        help: "descriptors of a queue (default 128, as in QEMU): what queue-size= of the machine says, for requests \
+               of more pieces",
+        only: Some((User::Serve, "is for `blockhouse serve`: here the queue has 256")),
+        set: |disk, value| {
+            let number = value.parse().ok();
+            let number =
+                number.filter(|number: &u16| (4..=MAX_QUEUE_SIZE).contains(number) && number.is_power_of_two());
+            disk.queue_size = number.ok_or_else(|| format!(" is not a power of two from 4 to {MAX_QUEUE_SIZE}"))?;
             Ok(())
         },
         ..KEY

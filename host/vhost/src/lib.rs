@@ -59,4 +59,5 @@ pub use blockhouse_virtio::{
 };
 pub use error::{Error, Result};
 pub use listener::{Listener, SocketIdentity, remove_socket};
-pub use server::{Handle, Server};
+pub use ring::MAX_SIZE as MAX_QUEUE_SIZE;
+pub use server::{DEFAULT_QUEUE_SIZE, Handle, Server};

@@ -24,7 +24,7 @@ use crate::memory::MemoryMap;
 use crate::refusal::{Refusal, Result, refuse};
 
 /// The largest queue, in descriptors: what QEMU can have.
-pub(crate) const MAX_SIZE: u16 = 1024;
+pub const MAX_SIZE: u16 = 1024;
 
 /// Where the three parts of a ring are, in the front end's addresses.
 #[derive(Clone, Copy, Debug)]

@@ -23,6 +23,10 @@ use crate::session;
 /// How long to wait before another try, if there is no file descriptor or thread left for a front end.
 const PAUSE: Duration = Duration::from_millis(200);
 
+/// The descriptors of a queue, if nobody says how many: what QEMU and cloud-hypervisor give a disk then. A front end
+/// shows its guest what the device said before it says how many there are.
+pub const DEFAULT_QUEUE_SIZE: u16 = 128;
+
 /// Serves one disk at one socket.
 pub struct Server {
     listener: Listener,
@@ -92,7 +96,8 @@ impl Shared {
 }
 
 impl Server {
-    /// A server for `backend`. `name` stands for the disk in the log and in the names of threads.
+    /// A server for `backend`. Without a [`queue_size`](BlockDeviceOptions::queue_size) in the options it is
+    /// [`DEFAULT_QUEUE_SIZE`]. `name` stands for the disk in the log and in the names of threads.
     ///
     /// # Errors
     /// [`Error::Host`] if the system has no file descriptor left.
@@ -105,7 +110,9 @@ impl Server {
         let wake = wake_event().map_err(|source| Error::Host { what: "create an eventfd", source })?;
         let shared =
             Shared { stop: AtomicBool::new(false), wake, session: Mutex::default(), news: NewsChannel::default() };
-        let device = Arc::new(BlockDevice::new(Arc::clone(&backend), options));
+        let queue_size = options.queue_size.or(Some(DEFAULT_QUEUE_SIZE));
+        let device = BlockDevice::new(Arc::clone(&backend), &BlockDeviceOptions { queue_size, ..options.clone() });
+        let device = Arc::new(device);
         let flushes = !options.read_only && backend.is_writable() && options.cache != CacheMode::Unsafe;
         let owner = RandomState::new().hash_one(std::process::id());
         Ok(Self { listener, backend, device, flushes, name, owner, shared: Arc::new(shared) })

@@ -39,11 +39,6 @@ pub const MAX_POLL: Duration = Duration::from_millis(10);
 /// Bytes of the serial that `GET_ID` returns (section 5.2.6); a shorter serial is padded with NUL.
 pub const SERIAL_LEN: usize = 20;
 
-/// Data segments in one request: all descriptors but those of the header and of the status. What a
-/// device says here must never be more than a chain can hold: a driver that believes a larger value
-/// builds requests that fit no queue.
-const SEG_MAX: u32 = MAX_DESCRIPTORS as u32 - 2;
-
 /// The least `discard_sector_alignment`, 4 KiB: a page of the host, and what the Windows driver takes
 /// for the least as well.
 const MIN_DISCARD_ALIGNMENT: u32 = 8;
@@ -79,6 +74,10 @@ pub struct BlockDeviceOptions {
     pub serial: String,
     /// The number of queues, held between 1 and [`MAX_QUEUES`].
     pub queues: u16,
+    /// How many descriptors a queue has at least, as far as the device is told: a driver is to make no request that
+    /// needs more (section 2.7.5.3.1), and Linux before 4.13 ends with `BUG` over one that does. `None`: what the
+    /// transport says, [`QUEUE_SIZE`] if that says nothing.
+    pub queue_size: Option<u16>,
     /// Refuse every change, even if the backend can be written.
     pub read_only: bool,
     /// When a write is durable.
@@ -100,6 +99,7 @@ impl Default for BlockDeviceOptions {
         Self {
             serial: String::new(),
             queues: 1,
+            queue_size: None,
             read_only: false,
             cache: CacheMode::WriteBack,
             discard: true,
@@ -117,6 +117,8 @@ pub struct BlockDevice {
     backend: Arc<dyn BlockBackend>,
     serial: [u8; SERIAL_LEN],
     queues: u16,
+    /// Data segments in one request: all descriptors but those of the header and of the status.
+    seg_max: u32,
     read_only: bool,
     cache: CacheMode,
     discard: bool,
@@ -144,10 +146,12 @@ impl BlockDevice {
         }
         let read_only = options.read_only || !backend.is_writable();
         let queues = options.queues.clamp(1, MAX_QUEUES);
+        let descriptors = options.queue_size.unwrap_or(QUEUE_SIZE).min(MAX_DESCRIPTORS);
         Self {
             backend,
             serial,
             queues,
+            seg_max: u32::from(descriptors).saturating_sub(2).max(1),
             read_only,
             cache: options.cache,
             discard: options.discard,
@@ -316,7 +320,7 @@ impl BlockDevice {
             }
         };
         put(0, &(self.backend.capacity() / SECTOR_SIZE).to_le_bytes()); // capacity
-        put(12, &SEG_MAX.to_le_bytes()); // seg_max
+        put(12, &self.seg_max.to_le_bytes()); // seg_max
         put(20, &sector.to_le_bytes()); // blk_size
         put(24, &[physical_exponent, 0]); // physical_block_exp, alignment_offset
         put(26, &min_io_sectors.to_le_bytes()); // min_io_size
@@ -407,6 +411,24 @@ mod tests {
         let mut bytes = [0xff; 4];
         device.read_config(offset, &mut bytes);
         u32::from_le_bytes(bytes)
+    }
+
+    /// Never more than a chain can hold, in the smallest queue that there may be.
+    #[test]
+    fn as_many_segments_are_offered_as_a_queue_has_room_for() {
+        for (queue_size, seg_max) in [
+            (None, 254),
+            (Some(128), 126),
+            (Some(256), 254),
+            (Some(1024), 1022),
+            (Some(32768), 1022),
+            (Some(2), 1),
+            (Some(0), 1),
+        ] {
+            let options = BlockDeviceOptions { queue_size, ..BlockDeviceOptions::default() };
+            let device = BlockDevice::new(Arc::new(MemoryDisk::new(512)), &options);
+            assert_eq!(config_u32(&device, 12), seg_max, "{queue_size:?}");
+        }
     }
 
     /// Neither needs what is written through a mark, nor has it flushed what was written before.

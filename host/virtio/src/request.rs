@@ -19,8 +19,9 @@ use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, Permissions, Volatile
 
 use crate::counters::RequestKind;
 
-/// The most descriptors that one request may have, whether in the queue's table or an indirect one.
-pub const MAX_DESCRIPTORS: u16 = 256;
+/// The most descriptors that one request may have, whether in the queue's table or an indirect one: what QEMU takes.
+/// There are drivers that look at no `seg_max` (viostor for Windows, 2020 to 2022).
+pub const MAX_DESCRIPTORS: u16 = 1024;
 
 /// Bytes of a descriptor in a table (section 2.7.5).
 const DESCRIPTOR_LEN: u32 = 16;
@@ -121,7 +122,8 @@ impl<'m> Request<'m> {
         let mut unfinished = true;
         for (i, descriptor) in chain.enumerate() {
             if i >= usize::from(MAX_DESCRIPTORS) {
-                return Err(Rejected { reason: Malformed::TooLong, status: None });
+                // The status is at its end, and a driver that finds none there takes what it left there itself.
+                parts.keep_nothing_before(descriptor);
             }
             unfinished = descriptor.has_next();
             parts.add(descriptor, memory);
@@ -244,6 +246,15 @@ impl<'m> Parts<'m> {
         }
         if descriptor.is_write_only() {
             self.status_reachable = inside;
+        }
+    }
+
+    /// The request is too long: all that is kept of it is what the status may be in.
+    fn keep_nothing_before(&mut self, next: Descriptor) {
+        self.fault.get_or_insert(Malformed::TooLong);
+        self.readable.clear();
+        if next.is_write_only() && next.len() > 0 {
+            self.writable.clear();
         }
     }
 

@@ -415,6 +415,7 @@ fn plug_in(vm: &VmFd, memory: &Memory, slot: DiskSlot, number: usize, disk: &Dis
     let options = BlockDeviceOptions {
         serial: disk.serial.clone(),
         queues: disk.queues,
+        queue_size: None,
         read_only: disk.read_only,
         cache: disk.cache,
         discard: disk.discard,

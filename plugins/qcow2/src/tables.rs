@@ -503,8 +503,6 @@ pub(crate) struct Owners<'a> {
     pub(crate) cluster_size: u64,
     /// Data has a file of its own, with nothing else in it.
     pub(crate) external: bool,
-    /// Set if a count cannot be read.
-    pub(crate) unsure: &'a mut bool,
 }
 
 impl Owners<'_> {
@@ -513,6 +511,6 @@ impl Owners<'_> {
         let count = |refcounts: &mut Refcounts| refcounts.get(image, offset / self.cluster_size);
         self.external
             || self.areas.find(offset, self.cluster_size).is_none()
-                && count(self.refcounts).inspect_err(|_| *self.unsure = true).is_ok_and(|count| count == 1)
+                && count(self.refcounts).is_ok_and(|count| count == 1)
     }
 }

@@ -73,8 +73,6 @@ pub(crate) struct Writing {
     leaving: BTreeSet<u64>,
     /// Where the next compressed bytes go, in a cluster with room for them.
     pub(crate) packing: Option<u64>,
-    /// A count could not be read when `locate` asked: what it said of a cluster may be too little.
-    unsure: bool,
     /// Why nothing is written any more.
     failed: Option<String>,
     backing: bool,
@@ -160,7 +158,6 @@ impl Writing {
             freed: ClusterSet::default(),
             leaving: BTreeSet::new(),
             packing: None,
-            unsure: false,
             failed: None,
             backing: header.backing.is_some(),
             external: header.has(EXTERNAL_DATA),
@@ -172,8 +169,8 @@ impl Writing {
         if self.failed.is_some() {
             return None;
         }
-        let Self { refcounts, areas, external, unsure, .. } = self;
-        Some(Owners { refcounts, areas, cluster_size, external: *external, unsure })
+        let Self { refcounts, areas, external, .. } = self;
+        Some(Owners { refcounts, areas, cluster_size, external: *external })
     }
 
     pub(crate) fn check(&self) -> Result<()> {
@@ -300,9 +297,9 @@ impl Writing {
             let table_end = (guest - guest % parts.map.shape.table_span()).saturating_add(parts.map.shape.table_span());
             match self.need(parts, table, guest)? {
                 Need::Nothing => {
-                    // Whoever asks about this one first has heard otherwise: then it is written where it is.
-                    if self.unsure
-                        && answer.is_empty()
+                    // Whoever asks for this one first has heard otherwise: its count could not be read, or it had another
+                    // name that is gone since, or another instance said so. It is written where it is.
+                    if guest == start
                         && let Some(host) = parts.map.entry(parts.image, table, guest)?.1.place()
                     {
                         self.take(parts, guest, 1, host, (true, false), answer);

@@ -51,8 +51,10 @@ fn own_clusters_are_overwritten_and_others_get_space() {
     assert!(overwritable(&mut disk, 0));
     assert!(!overwritable(&mut disk, 2), "not allocated");
     let allocations = disk.format.prepare(0, 8 * CLUSTER, 64).unwrap();
-    assert_eq!(allocations.iter().map(|a| a.length).sum::<u64>(), 6 * CLUSTER);
-    assert!(allocations.iter().all(|a| a.start >= 2 * CLUSTER && a.offset >= 7 * CLUSTER));
+    let (first, others) = allocations.split_first().unwrap();
+    assert_eq!((first.start, first.length, first.offset), (0, CLUSTER, 5 * CLUSTER), "what is asked for has its place");
+    assert_eq!(others.iter().map(|a| a.length).sum::<u64>(), 6 * CLUSTER);
+    assert!(others.iter().all(|a| a.start >= 2 * CLUSTER && a.offset >= 7 * CLUSTER));
     assert!(!overwritable(&mut disk, 2), "nothing is published yet");
     let tickets: Vec<u64> = allocations.iter().map(|a| a.ticket).collect();
     disk.format.commit(&tickets).unwrap();
@@ -220,6 +222,25 @@ fn a_count_that_could_not_be_read_once_ends_nothing() {
         assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:?}");
     }
     assert_eq!(unsure, 1, "the count was read, or never asked for");
+}
+
+/// Of two names of a cluster that counts both, one is gone: the other has it alone, which nobody has said to the host.
+#[test]
+fn a_cluster_that_lost_its_other_name_has_its_place() {
+    let mut image = image();
+    set_count(&mut image, 5, 2);
+    let entry = image.cluster(5) | COPIED;
+    image.l2(1, entry);
+    let mut disk = begin(&image);
+    assert!(!overwritable(&mut disk, 0) && !overwritable(&mut disk, 1));
+    let taken = disk.format.prepare(0, CLUSTER, 1).unwrap();
+    assert!(taken[0].offset >= 7 * CLUSTER);
+    disk.format.commit(&[taken[0].ticket]).unwrap();
+    disk.format.flush().unwrap();
+    let taken = disk.format.prepare(CLUSTER, CLUSTER, 1).unwrap();
+    assert_eq!(taken[0].offset, 5 * CLUSTER);
+    disk.format.commit(&[taken[0].ticket]).unwrap();
+    disk.format.flush().unwrap();
 }
 
 #[test]

@@ -58,6 +58,7 @@ fn write_disk(disk: &DiskArg) -> String {
         map,
         poll,
         queues,
+        queue_size,
         iops,
         iops_burst,
         bps,
@@ -85,6 +86,10 @@ fn write_disk(disk: &DiskArg) -> String {
     fields.push(("engine", if *engine == Engine::Auto { "auto" } else { "threads" }.to_owned()));
     fields.push(("poll", poll.as_micros().to_string()));
     fields.push(("queues", queues.to_string()));
+    // One of the two commands has it.
+    if *queue_size != DiskArg::default().queue_size {
+        fields.push(("queue-size", queue_size.to_string()));
+    }
     let texts = [("serial", serial), ("snapshot", snapshot), ("socket", socket)];
     fields.extend(texts.into_iter().filter_map(|(name, text)| Some((name, text.clone()?))));
     let numbers = [

@@ -114,6 +114,7 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
             let options = BlockDeviceOptions {
                 serial: opened.serial.clone(),
                 queues: disk.queues,
+                queue_size: Some(disk.queue_size),
                 read_only: disk.readonly,
                 cache: disk.cache,
                 discard: disk.discard,
