@@ -174,6 +174,60 @@ fn what_cannot_be() {
     assert_eq!(place.names(), names);
 }
 
+/// Only what was there, and locked, when the command began is replaced: somebody may have begun to use another file.
+#[test]
+fn what_was_made_meanwhile_is_not_replaced() {
+    let Some(place) = Place::new() else { return };
+    place.raw("new.raw", 64 << 20, &[(0, 64 << 20)]);
+    for was_there in [false, true] {
+        if was_there {
+            place.qemu_img("create -q -f qcow2 old.qcow2 1M");
+        }
+        let mut command = place.command("convert --force --format raw --to-format qcow2 --compress new.raw old.qcow2");
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let is_partial = |name: &String| name.ends_with(".partial") && place.bytes(name).len() > 1 << 20;
+        while !place.names().iter().any(is_partial) {
+            assert!(child.try_wait().unwrap().is_none(), "it is complete already");
+        }
+        kill_process(Pid::from_child(&child), Signal::STOP).unwrap();
+        assert!(child.try_wait().unwrap().is_none(), "it is complete already");
+        place.qemu_img("create -q -f qcow2 theirs.qcow2 3M");
+        let theirs = place.bytes("theirs.qcow2");
+        std::fs::rename(place.path("theirs.qcow2"), place.path("old.qcow2")).unwrap();
+        kill_process(Pid::from_child(&child), Signal::CONT).unwrap();
+        let output = child.wait_with_output().unwrap();
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(stderr.contains("old.qcow2 was made by somebody else meanwhile, and was not replaced"), "{stderr}");
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert!(place.bytes("old.qcow2") == theirs, "it was replaced");
+        assert!(!place.names().iter().any(is_partial), "something is left behind");
+    }
+}
+
+/// Who could not read an image cannot read what takes its place; and it is its owner's.
+#[test]
+fn what_is_replaced_leaves_its_mode_and_its_owner() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+    let Some(place) = Place::new() else { return };
+    place.raw("new.raw", 1 << 20, &[(0, 4096)]);
+    for (mode, expected) in [(0o600, 0o600), (0o640, 0o640), (0o444, 0o644), (0o777, 0o644)] {
+        let old = place.path("old.qcow2");
+        place.qemu_img("create -q -f qcow2 old.qcow2 1M");
+        std::fs::set_permissions(&old, std::fs::Permissions::from_mode(mode)).unwrap();
+        // Only root can give files away; to whom does not matter.
+        let owner = if chown(&old, Some(1234), Some(5678)).is_ok() { Some((1234, 5678)) } else { None };
+        for command in
+            ["convert --force --format raw --to-format qcow2 new.raw", "create --force --format qcow2 --size 1M"]
+        {
+            place.ok(&format!("{command} old.qcow2"));
+            let now = std::fs::metadata(&old).unwrap();
+            assert_eq!(now.mode() & 0o777 & !expected, 0, "{mode:o}: {command}: {:o}", now.mode());
+            assert!(owner.is_none_or(|owner| (now.uid(), now.gid()) == owner), "{command}");
+        }
+        std::fs::remove_file(&old).unwrap();
+    }
+}
+
 /// Nobody begins to use what is replaced in the end: all that they wrote would be gone.
 #[test]
 fn what_is_replaced_is_locked_until_it_is() {

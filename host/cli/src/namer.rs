@@ -4,10 +4,10 @@
 //! ```text
 //!   program                                         namer: this program again
 //!   ───────                                         ─────────────────────────
-//!   ──── /proc/self/exe ARGUMENT HOW MODE names ──▶ opens the directories, makes the partial file
+//!   ─ /proc/self/exe ARGUMENT HOW MODE OWNER names ▶ opens the directories, makes the partial file
 //!                  ◀───────── how that went ─────── walls go up: names, and no content; waits
 //!   (walls go up: the partial file, nothing beside)
-//!   the file is complete ──── one byte ───────────▶ gives it its name, makes that durable
+//!   the file is complete ──── what it replaces ───▶ gives it its name, makes that durable
 //!                  ◀───────── how that went ─────── ends
 //!   (lets go of the pipe, or ended itself)          removes what is unfinished, ends
 //! ```
@@ -21,7 +21,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use blockhouse_walls::{Plan, Use, Walls};
-use rustix::fs::{AtFlags, Mode, OFlags, RenameFlags, linkat, openat, renameat, renameat_with, unlinkat};
+use rustix::fs::{
+    AtFlags, Gid, Mode, OFlags, RenameFlags, Uid, fchmod, fchown, fstat, linkat, openat, renameat, renameat_with,
+    statat, unlinkat,
+};
 use rustix::io::Errno;
 
 use crate::args::directory_of;
@@ -33,8 +36,40 @@ const ARGUMENT: &str = "--name-for-parent";
 /// The second: what becomes of a file that has the name already.
 const REPLACE: &str = "replace";
 const KEEP: &str = "keep";
-/// What the program says when the file is complete.
+/// What the program says when the file is complete: this, and in 16 bytes what a file may be that has the name, which are
+/// all zero for none and all ones for any.
 const COMPLETE: u8 = b'C';
+const COMPLETE_BYTES: usize = 17;
+
+/// What a file may take the place of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Replaces {
+    Nothing,
+    /// This one and no other one.
+    File {
+        device: u64,
+        inode: u64,
+    },
+    Anything,
+}
+
+impl Replaces {
+    fn numbers(self) -> (u64, u64) {
+        match self {
+            Self::Nothing => (0, 0),
+            Self::File { device, inode } => (device, inode),
+            Self::Anything => (u64::MAX, u64::MAX),
+        }
+    }
+
+    fn from_numbers(numbers: (u64, u64)) -> Self {
+        match numbers {
+            (0, 0) => Self::Nothing,
+            (u64::MAX, u64::MAX) => Self::Anything,
+            (device, inode) => Self::File { device, inode },
+        }
+    }
+}
 
 /// The program's side. Dropping it, before or after it was told anything, removes what is unfinished.
 ///
@@ -65,17 +100,19 @@ pub(crate) enum Named {
 
 impl Namer {
     /// Starts a process that makes the file `partial`, empty, and gives it the name `path` beside it, or removes it.
-    /// Makes and removes the further files `with` as well.
+    /// Makes and removes the further files `with` as well. They get the mode, and the owner and group as far as this user
+    /// may give files away.
     pub(crate) fn start(
         partial: &Path,
         path: &Path,
         replace: bool,
-        mode: u32,
+        (mode, owner): (u32, Option<(u32, u32)>),
         with: &[PathBuf],
     ) -> Result<Self, NotBegun> {
         let how = if replace { REPLACE } else { KEEP };
         let mode = mode.to_string();
-        let words = [ARGUMENT, how, &mode].map(OsStr::new).into_iter();
+        let owner = owner.map_or_else(String::new, |(user, group)| format!("{user}:{group}"));
+        let words = [ARGUMENT, how, &mode, &owner].map(OsStr::new).into_iter();
         let names = [partial, path].into_iter().chain(with.iter().map(PathBuf::as_path)).map(Path::as_os_str);
         let mut helper = Helper::start(words.chain(names)).map_err(NotBegun::Process)?;
         match helper.answer().map_err(NotBegun::Process)? {
@@ -89,8 +126,10 @@ impl Namer {
     }
 
     /// Gives the file its name. It is complete and durable.
-    pub(crate) fn name(mut self) -> Named {
-        match self.0.ask(&[COMPLETE]).and_then(|()| self.0.answer()) {
+    pub(crate) fn name(mut self, replaces: Replaces) -> Named {
+        let (device, inode) = replaces.numbers();
+        let told = [&[COMPLETE][..], &device.to_le_bytes(), &inode.to_le_bytes()].concat();
+        match self.0.ask(&told).and_then(|()| self.0.answer()) {
             Ok([0, 0]) => Named::Durable,
             Ok([0, error]) => Named::NotDurable(io::Error::from_raw_os_error(error)),
             Ok([error, _]) => Named::Failed(io::Error::from_raw_os_error(error)),
@@ -117,14 +156,16 @@ pub(crate) fn serve_if_asked() -> Option<ExitCode> {
 fn serve(mut arguments: impl Iterator<Item = OsString>) -> io::Result<()> {
     let misused = || io::Error::other("this is started by the program itself, and by nobody else");
     let mut next = || arguments.next().ok_or_else(misused);
-    let (how, mode, partial, path) = (next()?, next()?, next()?, next()?);
+    let (how, mode, owner, partial, path) = (next()?, next()?, next()?, next()?, next()?);
     let mode = mode.to_str().and_then(|mode| mode.parse().ok()).ok_or_else(misused)?;
+    let owner = owner.to_str().and_then(|owner| owner.split_once(':'));
+    let owner = owner.and_then(|(user, group)| Some((user.parse().ok()?, group.parse().ok()?)));
     helper::begin()?;
     let number = |error: &io::Error| error.raw_os_error().unwrap_or(Errno::IO.raw_os_error());
     let mut plan = Plan::new();
     let mut made = Unfinished(Vec::new());
     for (at, path) in (0..).zip([partial].into_iter().chain(arguments)) {
-        let name = Name::new(path.as_ref()).and_then(|name| name.make(mode).map(|()| name));
+        let name = Name::new(path.as_ref()).and_then(|name| name.make(mode, owner).map(|()| name));
         match name {
             Ok(name) => {
                 plan.add(&name.parent, Use::NameFiles);
@@ -138,12 +179,16 @@ fn serve(mut arguments: impl Iterator<Item = OsString>) -> io::Result<()> {
     Walls::raise(&plan);
     answer([0, 0])?;
 
-    let mut told = [0];
+    let mut told = [0; COMPLETE_BYTES];
     // Goes on after a signal, unlike `read`.
-    if io::stdin().read_exact(&mut told).is_err() || told != [COMPLETE] {
+    let heard = io::stdin().read_exact(&mut told);
+    let [COMPLETE, a, b, c, d, e, f, g, h, inode @ ..] = told else { return Ok(()) };
+    if heard.is_err() {
         return Ok(());
     }
-    if let Err(error) = give(partial, &path, how == REPLACE) {
+    let told = (u64::from_le_bytes([a, b, c, d, e, f, g, h]), u64::from_le_bytes(inode));
+    let replaces = if how == REPLACE { Replaces::from_numbers(told) } else { Replaces::Nothing };
+    if let Err(error) = give(partial, &path, replaces) {
         // When the program hears of it, they are gone.
         drop(made);
         return answer([error.raw_os_error(), 0]);
@@ -153,11 +198,16 @@ fn serve(mut arguments: impl Iterator<Item = OsString>) -> io::Result<()> {
     answer([0, durable.find_map(Result::err).as_ref().map_or(0, number)])
 }
 
-/// Gives a file another name, which nobody may have unless that file is to be replaced.
-fn give(partial: &Name, path: &Name, replace: bool) -> Result<(), Errno> {
+/// Gives a file another name, which nobody may have but what it replaces.
+fn give(partial: &Name, path: &Name, replaces: Replaces) -> Result<(), Errno> {
     let ((old, from), (new, to)) = ((&partial.directory, &partial.name), (&path.directory, &path.name));
-    if replace {
-        return renameat(old, from, new, to);
+    let has_the_name = || statat(new, to, AtFlags::SYMLINK_NOFOLLOW).map(|status| (status.st_dev, status.st_ino));
+    match replaces {
+        Replaces::Anything => return renameat(old, from, new, to),
+        Replaces::File { device, inode } if has_the_name() == Ok((device, inode)) => {
+            return renameat(old, from, new, to);
+        }
+        Replaces::File { .. } | Replaces::Nothing => {}
     }
     match renameat_with(old, from, new, to, RenameFlags::NOREPLACE) {
         // A file system without it. A second name can be given only where there is none, too.
@@ -194,9 +244,19 @@ impl Name {
         Ok(Self { parent, directory, name })
     }
 
-    fn make(&self, mode: u32) -> io::Result<()> {
+    fn make(&self, mode: u32, owner: Option<(u32, u32)>) -> io::Result<()> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        Ok(openat(&self.directory, &self.name, flags, Mode::from_raw_mode(mode)).map(drop)?)
+        let file = openat(&self.directory, &self.name, flags, Mode::from_raw_mode(mode))?;
+        if let Some((user, group)) = owner
+            && fchown(&file, Some(Uid::from_raw(user)), Some(Gid::from_raw(group))).is_err()
+        {
+            // Who may not give it away keeps it; and what a group may is nothing for another one.
+            let status = fstat(&file)?;
+            if status.st_gid != group {
+                fchmod(&file, Mode::from_raw_mode(status.st_mode & 0o707))?;
+            }
+        }
+        Ok(())
     }
 
     fn remove(&self) {

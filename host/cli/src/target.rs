@@ -19,7 +19,7 @@ use blockhouse_sandbox::{ChainReport, OpenedDisk, Outcome, absolute_name};
 use blockhouse_walls::Plan;
 
 use crate::args::{HostArgs, directory_of};
-use crate::namer::{Named, Namer, NotBegun};
+use crate::namer::{Named, Namer, NotBegun, Replaces};
 
 /// Names may have 255 bytes on Linux; this leaves room for what is put around one.
 const NAME_BYTES: usize = 200;
@@ -29,9 +29,10 @@ const NAME_BYTES: usize = 200;
 pub(crate) struct NewFile<'a> {
     /// What it will be called.
     pub(crate) path: &'a Path,
-    /// It takes the place of a file that is called so.
+    /// It takes the place of a file that is called so, and its owner.
     pub(crate) replace: bool,
-    /// Who may read and write it, before the umask.
+    /// Who may read and write it, before the umask; nobody else than its owner who could not with the file that it
+    /// takes the place of.
     pub(crate) mode: u32,
     /// Further files, of data, that are of no use without it: made as well, under their own names, empty.
     pub(crate) with: Vec<PathBuf>,
@@ -57,6 +58,7 @@ impl<'a> NewFile<'a> {
 
     fn begin(&self) -> anyhow::Result<Target> {
         let path = self.path;
+        let (mut mode, mut owner) = (self.mode, None);
         let name = path.file_name().with_context(|| format!("{} does not end in a file name", path.display()))?;
         match fs::symlink_metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -65,7 +67,10 @@ impl<'a> NewFile<'a> {
             Ok(metadata) if !metadata.is_file() => {
                 bail!("{} is not a regular file, and was not replaced", path.display());
             }
-            Ok(_) => {}
+            Ok(metadata) => {
+                mode &= metadata.mode() | 0o600;
+                owner = Some((metadata.uid(), metadata.gid()));
+            }
         }
         let mut shown = String::new();
         for character in name.to_string_lossy().chars() {
@@ -83,7 +88,7 @@ impl<'a> NewFile<'a> {
             .map(|name| directory_of(path).join(name))
             .find(|partial| fs::symlink_metadata(partial).is_err());
         let partial = partial.with_context(|| format!("too many partial files beside {}", path.display()))?;
-        let namer = match Namer::start(&partial, path, self.replace, self.mode, &self.with) {
+        let namer = match Namer::start(&partial, path, self.replace, (mode, owner), &self.with) {
             Ok(namer) => namer,
             Err(NotBegun::File(path, error)) => {
                 return Err(error).with_context(|| format!("cannot create {}", path.display()));
@@ -92,7 +97,8 @@ impl<'a> NewFile<'a> {
                 return Err(error).context("no process can be started (this program, /proc/self/exe) to give names");
             }
         };
-        Ok(Target { partial, path: path.to_owned(), replace: self.replace, namer, replaced: None })
+        let replaces = if self.replace { Replaces::Anything } else { Replaces::Nothing };
+        Ok(Target { partial, path: path.to_owned(), force: self.replace, namer, replaces, locked: None })
     }
 }
 
@@ -109,10 +115,12 @@ pub(crate) fn forget_begun() {
 pub(crate) struct Target {
     partial: PathBuf,
     path: PathBuf,
-    replace: bool,
+    /// A file that has the name is to be replaced.
+    force: bool,
     namer: Namer,
-    /// What it takes the place of, locked: nobody begins to use that, only to lose what they write.
-    replaced: Option<OpenedDisk>,
+    replaces: Replaces,
+    /// What it takes the place of: nobody begins to use that, only to lose what they write.
+    locked: Option<OpenedDisk>,
 }
 
 impl Target {
@@ -126,15 +134,23 @@ impl Target {
     }
 
     /// Sees that what is to be replaced is a file that nobody uses, and none of `in_use`; nobody else can use it from here
-    /// on.
+    /// on, and nothing else is replaced.
     pub(crate) fn refuse_used(&mut self, host: &HostArgs, in_use: &[PathBuf]) -> anyhow::Result<()> {
+        if self.replaces == Replaces::Nothing {
+            return Ok(());
+        }
         let path = &self.path;
-        if self.replace
-            && let Ok(metadata) = fs::symlink_metadata(path)
-        {
+        self.replaces = Replaces::Nothing;
+        if let Ok(metadata) = fs::symlink_metadata(path) {
             refuse_read_from(path, &metadata, in_use)?;
             let locked = host.lock(path).with_context(|| format!("cannot replace {}", path.display()))?;
-            self.replaced = Some(locked);
+            let now = fs::symlink_metadata(path).with_context(|| format!("cannot look at {}", path.display()))?;
+            if identity(&now) != identity(&metadata) {
+                return Err(taken(path));
+            }
+            self.locked = Some(locked);
+            let (device, inode) = identity(&metadata);
+            self.replaces = Replaces::File { device, inode };
         }
         Ok(())
     }
@@ -165,10 +181,12 @@ impl Target {
     /// until it has it no more.
     pub(crate) fn finish(self) -> anyhow::Result<()> {
         let path = self.path.display();
-        match self.namer.name() {
+        match self.namer.name(self.replaces) {
             Named::Durable => Ok(()),
             Named::NotDurable(error) => Err(error).with_context(|| format!("cannot make the name {path} durable")),
-            Named::Failed(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(exists(&self.path)),
+            Named::Failed(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                Err(if self.force { taken(&self.path) } else { exists(&self.path) })
+            }
             Named::Failed(error) => Err(error).with_context(|| format!("cannot give {path} its name")),
         }
     }
@@ -176,6 +194,11 @@ impl Target {
 
 fn exists(path: &Path) -> anyhow::Error {
     anyhow::anyhow!("{} exists; --force replaces it", path.display())
+}
+
+/// Since the command began.
+fn taken(path: &Path) -> anyhow::Error {
+    anyhow::anyhow!("{} was made by somebody else meanwhile, and was not replaced", path.display())
 }
 
 /// Fails if a file is one of `in_use`.
