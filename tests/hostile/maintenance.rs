@@ -52,7 +52,7 @@ fn act(opener: &Opener, place: &Place, image: &Path, line: &str, what: &str) -> 
         }
         "check" => opener.check(image, "hostile", None).map(drop),
         "repair" => opener.check(image, "hostile", Some(Repair::All)).map(drop),
-        "resize" => opener.resize(&request, 512 << 10),
+        "resize" => opener.resize(&request, 256 << 10, 512 << 10),
         "rebase" => opener.set_backing(image, "hostile", None),
         "list" => opener.describe(&request).1.map_or(Ok(()), Err),
         "select" => opener.open(&OpenRequest { snapshot: Some("1".to_owned()), ..request }).map(drop),
@@ -162,6 +162,20 @@ fn lies_about_a_whole_image_are_found() {
             tally::component_stopped();
         }
     }
+}
+
+/// Whoever decided that the disk loses nothing decided it for the size that it had.
+#[test]
+fn a_disk_that_has_another_size_meanwhile_is_left_alone() {
+    let place = Place::new();
+    let image = place.write("images/vm/disk.raw", [7; 8192]);
+    let (opener, request) = (opener(shared(), &place), OpenRequest::new(&image, "raw"));
+    let error = opener.resize(&request, 4096, 6144).unwrap_err();
+    assert!(error.kind() == ErrorKind::Storage && error.message().contains("from 4096 bytes to 8192"), "{error}");
+    assert_eq!(std::fs::read(&image).unwrap(), [7; 8192]);
+    opener.resize(&request, 8192, 6144).unwrap();
+    assert_eq!(std::fs::read(&image).unwrap(), [7; 6144]);
+    tally::image_served();
 }
 
 /// A disk in use: the component that is started again says how large the image is.

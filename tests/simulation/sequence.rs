@@ -143,11 +143,13 @@ impl Sequence<'_> {
             Operation::Resize(new) => {
                 // Version 2 has no zeroes that hide a backing file, and its snapshots do not know their sizes.
                 let refusable = self.made.template.is_version_2();
-                self.whole("resize", refusable, |opener, image| opener.resize(&OpenRequest::new(image, QCOW2), new))?
-                    .map_or(Ok("refused"), |()| {
-                        self.model.resize(new as usize, 0);
-                        Ok("resize")
-                    })
+                let before = size as u64;
+                let resize =
+                    |opener: &Opener, image: &Path| opener.resize(&OpenRequest::new(image, QCOW2), before, new);
+                self.whole("resize", refusable, resize)?.map_or(Ok("refused"), |()| {
+                    self.model.resize(new as usize, 0);
+                    Ok("resize")
+                })
             }
             Operation::Snapshot => {
                 // More references than a count can hold.

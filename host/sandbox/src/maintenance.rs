@@ -231,17 +231,22 @@ impl Opener {
     /// backing file is longer. A power cut leaves the old size or the new one; over a backing file that is
     /// longer than the disk was, perhaps a size in between.
     ///
-    /// `request` opens the disk with what it refers to, and is made read-write.
+    /// `request` opens the disk with what it refers to, and is made read-write. `before` is the size that the caller
+    /// decided on, and not whether the disk loses something since.
     ///
     /// # Errors
-    /// [`Unsupported`](ErrorKind::Unsupported) if the format cannot do it; what opening and the component
-    /// answer.
-    pub fn resize(&self, request: &OpenRequest, size: u64) -> Result<()> {
+    /// [`Unsupported`](ErrorKind::Unsupported) if the format cannot do it; [`Storage`](ErrorKind::Storage) if the disk
+    /// has another size than `before`; what opening and the component answer.
+    pub fn resize(&self, request: &OpenRequest, before: u64, size: u64) -> Result<()> {
         check_size(size)?;
         let (path, format) = (request.path.as_path(), request.format.as_str());
         self.able(format, "resizer", RESIZER)?;
         let opened = self.open(&OpenRequest { access: Access::ReadWrite, ..request.clone() })?;
         let now = opened.disk.capacity();
+        if now != before {
+            let why = format!("somebody has changed its size meanwhile, from {before} bytes to {now}; try again");
+            return Err(Error::new(ErrorKind::Storage, why).on_image(absolute_name(path)?));
+        }
         let below = opened.disk.layers().nth(1).map_or(0, |below| below.virtual_size);
         if size > now {
             // In a file of its own, what lies behind the end of the disk may be somebody's.

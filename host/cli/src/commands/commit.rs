@@ -95,9 +95,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         if base.capacity() >= overlay.capacity() {
             base
         } else {
+            let before = base.capacity();
             base.close()?;
             drop(base);
-            opener.resize(&request, overlay.capacity())?;
+            opener.resize(&request, before, overlay.capacity())?;
             opener.open(&request)?.disk
         }
     };

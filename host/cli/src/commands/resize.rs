@@ -103,7 +103,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     }
     if after != before {
         let _spinner = Spinner::new("resizing");
-        opener.resize(&request, after)?;
+        opener.resize(&request, before, after)?;
     }
     if args.json {
         output::json(&Report { virtual_size_bytes: after, virtual_size_bytes_before: before })?;
