@@ -143,7 +143,7 @@ impl Sequence<'_> {
             Operation::Resize(new) => {
                 // Version 2 has no zeroes that hide a backing file, and its snapshots do not know their sizes.
                 let refusable = self.made.template.is_version_2();
-                let before = size as u64;
+                let before = size;
                 let resize =
                     |opener: &Opener, image: &Path| opener.resize(&OpenRequest::new(image, QCOW2), before, new);
                 self.whole("resize", refusable, resize)?.map_or(Ok("refused"), |()| {

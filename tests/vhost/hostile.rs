@@ -10,8 +10,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use blockhouse_tests::serve::Serve;
-use blockhouse_tests::{noise, scratch};
+use blockhouse_tests::{COMMAND_LIMIT, noise, scratch};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use vhost::VhostBackend;
 
@@ -490,4 +491,45 @@ fn attacks_do_not_write() {
     let image: &Path = &victim.directory.path().join("disk.raw");
     victim.serve.terminate();
     assert!(std::fs::read(image).unwrap() == victim.content);
+}
+
+/// A connection whose last close takes half an hour, and the other side of it, which reads nothing.
+fn lingering() -> (std::net::TcpStream, std::net::TcpStream) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let ours = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let theirs = listener.accept().unwrap().0;
+    ours.set_nonblocking(true).unwrap();
+    while (&ours).write(&[0; 65536]).is_ok() {}
+    rustix::net::sockopt::set_socket_linger(&ours, Some(Duration::from_secs(1800))).unwrap();
+    (ours, theirs)
+}
+
+/// Neither the next front end waits for what was sent and takes its time to be closed, nor the end of the process.
+#[test]
+fn nobody_waits_for_a_descriptor_to_be_closed() {
+    let victim = Victim::new();
+    let guest = Guest::new();
+    let mut others = Vec::new();
+    // One that a message brings and nobody wants, too many, and one that is on the way when a session ends.
+    for (message, count) in
+        [(SET_VRING_KICK, 1), (SET_VRING_CALL, 1), (SET_MEM_TABLE, 1), (SET_OWNER, 1), (GET_CONFIG, 40), (999, 0)]
+    {
+        let (ours, theirs) = lingering();
+        let stream = victim.connect(&guest);
+        let server = Pid::from_raw(i32::try_from(victim.serve.id()).unwrap()).unwrap();
+        // Who closes them last is the server.
+        kill_process(server, Signal::STOP).unwrap();
+        send(&stream, message, &0_u64.to_ne_bytes(), &vec![ours.as_fd(); count]);
+        send(&stream, SET_OWNER, &[], &[ours.as_fd()]);
+        drop((ours, stream));
+        kill_process(server, Signal::CONT).unwrap();
+        others.push(theirs);
+        let (sender, served) = std::sync::mpsc::channel();
+        let socket = victim.socket();
+        std::thread::spawn(move || sender.send(Client::connect(&socket, 1).read(0, 4096)));
+        let read = served.recv_timeout(COMMAND_LIMIT).expect("the next front end is served").unwrap();
+        assert!(read == victim.content[..4096], "{message}");
+    }
+    victim.serve.terminate();
+    drop(others);
 }

@@ -32,6 +32,9 @@ const ANSWER_TIME: Duration = Duration::from_secs(5);
 /// The most that is read of a question.
 const MAX_QUESTION: usize = 8 << 10;
 
+/// How long the thread may take to end.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// How long to wait before another try, if there is no file descriptor left for who connects.
 const PAUSE: Duration = Duration::from_millis(200);
 
@@ -160,7 +163,17 @@ impl Drop for Running {
         if let Err(error) = rustix::io::write(&self.wake, &1_u64.to_ne_bytes()) {
             tracing::error!(%error, "cannot wake a thread");
         }
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+        let Some(thread) = self.thread.take() else { return };
+        // Who is answered can hold it up, by a descriptor on the way to it that takes its time to be closed.
+        let began = Instant::now();
+        while !thread.is_finished() {
+            if began.elapsed() > PATIENCE {
+                tracing::error!("the thread that answers the operator is held up, and was left behind");
+                return;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        if thread.join().is_err() {
             tracing::error!("the thread that answers the operator panicked");
         }
     }

@@ -40,6 +40,7 @@
 #[cfg(not(target_os = "linux"))]
 compile_error!("blockhouse-vhost needs Linux");
 
+mod closing;
 mod error;
 #[doc(hidden)]
 pub mod fuzzing;

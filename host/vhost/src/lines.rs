@@ -10,6 +10,7 @@
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
+use std::mem;
 use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,6 +23,7 @@ use rustix::io::{ReadWriteFlags, preadv2};
 use rustix::net::{SendFlags, send};
 use vhost::vhost_user::message::BackendReq;
 
+use crate::closing::let_go;
 use crate::refusal::{Refusal, Result, refuse};
 
 /// An eventfd that is signalled.
@@ -210,7 +212,8 @@ pub(crate) struct NewsChannel(Mutex<Option<OwnedFd>>);
 impl NewsChannel {
     /// News goes to `socket` from now on, or nowhere.
     pub(crate) fn set(&self, socket: Option<OwnedFd>) {
-        *lock(&self.0) = socket;
+        let before = mem::replace(&mut *lock(&self.0), socket);
+        let_go(before);
     }
 
     /// Says that config space changed. Returns whether somebody was told.

@@ -2,18 +2,21 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::io;
+use std::mem;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blockhouse_block::BlockBackend;
 use blockhouse_virtio::{BlockDevice, BlockDeviceOptions, CacheMode, DeviceStats};
 use rustix::event::{PollFd, PollFlags, poll};
 
+use crate::closing::let_go;
 use crate::error::{Error, Result};
 use crate::handler::Handler;
 use crate::lines::{NewsChannel, wake_event};
@@ -22,6 +25,9 @@ use crate::session;
 
 /// How long to wait before another try, if there is no file descriptor or thread left for a front end.
 const PAUSE: Duration = Duration::from_millis(200);
+
+/// How long a session may take to end with the server: storage may be slow.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The descriptors of a queue, if nobody says how many: what QEMU and cloud-hypervisor give a disk then. A front end
 /// shows its guest what the device said before it says how many there are.
@@ -79,7 +85,9 @@ impl Shared {
     }
 
     fn set_session(&self, stream: Option<UnixStream>) {
-        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = stream;
+        let before = mem::replace(&mut *self.session.lock().unwrap_or_else(PoisonError::into_inner), stream);
+        // Not under the lock, for which whoever stops the server waits.
+        let_go(before);
         // Whoever asked for the end before found no session.
         if self.is_stopped() {
             self.end_session();
@@ -127,7 +135,7 @@ impl Server {
     /// flight; the disk is not closed.
     ///
     /// # Errors
-    /// [`Error::Host`] if the socket itself fails.
+    /// [`Error::Host`] if the socket itself fails, or a front end holds up the end: then requests of it may be in flight.
     pub fn run(&self) -> Result<()> {
         loop {
             self.wait().map_err(|source| Error::Host { what: "wait for a front end", source })?;
@@ -135,7 +143,7 @@ impl Server {
                 return Ok(());
             }
             match self.listener.accept() {
-                Ok(Some(stream)) => self.session(stream),
+                Ok(Some(stream)) => self.session(stream)?,
                 Ok(None) => {}
                 Err(error) => {
                     tracing::error!(disk = self.name, %error, "a front end cannot be served now");
@@ -156,27 +164,32 @@ impl Server {
         }
     }
 
-    fn session(&self, stream: UnixStream) {
+    /// Serves one front end. Fails if its session does not end with the server.
+    fn session(&self, stream: UnixStream) -> Result<()> {
         match stream.try_clone() {
             Ok(clone) => self.shared.set_session(Some(clone)),
             Err(error) => {
                 tracing::error!(disk = self.name, %error, "a front end cannot be served now");
                 thread::sleep(PAUSE);
-                return;
+                return Ok(());
             }
         }
         let handler = Handler::new(Arc::clone(&self.device), self.name.clone(), self.owner);
         // A thread of its own, so that a bug in it ends this session alone.
-        let ended = thread::scope(|scope| {
-            let session = || session::serve(stream, handler, &self.shared.news, &self.name);
-            thread::Builder::new()
-                .name(format!("{}-session", self.name))
-                .spawn_scoped(scope, session)
-                .map(thread::ScopedJoinHandle::join)
-        });
-        match ended {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) => tracing::error!(disk = self.name, "a session panicked"),
+        let (shared, name) = (Arc::clone(&self.shared), self.name.clone());
+        let (alive, ended) = mpsc::channel();
+        let session = move || {
+            // Let go of after all else.
+            let _alive: Sender<()> = alive;
+            session::serve(stream, handler, &shared.news, &name);
+        };
+        match thread::Builder::new().name(format!("{}-session", self.name)).spawn(session) {
+            Ok(thread) => {
+                self.wait_for_session(&ended)?;
+                if thread.join().is_err() {
+                    tracing::error!(disk = self.name, "a session panicked");
+                }
+            }
             Err(error) => {
                 tracing::error!(disk = self.name, %error, "a front end cannot be served now");
                 thread::sleep(PAUSE);
@@ -189,5 +202,23 @@ impl Server {
         {
             tracing::error!(disk = self.name, %error, "what a front end left behind may not be durable");
         }
+        Ok(())
+    }
+
+    /// Waits until `ended` says that a session has ended, for a while only once the server is to stop: a front end can
+    /// hold up the thread of its session, by descriptors that take their time to be closed.
+    fn wait_for_session(&self, ended: &Receiver<()>) -> Result<()> {
+        let mut stopped = None;
+        while ended.recv_timeout(PAUSE) == Err(RecvTimeoutError::Timeout) {
+            if !self.shared.is_stopped() {
+                continue;
+            }
+            let since = *stopped.get_or_insert_with(Instant::now);
+            if since.elapsed() > PATIENCE {
+                let source = io::ErrorKind::TimedOut.into();
+                return Err(Error::Host { what: "end the session of a front end, which holds it up", source });
+            }
+        }
+        Ok(())
     }
 }

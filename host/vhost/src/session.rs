@@ -6,10 +6,12 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rustix::fs::{FileType, fstat};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use vhost::vhost_user::message::{FrontendReq, MAX_ATTACHED_FD_ENTRIES};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
+use crate::closing::let_go;
 use crate::handler::Handler;
 use crate::lines::NewsChannel;
 
@@ -44,15 +46,19 @@ fn messages(
 ) -> Result<(), (Option<FrontendReq>, Error)> {
     let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(handler));
     loop {
-        let Peeked { message, files, channel } = peek(peeked);
+        let Peeked { message, files, channel, sockets } = peek(peeked);
         if let Some(message) = message {
             tracing::debug!(disk, "{message:?}");
         }
         if files == Files::TooMany {
+            let_go(Some(sockets));
             // The crate would drop the header with them, and take what follows for the next message.
             return Err((message, Error::IncorrectFds));
         }
-        match requests.handle_request() {
+        let handled = requests.handle_request();
+        // By now whoever took them has closed those that it does not keep, and these are the last.
+        let_go((!sockets.is_empty()).then_some(sockets));
+        match handled {
             Ok(()) => {
                 // The crate has checked by now that it is a socket.
                 if channel.is_some() {
@@ -76,6 +82,8 @@ struct Peeked {
     files: Files,
     /// The socket that it brings, if it brings one for news about the device.
     channel: Option<OwnedFd>,
+    /// The other sockets that it brings, which nobody asked for.
+    sockets: Vec<OwnedFd>,
 }
 
 /// The descriptors that come with a message.
@@ -98,7 +106,7 @@ fn peek(stream: &UnixStream) -> Peeked {
     // There was no room for them.
     let brings_files = received.is_ok_and(|received| received.flags.contains(ReturnFlags::CTRUNC));
     if !brings_files {
-        return Peeked { message, files: Files::Some, channel: None };
+        return Peeked { message, files: Files::Some, channel: None, sockets: Vec::new() };
     }
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_ATTACHED_FD_ENTRIES))];
     let mut files = RecvAncillaryBuffer::new(&mut space);
@@ -109,11 +117,16 @@ fn peek(stream: &UnixStream) -> Peeked {
         RecvAncillaryMessage::ScmRights(files) => Some(files),
         _ => None,
     });
-    let mut files = rights.flatten();
-    let channel = files.next().filter(|_| message == Some(FrontendReq::SET_BACKEND_REQ_FD));
-    // These are closed here, and taken with the message. There may be room for one more than was asked for.
-    let too_many = cut_off || files.count() >= MAX_ATTACHED_FD_ENTRIES;
-    Peeked { message, files: if too_many { Files::TooMany } else { Files::Some }, channel }
+    let mut files: Vec<OwnedFd> = rights.flatten().collect();
+    // There may be room for one more than was asked for.
+    let too_many = cut_off || files.len() > MAX_ATTACHED_FD_ENTRIES;
+    let is_socket =
+        |file: &OwnedFd| fstat(file).is_ok_and(|status| FileType::from_raw_mode(status.st_mode) == FileType::Socket);
+    let wanted = message == Some(FrontendReq::SET_BACKEND_REQ_FD) && !files.is_empty();
+    let channel = wanted.then(|| files.swap_remove(0));
+    // The others are closed here, and taken with the message.
+    files.retain(is_socket);
+    Peeked { message, files: if too_many { Files::TooMany } else { Files::Some }, channel, sockets: files }
 }
 
 #[cfg(test)]
