@@ -2,12 +2,14 @@
 //! slow: that ends nothing, and once disks are served it keeps nobody waiting.
 
 use std::fmt;
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags};
 use tracing::field::Field;
 use tracing_subscriber::field::MakeExt;
 use tracing_subscriber::fmt::FormatFields;
@@ -22,6 +24,26 @@ const PIECE: usize = 4096;
 static HURRIED: AtomicBool = AtomicBool::new(false);
 /// What could not be written, in lines.
 static LOST: AtomicU64 = AtomicU64::new(0);
+
+/// The terminal that standard error is, if it is one, by a description of its own that does not block: a terminal says
+/// that it can be written when it has room for less than a line, and those who have it as well may want to wait.
+static TERMINAL: OnceLock<File> = OnceLock::new();
+
+/// To be called before there are walls.
+pub(crate) fn begin() {
+    if io::stderr().is_terminal()
+        && let Some(terminal) = without_waiting("/proc/self/fd/2")
+    {
+        // It is called once.
+        let _ = TERMINAL.set(terminal);
+    }
+}
+
+/// A terminal that is open already, once more.
+fn without_waiting(terminal: &str) -> Option<File> {
+    let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    rustix::fs::open(terminal, flags, Mode::empty()).ok().map(File::from)
+}
 
 /// From here on a line that cannot be written at once is lost, and how many were is said with the next one that can: a
 /// disk does not wait for somebody to read the log.
@@ -41,7 +63,10 @@ fn log(line: &[u8]) {
     /// Not that of the standard library, which whoever writes a guest's console has while it waits for a reader.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    put(Raw(io::stderr()), &LOST, true, line);
+    match TERMINAL.get() {
+        Some(terminal) => put(Raw(terminal), &LOST, true, line),
+        None => put(Raw(io::stderr()), &LOST, true, line),
+    }
 }
 
 /// A file that is written without a lock.
@@ -119,8 +144,9 @@ fn has_room(to: &impl AsFd) -> bool {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::fs::File;
     use std::io::Read;
+
+    use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
 
     use super::*;
 
@@ -152,6 +178,31 @@ mod tests {
         put(&writer, &lost, true, &vec![b'x'; 1 << 20]);
         assert_eq!(lost.load(Ordering::Relaxed), 1);
         drop(reader);
+    }
+
+    /// It has room for a part of a line, and says that it can be written.
+    #[test]
+    fn a_terminal_that_nobody_reads_does_not_wait_either() {
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        unlockpt(&master).unwrap();
+        let name = ptsname(&master, Vec::new()).unwrap();
+        let terminal = without_waiting(name.to_str().unwrap()).unwrap();
+        let mut reader = File::from(master.try_clone().unwrap());
+        let (sender, done) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let line = [&[b'x'; PIECE - 1][..], b"\n"].concat();
+            let lost_of = |lines: u32| {
+                let lost = AtomicU64::new(0);
+                (0..lines).for_each(|_| put(Raw(&terminal), &lost, true, &line));
+                lost.load(Ordering::Relaxed)
+            };
+            let many = lost_of(100);
+            // So little that not all of a line fits.
+            reader.read_exact(&mut [0; 448]).unwrap();
+            sender.send((many, lost_of(1)))
+        });
+        let (many, one) = done.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+        assert!(many > 80 && one == 1, "{many} and {one} were lost");
     }
 
     #[test]

@@ -146,6 +146,7 @@ fn main() -> ExitCode {
         return code;
     }
     inherited::put_in_order(std::env::args_os());
+    log::begin();
     let matches = Cli::command().get_matches();
     let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.format(&mut Cli::command()).exit());
     let options = remedy::Options::of(&matches);
