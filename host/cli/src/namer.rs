@@ -4,7 +4,7 @@
 //! ```text
 //!   program                                         namer: this program again
 //!   ───────                                         ─────────────────────────
-//!   ─ /proc/self/exe ARGUMENT HOW MODE OWNER names ▶ opens the directories, makes the partial file
+//!   ─ /proc/self/exe ARGUMENT HOW MODE GROUP names ▶ opens the directories, makes the partial file
 //!                  ◀───────── how that went ─────── walls go up: names, and no content; waits
 //!   (walls go up: the partial file, nothing beside)
 //!   the file is complete ──── what it replaces ───▶ gives it its name, makes that durable
@@ -22,8 +22,7 @@ use std::process::ExitCode;
 
 use blockhouse_walls::{Plan, Use, Walls};
 use rustix::fs::{
-    AtFlags, Gid, Mode, OFlags, RenameFlags, Uid, fchmod, fchown, fstat, linkat, openat, renameat, renameat_with,
-    statat, unlinkat,
+    AtFlags, Mode, OFlags, RenameFlags, fchmod, fstat, linkat, openat, renameat, renameat_with, statat, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -100,19 +99,19 @@ pub(crate) enum Named {
 
 impl Namer {
     /// Starts a process that makes the file `partial`, empty, and gives it the name `path` beside it, or removes it.
-    /// Makes and removes the further files `with` as well. They get the mode, and the owner and group as far as this user
-    /// may give files away.
+    /// Makes and removes the further files `with` as well. In the mode, what a group may is meant for `group`: if files
+    /// here belong to another one, that may what all others may.
     pub(crate) fn start(
         partial: &Path,
         path: &Path,
         replace: bool,
-        (mode, owner): (u32, Option<(u32, u32)>),
+        (mode, group): (u32, Option<u32>),
         with: &[PathBuf],
     ) -> Result<Self, NotBegun> {
         let how = if replace { REPLACE } else { KEEP };
         let mode = mode.to_string();
-        let owner = owner.map_or_else(String::new, |(user, group)| format!("{user}:{group}"));
-        let words = [ARGUMENT, how, &mode, &owner].map(OsStr::new).into_iter();
+        let group = group.map_or_else(String::new, |group| group.to_string());
+        let words = [ARGUMENT, how, &mode, &group].map(OsStr::new).into_iter();
         let names = [partial, path].into_iter().chain(with.iter().map(PathBuf::as_path)).map(Path::as_os_str);
         let mut helper = Helper::start(words.chain(names)).map_err(NotBegun::Process)?;
         match helper.answer().map_err(NotBegun::Process)? {
@@ -156,16 +155,15 @@ pub(crate) fn serve_if_asked() -> Option<ExitCode> {
 fn serve(mut arguments: impl Iterator<Item = OsString>) -> io::Result<()> {
     let misused = || io::Error::other("this is started by the program itself, and by nobody else");
     let mut next = || arguments.next().ok_or_else(misused);
-    let (how, mode, owner, partial, path) = (next()?, next()?, next()?, next()?, next()?);
+    let (how, mode, group, partial, path) = (next()?, next()?, next()?, next()?, next()?);
     let mode = mode.to_str().and_then(|mode| mode.parse().ok()).ok_or_else(misused)?;
-    let owner = owner.to_str().and_then(|owner| owner.split_once(':'));
-    let owner = owner.and_then(|(user, group)| Some((user.parse().ok()?, group.parse().ok()?)));
+    let group = group.to_str().and_then(|group| group.parse().ok());
     helper::begin()?;
     let number = |error: &io::Error| error.raw_os_error().unwrap_or(Errno::IO.raw_os_error());
     let mut plan = Plan::new();
     let mut made = Unfinished(Vec::new());
     for (at, path) in (0..).zip([partial].into_iter().chain(arguments)) {
-        let name = Name::new(path.as_ref()).and_then(|name| name.make(mode, owner).map(|()| name));
+        let name = Name::new(path.as_ref()).and_then(|name| name.make(mode, group).map(|()| name));
         match name {
             Ok(name) => {
                 plan.add(&name.parent, Use::NameFiles);
@@ -244,18 +242,19 @@ impl Name {
         Ok(Self { parent, directory, name })
     }
 
-    fn make(&self, mode: u32, owner: Option<(u32, u32)>) -> io::Result<()> {
+    fn make(&self, mode: u32, group: Option<u32>) -> io::Result<()> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = openat(&self.directory, &self.name, flags, Mode::from_raw_mode(mode))?;
-        if let Some((user, group)) = owner
-            && fchown(&file, Some(Uid::from_raw(user)), Some(Gid::from_raw(group))).is_err()
-        {
-            // Who may not give it away keeps it; and what a group may is nothing for another one.
+        let narrow = || {
             let status = fstat(&file)?;
-            if status.st_gid != group {
-                fchmod(&file, Mode::from_raw_mode(status.st_mode & 0o707))?;
+            let others = (status.st_mode & 0o7) << 3;
+            let narrower = status.st_mode & (0o707 | others);
+            if group.is_some_and(|group| group != status.st_gid) && narrower != status.st_mode & 0o777 {
+                fchmod(&file, Mode::from_raw_mode(narrower))?;
             }
-        }
+            Ok(())
+        };
+        narrow().inspect_err(|_: &Errno| self.remove())?;
         Ok(())
     }
 

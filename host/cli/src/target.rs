@@ -9,7 +9,7 @@
 
 use std::fs::{self, File, Metadata};
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -17,6 +17,7 @@ use anyhow::{Context, bail};
 use blockhouse_block::Error;
 use blockhouse_sandbox::{ChainReport, OpenedDisk, Outcome, absolute_name};
 use blockhouse_walls::Plan;
+use rustix::fs::OFlags;
 
 use crate::args::{HostArgs, directory_of};
 use crate::namer::{Named, Namer, NotBegun, Replaces};
@@ -29,7 +30,7 @@ const NAME_BYTES: usize = 200;
 pub(crate) struct NewFile<'a> {
     /// What it will be called.
     pub(crate) path: &'a Path,
-    /// It takes the place of a file that is called so, and its owner.
+    /// It takes the place of a file that is called so.
     pub(crate) replace: bool,
     /// Who may read and write it, before the umask; nobody else than its owner who could not with the file that it
     /// takes the place of.
@@ -58,7 +59,7 @@ impl<'a> NewFile<'a> {
 
     fn begin(&self) -> anyhow::Result<Target> {
         let path = self.path;
-        let (mut mode, mut owner) = (self.mode, None);
+        let (mut mode, mut group) = (self.mode, None);
         let name = path.file_name().with_context(|| format!("{} does not end in a file name", path.display()))?;
         match fs::symlink_metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -69,7 +70,7 @@ impl<'a> NewFile<'a> {
             }
             Ok(metadata) => {
                 mode &= metadata.mode() | 0o600;
-                owner = Some((metadata.uid(), metadata.gid()));
+                group = Some(metadata.gid());
             }
         }
         let mut shown = String::new();
@@ -88,7 +89,7 @@ impl<'a> NewFile<'a> {
             .map(|name| directory_of(path).join(name))
             .find(|partial| fs::symlink_metadata(partial).is_err());
         let partial = partial.with_context(|| format!("too many partial files beside {}", path.display()))?;
-        let namer = match Namer::start(&partial, path, self.replace, (mode, owner), &self.with) {
+        let namer = match Namer::start(&partial, path, self.replace, (mode, group), &self.with) {
             Ok(namer) => namer,
             Err(NotBegun::File(path, error)) => {
                 return Err(error).with_context(|| format!("cannot create {}", path.display()));
@@ -162,7 +163,8 @@ impl Target {
 
     /// The file, to be read and written.
     pub(crate) fn open(&self) -> anyhow::Result<File> {
-        let file = File::options().read(true).write(true).open(&self.partial);
+        let no_link = i32::try_from(OFlags::NOFOLLOW.bits()).unwrap_or_default();
+        let file = File::options().read(true).write(true).custom_flags(no_link).open(&self.partial);
         file.with_context(|| format!("cannot write {}", self.path.display()))
     }
 
