@@ -511,9 +511,16 @@ fn nobody_waits_for_a_descriptor_to_be_closed() {
     let guest = Guest::new();
     let mut others = Vec::new();
     // One that a message brings and nobody wants, too many, and one that is on the way when a session ends.
-    for (message, count) in
-        [(SET_VRING_KICK, 1), (SET_VRING_CALL, 1), (SET_MEM_TABLE, 1), (SET_OWNER, 1), (GET_CONFIG, 40), (999, 0)]
-    {
+    for (message, count) in [
+        (SET_VRING_KICK, 1),
+        (SET_VRING_CALL, 1),
+        (SET_MEM_TABLE, 1),
+        (SET_OWNER, 1),
+        (SET_BACKEND_REQ_FD, 1),
+        (SET_BACKEND_REQ_FD, 2),
+        (GET_CONFIG, 40),
+        (999, 0),
+    ] {
         let (ours, theirs) = lingering();
         let stream = victim.connect(&guest);
         let server = Pid::from_raw(i32::try_from(victim.serve.id()).unwrap()).unwrap();

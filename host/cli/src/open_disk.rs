@@ -171,11 +171,11 @@ impl OpenDisk {
     }
 
     /// Makes what was written durable and ends the use of each image, even if another one cannot be closed.
-    pub(crate) fn close_all(disks: &[ControlledDisk]) -> anyhow::Result<()> {
+    pub(crate) fn close_all<'d>(disks: impl IntoIterator<Item = &'d ControlledDisk>) -> anyhow::Result<()> {
         let close = |ControlledDisk { open: disk, .. }: &ControlledDisk| {
             disk.disk.close().with_context(|| format!("cannot close disk {}", disk.number))
         };
-        let closed: Vec<anyhow::Result<()>> = disks.iter().map(close).collect();
+        let closed: Vec<anyhow::Result<()>> = disks.into_iter().map(close).collect();
         closed.into_iter().collect()
     }
 }

@@ -38,6 +38,10 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
+    /// A front end holds up the end of its session, by something that it sent and that takes its time to be closed.
+    /// Requests of it may be in flight: its disk is not to be closed.
+    #[error("a front end holds up the end of its session: what it asked for may be in flight")]
+    HeldUp,
     /// The host failed.
     #[error("cannot {what}")]
     Host {

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use blockhouse_virtio::{BlockDevice, InFlightRecord};
 use vhost::vhost_user::message::VhostUserInflight;
@@ -14,7 +15,13 @@ use crate::session;
 
 /// Serves one front end of `device` to its end.
 pub fn serve(stream: UnixStream, device: &Arc<BlockDevice>, name: &str) {
-    session::serve(stream, Handler::new(Arc::clone(device), name.to_owned(), 0), &NewsChannel::default(), name);
+    session::serve(
+        stream,
+        Handler::new(Arc::clone(device), name.to_owned(), 0),
+        &NewsChannel::default(),
+        name,
+        &AtomicBool::default(),
+    );
 }
 
 /// See [`InFlightMemory`].

@@ -26,7 +26,7 @@ use crate::session;
 /// How long to wait before another try, if there is no file descriptor or thread left for a front end.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// How long a session may take to end with the server: storage may be slow.
+/// How long a front end may hold up the end of its session once the server is to stop.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The descriptors of a queue, if nobody says how many: what QEMU and cloud-hypervisor give a disk then. A front end
@@ -135,7 +135,7 @@ impl Server {
     /// flight; the disk is not closed.
     ///
     /// # Errors
-    /// [`Error::Host`] if the socket itself fails, or a front end holds up the end: then requests of it may be in flight.
+    /// [`Error::Host`] if the socket itself fails; [`Error::HeldUp`] if a front end holds up the end for a minute.
     pub fn run(&self) -> Result<()> {
         loop {
             self.wait().map_err(|source| Error::Host { what: "wait for a front end", source })?;
@@ -177,25 +177,28 @@ impl Server {
         let handler = Handler::new(Arc::clone(&self.device), self.name.clone(), self.owner);
         // A thread of its own, so that a bug in it ends this session alone.
         let (shared, name) = (Arc::clone(&self.shared), self.name.clone());
+        let waits_for_storage = Arc::new(AtomicBool::new(false));
+        let waits = Arc::clone(&waits_for_storage);
         let (alive, ended) = mpsc::channel();
         let session = move || {
             // Let go of after all else.
             let _alive: Sender<()> = alive;
-            session::serve(stream, handler, &shared.news, &name);
+            let ends = Ends(shared);
+            session::serve(stream, handler, &ends.0.news, &name, &waits);
         };
         match thread::Builder::new().name(format!("{}-session", self.name)).spawn(session) {
             Ok(thread) => {
-                self.wait_for_session(&ended)?;
+                self.wait_for_session(&ended, &waits_for_storage)?;
                 if thread.join().is_err() {
                     tracing::error!(disk = self.name, "a session panicked");
                 }
             }
             Err(error) => {
+                self.shared.set_session(None);
                 tracing::error!(disk = self.name, %error, "a front end cannot be served now");
                 thread::sleep(PAUSE);
             }
         }
-        self.shared.set_session(None);
         // The guest may be gone for good, and never flush.
         if self.flushes
             && let Err(error) = self.backend.flush()
@@ -207,18 +210,26 @@ impl Server {
 
     /// Waits until `ended` says that a session has ended, for a while only once the server is to stop: a front end can
     /// hold up the thread of its session, by descriptors that take their time to be closed.
-    fn wait_for_session(&self, ended: &Receiver<()>) -> Result<()> {
-        let mut stopped = None;
+    fn wait_for_session(&self, ended: &Receiver<()>, waits_for_storage: &AtomicBool) -> Result<()> {
+        let mut held_up = None;
         while ended.recv_timeout(PAUSE) == Err(RecvTimeoutError::Timeout) {
-            if !self.shared.is_stopped() {
+            if !self.shared.is_stopped() || waits_for_storage.load(Ordering::Acquire) {
+                held_up = None;
                 continue;
             }
-            let since = *stopped.get_or_insert_with(Instant::now);
-            if since.elapsed() > PATIENCE {
-                let source = io::ErrorKind::TimedOut.into();
-                return Err(Error::Host { what: "end the session of a front end, which holds it up", source });
+            if held_up.get_or_insert_with(Instant::now).elapsed() > PATIENCE {
+                return Err(Error::HeldUp);
             }
         }
         Ok(())
+    }
+}
+
+/// The end of a session, on its own thread: with the connection goes what is on the way in it.
+struct Ends(Arc<Shared>);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0.set_session(None);
     }
 }

@@ -4,6 +4,7 @@ use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{FileType, fstat};
@@ -18,8 +19,15 @@ use crate::lines::NewsChannel;
 /// Serves one front end until it leaves, `stream` is shut down, or it sends what makes no sense. When this
 /// returns, nothing of it is in flight.
 ///
-/// Whatever was wrong is in the log; the next front end does not notice.
-pub(crate) fn serve(stream: UnixStream, handler: Handler, news: &NewsChannel, disk: &str) {
+/// Whatever was wrong is in the log; the next front end does not notice. `waits_for_storage` is set while nothing but
+/// the disk can hold up the end.
+pub(crate) fn serve(
+    stream: UnixStream,
+    handler: Handler,
+    news: &NewsChannel,
+    disk: &str,
+    waits_for_storage: &AtomicBool,
+) {
     tracing::info!(disk, "a front end connected");
     let handler = Arc::new(Mutex::new(handler));
     match stream.try_clone() {
@@ -32,7 +40,9 @@ pub(crate) fn serve(stream: UnixStream, handler: Handler, news: &NewsChannel, di
         Err(error) => tracing::error!(disk, %error, "a front end cannot be served"),
     }
     news.set(None);
+    waits_for_storage.store(true, Ordering::Release);
     handler.lock().unwrap_or_else(PoisonError::into_inner).stop();
+    waits_for_storage.store(false, Ordering::Release);
     tracing::info!(disk, "the front end left");
 }
 
@@ -46,7 +56,7 @@ fn messages(
 ) -> Result<(), (Option<FrontendReq>, Error)> {
     let mut requests = BackendReqHandler::from_stream(stream, Arc::clone(handler));
     loop {
-        let Peeked { message, files, channel, sockets } = peek(peeked);
+        let Peeked { message, files, mut channel, sockets } = peek(peeked);
         if let Some(message) = message {
             tracing::debug!(disk, "{message:?}");
         }
@@ -58,14 +68,13 @@ fn messages(
         let handled = requests.handle_request();
         // By now whoever took them has closed those that it does not keep, and these are the last.
         let_go((!sockets.is_empty()).then_some(sockets));
+        if handled.is_ok() && channel.is_some() {
+            // The crate has checked by now that it is a socket.
+            news.set(channel.take());
+        }
+        let_go(channel);
         match handled {
-            Ok(()) => {
-                // The crate has checked by now that it is a socket.
-                if channel.is_some() {
-                    news.set(channel);
-                }
-            }
-            Err(Error::SocketRetry(_)) => {}
+            Ok(()) | Err(Error::SocketRetry(_)) => {}
             Err(Error::Disconnected) => return Ok(()),
             Err(Error::SocketBroken(_) | Error::SocketError(_) | Error::PartialMessage) if message.is_none() => {
                 return Ok(());

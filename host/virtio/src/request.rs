@@ -180,14 +180,16 @@ where
         if !descriptor.refers_to_indirect_table() {
             return Some(descriptor);
         }
-        // An indirect table is the rest of the chain, and holds no other (section 2.7.5.3).
-        if self.indirect || descriptor.len() % DESCRIPTOR_LEN != 0 {
+        // An indirect table is the rest of the chain, and holds no other (section 2.7.5.3). More than an index can name
+        // is none: a loop would be followed for as long.
+        let count = descriptor.len() / DESCRIPTOR_LEN;
+        if self.indirect || descriptor.len() % DESCRIPTOR_LEN != 0 || count > u32::from(u16::MAX) {
             self.next = None;
             return None;
         }
         self.indirect = true;
         self.table = descriptor.addr();
-        self.len = descriptor.len() / DESCRIPTOR_LEN;
+        self.len = count;
         self.left = self.len;
         self.next = Some(0);
         self.read().filter(|descriptor| !descriptor.refers_to_indirect_table())

@@ -175,7 +175,7 @@ pub(crate) fn run(args: Args, walls: &Walls) -> anyhow::Result<ExitCode> {
     drop((control, metrics));
     // A guest that was switched off, or killed, may not have flushed what it wrote.
     OpenDisk::summarize_all(&disks);
-    OpenDisk::close_all(&disks)?;
+    OpenDisk::close_all(disks.iter())?;
     let exit = ended?;
     if args.json {
         let rows = (0..).zip(disks.iter()).map(|(number, disk)| {

@@ -174,7 +174,13 @@ pub(crate) fn run(args: &Args, walls: &Walls) -> anyhow::Result<ExitCode> {
     // The names of the sockets go last: whoever waits for them to go may take the images.
     drop((control, metrics));
     OpenDisk::summarize_all(&disks);
-    let closed = OpenDisk::close_all(&disks);
+    // What is asked of a disk whose front end holds up the end is left to the next back end, not refused.
+    let is_held_up = |ended: &anyhow::Result<()>| {
+        let error = ended.as_ref().err().and_then(|error| error.downcast_ref());
+        matches!(error, Some(blockhouse_vhost::Error::HeldUp))
+    };
+    let idle = disks.iter().zip(&ended).filter(|(_, ended)| !is_held_up(ended)).map(|(disk, _)| disk);
+    let closed = OpenDisk::close_all(idle);
     if args.json {
         output::json(&disks.iter().map(ControlledDisk::row).collect::<Vec<_>>())?;
     }

@@ -13,7 +13,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;
 use crate::device::{BlockDeviceOptions, CacheMode};
@@ -21,7 +21,7 @@ use crate::driver::{
     Call, DATA, Desc, Driver, END, HEADER, INDIRECT, MemoryDisk, NEXT, REGION_2, SIZE, STATUS, TABLE, USED, WRITE,
     readable, writable,
 };
-use crate::request::{MAX_DESCRIPTORS, Malformed};
+use crate::request::{ChainAgain, MAX_DESCRIPTORS, Malformed};
 
 const OK: u8 = 0;
 const IOERR: u8 = 1;
@@ -875,6 +875,15 @@ fn chains_that_make_no_sense_are_refused_the_second_time_too() {
         rig.process();
         assert_eq!(rig.driver.used(), Some((0, 0)));
         assert_eq!(rig.malformed(reason), 1, "{:?}", descriptors.first().map(|d| (d.addr, d.len, d.flags)));
+    }
+    // A table of more than an index can name, which goes round in two of them.
+    let rig = Rig::new();
+    let round = [Desc { next: 1, ..loops }, loops];
+    rig.driver.table(DATA, 0, &round);
+    for (len, visits) in [(0xf_fff0, 65_535), (0x10_0000, 0), (0xffff_fff0, 0)] {
+        rig.driver.raw(&[table(DATA, len)]);
+        let chain = ChainAgain::new(rig.driver.memory.as_ref(), GuestAddress(TABLE), SIZE, 0);
+        assert_eq!(chain.take(1 << 20).count(), visits, "{len:#x}");
     }
     // The head itself is outside of the table.
     let (mut rig, _) = Rig::new().recorded(vec![SIZE]);
