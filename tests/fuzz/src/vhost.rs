@@ -15,7 +15,7 @@ use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arbitrary::{Result, Unstructured};
 use blockhouse_block::{BlockBackend, Lane, LaneRequest, Topology, VolatileSlice};
@@ -710,6 +710,9 @@ fn session(device: &Arc<BlockDevice>, play: impl FnOnce(&mut Front)) {
     front.check();
 }
 
+/// How long it may take until all is closed.
+const CLOSING: Duration = Duration::from_secs(10);
+
 /// Descriptors without a name in the file system: sockets, eventfds and memory.
 fn descriptors() -> usize {
     let all = std::fs::read_dir("/proc/self/fd").expect("/proc is mounted");
@@ -736,7 +739,11 @@ pub(crate) fn run(data: &[u8]) {
         }
     }
     session(&device, |front| play_well(front, &disk));
-    // Others of this process may have let some go.
+    // Sockets are closed on threads of their own. Others of this process may have let some go.
+    let ended = Instant::now();
+    while descriptors() > before && ended.elapsed() < CLOSING {
+        thread::sleep(Duration::from_millis(1));
+    }
     let after = descriptors();
     assert!(after <= before, "{after} descriptors, and {before} before");
     let maps = std::fs::read_to_string("/proc/self/maps").expect("/proc is mounted");
