@@ -35,8 +35,8 @@ const ARGUMENT: &str = "--name-for-parent";
 /// The second: what becomes of a file that has the name already.
 const REPLACE: &str = "replace";
 const KEEP: &str = "keep";
-/// What the program says when the file is complete: this, and in 16 bytes what a file may be that has the name, which are
-/// all zero for none and all ones for any.
+/// What the program says when the file is complete: this, and in 16 bytes which file may have the name, all zero for none
+/// and all ones for any.
 const COMPLETE: u8 = b'C';
 const COMPLETE_BYTES: usize = 17;
 

@@ -27,6 +27,15 @@ fn set_count(image: &mut Handmade, cluster: usize, count: u16) {
     image.bytes[at..at + 2].copy_from_slice(&count.to_be_bytes());
 }
 
+/// As [`begin`], of the file `/image` in storage that can be looked at.
+fn begin_in_storage(image: &Handmade) -> (Storage, Disk<Qcow2>) {
+    let storage = Storage::new();
+    storage.insert("/image", image.bytes.clone());
+    let mut disk = storage.disk_with::<Qcow2>("/image", Access::ReadWrite, |_| Ok(())).unwrap();
+    disk.format.begin().unwrap();
+    (storage, disk)
+}
+
 fn begin(image: &Handmade) -> Disk<Qcow2> {
     let mut disk = image.open_for(Access::ReadWrite).unwrap();
     disk.format.begin().unwrap();
@@ -97,10 +106,7 @@ fn a_data_cluster_on_metadata_that_is_counted_twice_is_copied() {
         set_count(&mut image, place, 2);
         let entry = image.cluster(place) | COPIED;
         image.l2(2, entry);
-        let storage = Storage::new();
-        storage.insert("/image", image.bytes.clone());
-        let mut disk = storage.disk_with::<Qcow2>("/image", Access::ReadWrite, |_| Ok(())).unwrap();
-        disk.format.begin().unwrap();
+        let (storage, mut disk) = begin_in_storage(&image);
         assert!(!overwritable(&mut disk, 2), "{what}");
         let taken = disk.format.prepare(2 * CLUSTER, CLUSTER, 1).unwrap();
         assert!(taken[0].offset >= 7 * CLUSTER, "{what}");
@@ -121,10 +127,7 @@ fn metadata_is_not_freed_by_entries_that_nobody_counted() {
         set_count(&mut image, place, 2);
         let entry = image.cluster(place) | COPIED;
         image.l2(2, entry).l2(3, entry).l2(4, entry);
-        let storage = Storage::new();
-        storage.insert("/image", image.bytes.clone());
-        let mut disk = storage.disk_with::<Qcow2>("/image", Access::ReadWrite, |_| Ok(())).unwrap();
-        disk.format.begin().unwrap();
+        let (storage, mut disk) = begin_in_storage(&image);
         for number in [2, 3] {
             let taken = disk.format.prepare(number * CLUSTER, CLUSTER, 1).unwrap();
             disk.format.commit(&[taken[0].ticket]).unwrap();
@@ -195,10 +198,7 @@ fn a_shared_cluster_is_copied() {
 fn a_count_that_could_not_be_read_once_ends_nothing() {
     let mut unsure = 0;
     for healthy in 0..4 {
-        let storage = Storage::new();
-        storage.insert("/image", image().bytes.clone());
-        let mut disk = storage.disk_with::<Qcow2>("/image", Access::ReadWrite, |_| Ok(())).unwrap();
-        disk.format.begin().unwrap();
+        let (storage, mut disk) = begin_in_storage(&image());
         storage.fail_read("/image", Some(healthy));
         let located = disk.format.locate(0, 8 * CLUSTER, 64);
         storage.fail_read("/image", None);
